@@ -1,0 +1,40 @@
+# make demo and make test each work in a fresh clone with Python 3.11 (venv, pip), make and g++; nothing else is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CPP := $(shell find ov_ext/cpu_plugin -name '*.cpp' -o -name '*.hpp' -o -name CMakeLists.txt)
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.built
+	$(BIN)/python samples/01_sparse_int4_llm.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.built
+	$(BIN)/python -m benchmarks.matmul
+	$(BIN)/python -m benchmarks.decode
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+# PyTorch goes first so that its CPU build is the one that stays. optimum-intel declares torchvision, whose default build
+# needs CUDA's PyTorch and breaks `import transformers` beside the CPU build: it is removed unless it imports.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[test]' 'torch==2.13.0'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(CPP)
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build $(VENV) ov_ext/libov_ext_cpu.* ov_ext/_build_info.py

@@ -1,0 +1,191 @@
+#include "dispatch.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "../support/cpu_features.hpp"
+#include "../support/parallel.hpp"
+#include "format.hpp"
+
+namespace ov_ext::sparse_matmul {
+namespace {
+
+// Rows of x prepared at a time: bounds scratch memory (64 rows of 16384 inputs are 4 MiB) and re-reads of the weights.
+constexpr uint64_t strip_rows = 64;
+// Up to this many rows, work is split along K as well when there are too few blocks to feed the threads.
+constexpr uint64_t split_k_max_rows = 16;
+constexpr uint64_t blocks_per_thread_wanted = 4;
+
+// Scratch that survives between calls on a thread. A lease, not a plain thread_local: while a thread waits inside a parallel loop,
+// TBB may let it run another operation, which must not get the same memory.
+class Scratch {
+  public:
+    explicit Scratch(uint64_t bytes) {
+        auto& free = free_list();
+        if (!free.empty() && free.back().second >= bytes) {
+            m_buffer = std::move(free.back().first);
+            m_bytes = free.back().second;
+            free.pop_back();
+        } else {
+            m_bytes = bytes;
+            m_buffer.reset(static_cast<uint8_t*>(std::aligned_alloc(64, round_up(bytes, 64))));
+            if (!m_buffer)
+                throw std::bad_alloc();
+        }
+    }
+    ~Scratch() {
+        constexpr uint64_t keep_bytes = 1 << 20, keep_buffers = 4;
+        auto& free = free_list();
+        if (m_bytes <= keep_bytes && free.size() < keep_buffers)
+            free.emplace_back(std::move(m_buffer), m_bytes);
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    uint8_t* data() { return m_buffer.get(); }
+
+  private:
+    struct Free {
+        void operator()(uint8_t* p) const { std::free(p); }
+    };
+    using Buffer = std::unique_ptr<uint8_t, Free>;
+    static std::vector<std::pair<Buffer, uint64_t>>& free_list() {
+        static thread_local std::vector<std::pair<Buffer, uint64_t>> list;
+        return list;
+    }
+    Buffer m_buffer;
+    uint64_t m_bytes;
+};
+
+uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (value != value)
+        return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// Adds the bias to one row of a block's sums and stores the real columns.
+void store(const BlobView& w, uint64_t block, const float* sums, uint64_t row, void* y, bool is_bf16) {
+    const uint64_t columns = std::min(block_n, w.n - block * block_n), at = row * w.n + block * block_n;
+    float result[block_n];
+    std::memcpy(result, sums, sizeof(result));
+    if (w.bias) {
+        float bias[block_n];
+        std::memcpy(bias, w.bias + 4 * block * block_n, 4 * columns);
+        for (uint64_t c = 0; c < columns; c++)
+            result[c] += bias[c];
+    }
+    if (is_bf16)
+        std::transform(result, result + columns, static_cast<uint16_t*>(y) + at, to_bf16);
+    else
+        std::memcpy(static_cast<float*>(y) + at, result, 4 * columns);
+}
+
+void multiply_strip(const BlobView& w, const Kernel& kernel, const Activations& a, uint64_t rows, void* y, bool is_bf16,
+                    uint64_t first_row) {
+    const uint64_t max_rows = kernel.max_rows;
+    if (w.blocks >= blocks_per_thread_wanted * uint64_t(max_threads()) || w.chunks == 1 || rows > split_k_max_rows) {
+        parallel_ranges(w.blocks, [&](uint64_t begin, uint64_t end) {
+            alignas(64) float sums[8 * block_n];
+            for (uint64_t block = begin; block < end; block++)
+                for (uint64_t row = 0; row < rows; row += max_rows) {
+                    const uint64_t some = std::min(max_rows, rows - row);
+                    kernel.multiply(w, a, block, 0, w.chunks, row, some, sums);
+                    for (uint64_t i = 0; i < some; i++)
+                        store(w, block, sums + i * block_n, first_row + row + i, y, is_bf16);
+                }
+        });
+        return;
+    }
+    // Few blocks: (block, chunk) units, whose sums are then added in chunk order, as the kernel itself does.
+    Scratch partial(w.blocks * w.chunks * rows * block_n * 4);
+    auto* sums = reinterpret_cast<float*>(partial.data());
+    parallel_ranges(w.blocks * w.chunks, [&](uint64_t begin, uint64_t end) {
+        for (uint64_t unit = begin; unit < end; unit++)
+            for (uint64_t row = 0; row < rows; row += max_rows)
+                kernel.multiply(w, a, unit / w.chunks, unit % w.chunks, unit % w.chunks + 1, row, std::min(max_rows, rows - row),
+                                sums + (unit * rows + row) * block_n);
+    });
+    for (uint64_t block = 0; block < w.blocks; block++)
+        for (uint64_t row = 0; row < rows; row++) {
+            float* total = sums + (block * w.chunks * rows + row) * block_n;
+            for (uint64_t chunk = 1; chunk < w.chunks; chunk++)
+                for (uint64_t c = 0; c < block_n; c++)
+                    total[c] += total[chunk * rows * block_n + c];
+            store(w, block, total, first_row + row, y, is_bf16);
+        }
+}
+
+const Kernel& choose() {
+    const char* wanted = std::getenv("OV_EXT_ISA");
+    return wanted && *wanted ? kernel_by_name(wanted) : *available_kernels().front();
+}
+
+}  // namespace
+
+std::vector<const Kernel*> available_kernels() {
+    // Best first. The AMX kernel takes its place at the head, from a measured number of rows upward.
+    static const Kernel* const all[] = {
+#if defined(__x86_64__)
+        &avx512_kernel, &avx2_kernel,
+#endif
+        &reference_kernel};
+    std::vector<const Kernel*> result;
+    for (const Kernel* kernel : all)
+        if (kernel->supported(cpu_features()))
+            result.push_back(kernel);
+    return result;
+}
+
+const Kernel& kernel_by_name(const std::string& name) {
+    std::string known;
+    for (const Kernel* kernel : available_kernels()) {
+        if (name == kernel->name)
+            return *kernel;
+        known += known.empty() ? kernel->name : std::string(", ") + kernel->name;
+    }
+    throw InvalidBlob("kernel '" + name + "' (OV_EXT_ISA) is not available on this CPU: " + known + " are");
+}
+
+const Kernel& selected_kernel() {
+    static const Kernel& kernel = choose();
+    return kernel;
+}
+
+void check_activation_group(const BlobView& w, int64_t group) {
+    if (group == 0 || group == -1 || ((group == 64 || group == 128) && (!w.segment || uint64_t(group) % w.segment == 0)))
+        return;
+    throw InvalidBlob("activation_group " + std::to_string(group) +
+                      " does not fit: 0 (none), -1 (per token), 64 or 128 are possible, and it must be a multiple of the weight's group (" +
+                      std::to_string(w.segment) + ")");
+}
+
+void matmul(const BlobView& w, const Kernel& kernel, const void* x, bool is_bf16, uint64_t rows, int64_t activation_group, void* y) {
+    const uint64_t element = is_bf16 ? 2 : 4;
+    const uint64_t segments = w.segment ? w.k_pad / w.segment : 0, strip = std::min(rows, strip_rows);
+    Activations a{};
+    a.integer = w.segment && activation_group != 0;
+    a.group = activation_group;
+    a.stride = w.k_pad * kernel.element_bytes;
+    Scratch scratch(strip * (a.stride + 4 * segments) + 64);
+    a.data = scratch.data();
+    a.scales = reinterpret_cast<float*>(scratch.data() + strip * a.stride);
+    for (uint64_t first = 0; first < rows; first += strip_rows) {
+        const uint64_t count = std::min(strip_rows, rows - first);
+        const auto prepare = [&](uint64_t begin, uint64_t end) {
+            for (uint64_t row = begin; row < end; row++)
+                kernel.prepare(w, static_cast<const uint8_t*>(x) + (first + row) * w.k * element, is_bf16, activation_group,
+                               static_cast<uint8_t*>(a.data) + row * a.stride, a.scales + row * segments);
+        };
+        if (count < 8)  // a parallel region costs more than preparing a few rows
+            prepare(0, count);
+        else
+            parallel_ranges(count, prepare);
+        multiply_strip(w, kernel, a, count, y, is_bf16, first);
+    }
+}
+
+}  // namespace ov_ext::sparse_matmul

@@ -1,0 +1,24 @@
+// Which kernel runs, and the loop over blocks and rows around it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernel.hpp"
+
+namespace ov_ext::sparse_matmul {
+
+// Kernels of this build that this CPU can run, best first; the reference kernel is always the last.
+std::vector<const Kernel*> available_kernels();
+// The kernel in use: the best one, or the one that OV_EXT_ISA names (reference, avx2, avx512). Decided once per process.
+// Throws InvalidBlob when OV_EXT_ISA names a kernel that does not exist or cannot run here.
+const Kernel& selected_kernel();
+const Kernel& kernel_by_name(const std::string& name);
+
+// Checks that an activation group fits a weight: 0 (floating point), -1 (per row), or a multiple of the weight's segment.
+void check_activation_group(const BlobView& w, int64_t activation_group);
+
+// y[rows, n] = x[rows, k] · Wᵀ + bias; x and y are both f32 or both bf16 bits, contiguous. Same bits for any number of threads.
+void matmul(const BlobView& w, const Kernel& kernel, const void* x, bool is_bf16, uint64_t rows, int64_t activation_group, void* y);
+
+}  // namespace ov_ext::sparse_matmul

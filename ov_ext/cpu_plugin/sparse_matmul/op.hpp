@@ -1,0 +1,38 @@
+// The OpenVINO operation around the kernels.
+#pragma once
+
+#include <memory>
+#include <openvino/op/op.hpp>
+#include <string>
+
+namespace ov_ext::sparse_matmul {
+
+// y[..., n] = x[..., k] · Wᵀ + bias, W and bias from an SPW1 blob.
+//   inputs: x, f32 or bf16, rank >= 1, dynamic shapes allowed; blob, u8[bytes], normally a Constant.
+//   output: element type of x, shape of x with the last axis n. It follows from attributes and x's shape alone.
+//   attributes: n, k, kind ("bf16", "int8", "int4"); activation_group (0 = full-precision activations, -1 = 8 bits per token,
+//   64 / 128 = 8 bits per token and group of inputs; a bf16 weight rounds activations to bf16 unless it is 0); epilogue ("" only);
+//   source (free text that the kernel ignores: how to restore the stock subgraph).
+class SparseMatMul : public ov::op::Op {
+  public:
+    OPENVINO_OP("SparseMatMul", "ov_ext");
+
+    SparseMatMul() = default;
+
+    void validate_and_infer_types() override;
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override;
+    bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    bool has_evaluate() const override { return true; }
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+    bool can_constant_fold(const ov::OutputVector&) const override { return false; }
+
+  private:
+    struct Verdicts;  // which constant blobs were found valid; shared by an operation and its clones
+    int64_t m_n = 0, m_k = 0, m_activation_group = 128;
+    std::string m_kind, m_epilogue, m_source;
+    std::shared_ptr<Verdicts> m_verdicts = make_verdicts();
+
+    static std::shared_ptr<Verdicts> make_verdicts();
+};
+
+}  // namespace ov_ext::sparse_matmul
