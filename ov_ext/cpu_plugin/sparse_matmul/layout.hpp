@@ -1,0 +1,144 @@
+// Internal to the format: what parsing, validation and packing share.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <mutex>
+
+#include "../support/parallel.hpp"
+#include "format.hpp"
+
+namespace ov_ext::sparse_matmul {
+
+template <class T>
+T load(const uint8_t* p) {
+    T value;
+    std::memcpy(&value, p, sizeof(T));
+    return value;
+}
+
+[[noreturn]] inline void fail(const std::string& what) { throw InvalidBlob("SPW1 blob: " + what); }
+
+inline void require(bool ok, const char* what) {
+    if (!ok)
+        fail(what);
+}
+
+inline std::string number(uint64_t v) { return std::to_string(v); }
+
+// Section offsets follow from the sizes alone, so a blob has exactly one legal layout. Products cannot overflow: n, k < 2^31 and
+// checked() guards the two that exceed 64 bits in theory.
+inline uint64_t checked(unsigned __int128 v) {
+    if (v >> 62)
+        fail("the matrix is too large");
+    return uint64_t(v);
+}
+
+struct Layout {
+    uint64_t dir, mask = 0, scale = 0, comp = 0, bias = 0, val;
+};
+
+inline Layout layout_of(Kind kind, bool dense, bool f32, bool has_bias, uint64_t n, uint64_t n_pad, uint64_t k_pad, uint64_t group) {
+    const uint64_t blocks = n_pad / block_n, tiles = k_pad / (16 * row_inputs(kind));
+    const uint64_t chunks = (k_pad + chunk_k - 1) / chunk_k;
+    Layout at;
+    unsigned __int128 end = sizeof(Header);
+    auto section = [&](unsigned __int128 bytes) {
+        const uint64_t start = checked(end);
+        end = (end + bytes + alignment - 1) / alignment * alignment;
+        return start;
+    };
+    at.dir = section(8 * ((unsigned __int128)blocks * chunks + 1));
+    if (!dense)
+        at.mask = section((unsigned __int128)blocks * tiles * 64 * mask_bytes_per_row(kind));
+    if (kind != Kind::bf16) {
+        const uint64_t groups = group ? k_pad / group : 1;
+        at.scale = section((unsigned __int128)n_pad * groups * (f32 ? 4 : 2));
+        at.comp = section((unsigned __int128)n_pad * (k_pad / segment_inputs(group)) * 2);
+    }
+    if (has_bias)
+        at.bias = section((unsigned __int128)n * 4);
+    at.val = checked(end);
+    return at;
+}
+
+inline int sign_extend(uint8_t nibble) { return (nibble ^ 8) - 8; }
+
+// Which (output, input) element e of a row is, inside its block.
+struct Position {
+    uint64_t column, input;
+};
+inline Position position(const BlobView& w, uint64_t tile, uint64_t panel, uint64_t row, uint64_t e) {
+    return {panel * 16 + e / w.row_k, (tile * 16 + row) * w.row_k + e % w.row_k};
+}
+
+inline uint64_t mask_of(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t row) {
+    if (w.dense)
+        return w.kind == Kind::bf16 ? 0xFFFFFFFFull : ~0ull;
+    const uint64_t index = ((block * w.tiles + tile) * 4 + panel) * 16 + row;
+    return w.kind == Kind::bf16 ? load<uint32_t>(w.masks + 4 * index) : load<uint64_t>(w.masks + 8 * index);
+}
+
+// Counts the bits of a chunk's masks by stream: [0] all rows (bf16, int8) or even rows (int4), [1] odd rows.
+inline std::array<uint64_t, 2> count_bits(const BlobView& w, uint64_t block, uint64_t first_tile, uint64_t last_tile) {
+    std::array<uint64_t, 2> counts{};
+    for (uint64_t tile = first_tile; tile < last_tile; tile++)
+        for (uint64_t panel = 0; panel < 4; panel++)
+            for (uint64_t row = 0; row < 16; row++)
+                counts[w.kind == Kind::int4 ? row & 1 : 0] += __builtin_popcountll(mask_of(w, block, tile, panel, row));
+    return counts;
+}
+
+inline uint64_t run_bytes(Kind kind, const std::array<uint64_t, 2>& counts) {
+    if (kind == Kind::int4)
+        return counts[0] > counts[1] ? counts[0] : counts[1];
+    return counts[0] * (kind == Kind::bf16 ? 2 : 1);
+}
+
+inline uint64_t directory_entry(const BlobView& w, uint64_t index) { return load<uint64_t>(w.directory + 8 * index); }
+
+// Runs body(block) for all blocks in parallel; the first InvalidBlob wins and is thrown on the caller's thread.
+template <class Body>
+inline void for_blocks(uint64_t blocks, const Body& body) {
+    std::mutex mutex;
+    std::string error;
+    std::atomic<bool> failed{false};
+    parallel_ranges(blocks, [&](uint64_t first, uint64_t last) {
+        try {
+            for (uint64_t b = first; b < last && !failed; b++)
+                body(b);
+        } catch (const InvalidBlob& e) {
+            std::lock_guard<std::mutex> lock(mutex);
+            error = e.what();
+            failed = true;
+        }
+    });
+    if (failed)
+        throw InvalidBlob(error);
+}
+
+inline BlobView view_of(const uint8_t* blob, const Header& h, const Layout& at) {
+    BlobView w{};
+    w.kind = Kind(h.kind);
+    w.dense = h.flags & dense_flag;
+    w.scales_f32 = h.flags & f32_scales;
+    w.n = h.n, w.k = h.k, w.n_pad = h.n_pad, w.k_pad = h.k_pad, w.group = h.group;
+    w.segment = w.kind == Kind::bf16 ? 0 : segment_inputs(h.group);
+    w.row_k = h.row_k;
+    w.blocks = h.n_pad / block_n;
+    w.tiles_per_chunk = chunk_k / (16 * w.row_k);
+    w.tiles = h.k_pad / (16 * w.row_k);
+    w.chunks = (h.k_pad + chunk_k - 1) / chunk_k;
+    w.nnz = h.nnz;
+    w.directory = blob + at.dir;
+    w.masks = at.mask ? blob + at.mask : nullptr;
+    w.values = blob + at.val;
+    w.scales = at.scale ? blob + at.scale : nullptr;
+    w.compensation = at.comp ? blob + at.comp : nullptr;
+    w.bias = at.bias ? blob + at.bias : nullptr;
+    return w;
+}
+
+}  // namespace ov_ext::sparse_matmul

@@ -1,0 +1,217 @@
+// Writing a blob from plain arrays, and reading it back.
+#include <vector>
+
+#include "layout.hpp"
+
+namespace ov_ext::sparse_matmul {
+namespace {
+
+uint32_t crc32(const uint8_t* data, size_t bytes) {  // the polynomial and bit order of zlib, eight bytes a step
+    static const auto tables = [] {
+        std::array<std::array<uint32_t, 256>, 8> t{};
+        for (uint32_t i = 0; i < 256; i++) {
+            uint32_t c = i;
+            for (int bit = 0; bit < 8; bit++)
+                c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1;
+            t[0][i] = c;
+        }
+        for (uint32_t i = 0; i < 256; i++)
+            for (int s = 1; s < 8; s++)
+                t[s][i] = t[0][t[s - 1][i] & 255] ^ (t[s - 1][i] >> 8);
+        return t;
+    }();
+    uint32_t crc = 0xFFFFFFFFu;
+    for (; bytes >= 8; bytes -= 8, data += 8) {
+        const uint64_t v = load<uint64_t>(data) ^ crc;
+        crc = 0;
+        for (int s = 0; s < 8; s++)
+            crc ^= tables[7 - s][v >> (8 * s) & 255];
+    }
+    for (; bytes; bytes--, data++)
+        crc = tables[0][(crc ^ *data) & 255] ^ (crc >> 8);
+    return ~crc;
+}
+
+Header header_of(const PlainWeight& p) {
+    if (p.n < 1 || p.k < 1 || p.n >> 31 || p.k >> 31)
+        fail("N and K must lie in 1..2^31-1, got N = " + number(p.n) + ", K = " + number(p.k));
+    if (p.kind == Kind::bf16 ? p.group != 0 : p.group != 0 && p.group != 64 && p.group != 128)
+        fail("scale groups are 64, 128 or 0, got " + number(p.group));
+    require((p.scales != nullptr) == (p.kind != Kind::bf16), "integer kinds need scales, bf16 has none");
+    Header h{};
+    h.magic = magic, h.version = format_version, h.header_bytes = sizeof(Header);
+    h.kind = uint8_t(p.kind), h.row_k = uint8_t(row_inputs(p.kind)), h.panel_n = 16, h.block_panels = 4;
+    h.flags = (p.bias ? bias_flag : 0) | (p.dense ? dense_flag : 0);
+    if (p.kind != Kind::bf16)
+        h.flags |= (p.group ? group_scales : column_scales) | (p.scales_f32 ? f32_scales : 0);
+    h.n = p.n, h.k = p.k, h.n_pad = round_up(p.n, block_n), h.k_pad = padded_inputs(p.kind, p.k, p.group);
+    h.group = uint32_t(p.group), h.chunk_k = chunk_k;
+    return h;
+}
+
+// One row of a plain weight as its 64 dense bytes: row_k inputs of 16 outputs, zero outside the matrix.
+void gather_row(const PlainWeight& p, const BlobView& w, uint64_t n, uint64_t k, uint8_t row[64]) {
+    const uint64_t width = p.kind == Kind::bf16 ? 2 : 1;
+    const auto* values = static_cast<const uint8_t*>(p.values);
+    if (n + 16 <= p.n && k + w.row_k <= p.k) {
+        for (uint64_t c = 0; c < 16; c++)
+            std::memcpy(row + 4 * c, values + ((n + c) * p.k + k) * width, 4);
+        return;
+    }
+    std::memset(row, 0, 64);
+    const uint64_t inputs = k < p.k ? std::min(w.row_k, p.k - k) : 0;
+    for (uint64_t c = 0; c < 16 && n + c < p.n && inputs; c++)
+        std::memcpy(row + 4 * c, values + ((n + c) * p.k + k) * width, inputs * width);
+}
+
+// Moves the stored elements of a row to its front, without branches, and returns its mask.
+template <class T>
+uint64_t compress_row(uint8_t row[64], bool dense, T zero_bits) {
+    constexpr int elements = 64 / sizeof(T);
+    T in[elements], out[elements + 1];
+    std::memcpy(in, row, 64);
+    uint64_t mask = 0;
+    int count = 0;
+    for (int e = 0; e < elements; e++) {
+        const bool stored = dense || T(in[e] & ~zero_bits) != 0;
+        mask |= uint64_t(stored) << e;
+        out[count] = in[e];
+        count += stored;
+    }
+    std::memcpy(row, out, 64);
+    return mask;
+}
+
+// Writes the masks and values of one (block, chunk) and returns the bytes of the run. Null outputs only count.
+uint64_t pack_run(const PlainWeight& p, const BlobView& w, uint64_t block, uint64_t chunk, uint8_t* masks, uint8_t* run) {
+    const uint64_t first = chunk * w.tiles_per_chunk, last = std::min(w.tiles, first + w.tiles_per_chunk);
+    const bool bf16 = w.kind == Kind::bf16, int4 = w.kind == Kind::int4;
+    std::array<uint64_t, 2> cursor{};
+    for (uint64_t tile = first; tile < last; tile++)
+        for (uint64_t panel = 0; panel < 4; panel++)
+            for (uint64_t row = 0; row < 16; row++) {
+                uint8_t bytes[64];
+                gather_row(p, w, block * block_n + panel * 16, (tile * 16 + row) * w.row_k, bytes);
+                const uint64_t mask = bf16 ? compress_row<uint16_t>(bytes, w.dense, 0x8000) : compress_row<uint8_t>(bytes, w.dense, 0);
+                const uint64_t count = uint64_t(__builtin_popcountll(mask));
+                uint64_t& at = cursor[int4 ? row & 1 : 0];
+                if (run && int4)
+                    for (uint64_t i = 0; i < count; i++)
+                        run[at + i] = uint8_t(run[at + i] | (bytes[i] & 15) << (row & 1 ? 4 : 0));
+                else if (run)
+                    std::memcpy(run + at * (bf16 ? 2 : 1), bytes, count * (bf16 ? 2 : 1));
+                at += count;
+                const uint64_t index = ((block * w.tiles + tile) * 4 + panel) * 16 + row, width = mask_bytes_per_row(w.kind);
+                if (masks)
+                    std::memcpy(masks + width * index, &mask, width);
+            }
+    return run_bytes(w.kind, cursor);
+}
+
+// Length of every run and the directory that follows from them.
+std::vector<uint64_t> directory_of(const PlainWeight& p, const BlobView& w) {
+    std::vector<uint64_t> directory(w.blocks * w.chunks + 1);
+    parallel_ranges(w.blocks, [&](uint64_t begin, uint64_t end) {
+        for (uint64_t i = begin * w.chunks; i < end * w.chunks; i++)
+            directory[i + 1] = pack_run(p, w, i / w.chunks, i % w.chunks, nullptr, nullptr);
+    });
+    for (uint64_t i = 0; i < w.blocks * w.chunks; i++) {
+        directory[i + 1] += directory[i];
+        if ((i + 1) % w.chunks == 0)
+            directory[i + 1] = round_up(directory[i + 1], alignment);
+    }
+    return directory;
+}
+
+}  // namespace
+
+uint64_t packed_bytes(const PlainWeight& p) {
+    const Header h = header_of(p);
+    const Layout at = layout_of(p.kind, p.dense, h.flags & f32_scales, p.bias, h.n, h.n_pad, h.k_pad, h.group);
+    const BlobView w = view_of(nullptr, h, at);
+    return at.val + directory_of(p, w).back() + alignment;
+}
+
+void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
+    Header h = header_of(p);
+    const Layout at = layout_of(p.kind, p.dense, h.flags & f32_scales, p.bias, h.n, h.n_pad, h.k_pad, h.group);
+    const BlobView w = view_of(blob, h, at);
+    const auto directory = directory_of(p, w);
+    if (bytes != at.val + directory.back() + alignment)
+        fail("pack needs a buffer of " + number(at.val + directory.back() + alignment) + " bytes, got " + number(bytes));
+    std::memset(blob, 0, bytes);
+    std::memcpy(blob + at.dir, directory.data(), 8 * directory.size());
+    if (p.bias)
+        std::memcpy(blob + at.bias, p.bias, 4 * p.n);
+    std::atomic<uint64_t> nnz{0};
+    for_blocks(w.blocks, [&](uint64_t block) {
+        for (uint64_t chunk = 0; chunk < w.chunks; chunk++) {
+            const uint64_t first = chunk * w.tiles_per_chunk;
+            pack_run(p, w, block, chunk, p.dense ? nullptr : blob + at.mask, blob + at.val + directory[block * w.chunks + chunk]);
+            const auto counts = count_bits(w, block, first, std::min(w.tiles, first + w.tiles_per_chunk));
+            nnz += counts[0] + counts[1];
+        }
+        if (!w.segment)
+            return;
+        const uint64_t segments = w.k_pad / w.segment, groups = w.group ? w.k_pad / w.group : 1;
+        const uint64_t real_groups = w.group ? (w.k + w.group - 1) / w.group : 1, width = w.scales_f32 ? 4 : 2;
+        for (uint64_t c = 0; c < block_n && block * block_n + c < p.n; c++) {
+            const uint64_t n = block * block_n + c;
+            for (uint64_t s = 0; s < segments; s++) {
+                int16_t sum = 0;
+                for (uint64_t k = s * w.segment; k < std::min(p.k, (s + 1) * w.segment); k++)
+                    sum = int16_t(sum + static_cast<const int8_t*>(p.values)[n * p.k + k]);
+                std::memcpy(blob + at.comp + 2 * ((block * segments + s) * block_n + c), &sum, 2);
+            }
+            for (uint64_t g = 0; g < real_groups; g++)
+                std::memcpy(blob + at.scale + width * ((block * groups + g) * block_n + c),
+                            static_cast<const uint8_t*>(p.scales) + width * (n * real_groups + g), width);
+        }
+    });
+    h.nnz = p.dense ? p.n * p.k : nnz.load();
+    h.off_dir = at.dir, h.off_mask = at.mask, h.off_val = at.val, h.off_scale = at.scale, h.off_bias = at.bias, h.off_comp = at.comp;
+    h.blob_bytes = bytes;
+    h.crc = crc32(blob + sizeof(Header), bytes - sizeof(Header));
+    std::memcpy(blob, &h, sizeof(Header));
+}
+
+void unpack(const BlobView& w, void* values, void* scales, float* bias) {
+    for_blocks(w.blocks, [&](uint64_t block) {
+        const uint64_t columns = std::min(block_n, w.n - block * block_n), width = w.kind == Kind::bf16 ? 2 : 1;
+        auto* out = static_cast<uint8_t*>(values);
+        if (out)
+            std::memset(out + block * block_n * w.k * width, 0, columns * w.k * width);
+        for (uint64_t chunk = 0; out && chunk < w.chunks; chunk++) {
+            const uint8_t* run = w.values + directory_entry(w, block * w.chunks + chunk);
+            uint64_t cursor[2] = {0, 0};
+            const uint64_t first = chunk * w.tiles_per_chunk, last = std::min(w.tiles, first + w.tiles_per_chunk);
+            for (uint64_t tile = first; tile < last; tile++)
+                for (uint64_t panel = 0; panel < 4; panel++)
+                    for (uint64_t row = 0; row < 16; row++)
+                        for (uint64_t mask = mask_of(w, block, tile, panel, row); mask; mask &= mask - 1) {
+                            const auto [column, input] = position(w, tile, panel, row, __builtin_ctzll(mask));
+                            uint64_t& at = cursor[w.kind == Kind::int4 ? row & 1 : 0];
+                            const uint64_t t = at++;
+                            if (column >= columns || input >= w.k)
+                                continue;
+                            uint8_t* to = out + ((block * block_n + column) * w.k + input) * width;
+                            if (w.kind == Kind::bf16)
+                                std::memcpy(to, run + 2 * t, 2);
+                            else if (w.kind == Kind::int8)
+                                *to = run[t];
+                            else
+                                *to = uint8_t(sign_extend(row & 1 ? run[t] >> 4 : run[t] & 15));
+                        }
+        }
+        const uint64_t groups = w.group ? w.k_pad / w.group : 1, real_groups = w.group ? (w.k + w.group - 1) / w.group : 1;
+        const uint64_t scale_width = w.scales_f32 ? 4 : 2;
+        for (uint64_t c = 0; scales && w.scales && c < columns; c++)
+            for (uint64_t g = 0; g < real_groups; g++)
+                std::memcpy(static_cast<uint8_t*>(scales) + scale_width * ((block * block_n + c) * real_groups + g),
+                            w.scales + scale_width * ((block * groups + g) * block_n + c), scale_width);
+    });
+    if (bias && w.bias)
+        std::memcpy(bias, w.bias, 4 * w.n);
+}
+
+}  // namespace ov_ext::sparse_matmul
