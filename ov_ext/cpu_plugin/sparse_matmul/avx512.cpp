@@ -87,7 +87,7 @@ struct Register<Input::u8> {
 // Accumulators of one panel, M rows of activations. Several per row hide the latency of the dot products.
 template <Input input, Kind kind, int M>
 struct Panel {
-    static constexpr int lanes = input == Input::f32 ? 4 : 2;
+    static constexpr int lanes = input == Input::f32 && M <= 4 ? 4 : 2;  // all of them fit the 32 registers
     using R = typename Register<input>::type;
     R sum[M][lanes];
 
@@ -110,16 +110,17 @@ struct Panel {
         } else if constexpr (kind == Kind::bf16) {
             const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(row, 16));
             const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(row, _mm512_set1_epi32(int(0xFFFF0000))));
+            constexpr int lane = lanes == 4 ? 2 * parity : 0;
             for (int m = 0; m < M; m++) {
-                sum[m][2 * parity] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride)), first, sum[m][2 * parity]);
-                sum[m][2 * parity + 1] =
-                    _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride + 4)), second, sum[m][2 * parity + 1]);
+                sum[m][lane] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride)), first, sum[m][lane]);
+                sum[m][lane + 1] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride + 4)), second, sum[m][lane + 1]);
             }
         } else {
             for (int j = 0; j < 4; j++) {
                 const __m512 w = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(row, _mm_cvtsi32_si128(24 - 8 * j)), 24));
                 for (int m = 0; m < M; m++)
-                    sum[m][j] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride + 4 * j)), w, sum[m][j]);
+                    sum[m][j % lanes] =
+                        _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride + 4 * j)), w, sum[m][j % lanes]);
             }
         }
     }
@@ -221,30 +222,42 @@ void multiply_rows(const BlobView& w, const Activations& a, uint64_t block, uint
 }
 
 using RowsFunction = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, float*);
-constexpr int max_rows = 4;
+constexpr int max_rows = 8;
 
 template <Kind kind, bool dense, Input input>
-constexpr RowsFunction by_rows[max_rows] = {multiply_rows<kind, dense, input, 1>, multiply_rows<kind, dense, input, 2>,
-                                            multiply_rows<kind, dense, input, 3>, multiply_rows<kind, dense, input, 4>};
+RowsFunction by_rows(uint64_t rows) {
+    switch (rows) {
+        case 1: return multiply_rows<kind, dense, input, 1>;
+        case 2: return multiply_rows<kind, dense, input, 2>;
+        case 3: return multiply_rows<kind, dense, input, 3>;
+        case 4: return multiply_rows<kind, dense, input, 4>;
+        default: return multiply_rows<kind, dense, input, 8>;
+    }
+}
 
 template <Kind kind, Input input>
 RowsFunction choose(bool dense, uint64_t rows) {
-    return dense ? by_rows<kind, true, input>[rows - 1] : by_rows<kind, false, input>[rows - 1];
+    return dense ? by_rows<kind, true, input>(rows) : by_rows<kind, false, input>(rows);
 }
 
 // A bf16 weight takes bf16 activations in pairs where the CPU has vdpbf16ps, else f32.
 bool bf16_pairs(int64_t activation_group) { return activation_group != 0 && cpu_features().avx512_bf16; }
 
+RowsFunction choose(const BlobView& w, const Activations& a, uint64_t rows) {
+    if (w.kind == Kind::bf16)
+        return bf16_pairs(a.group) ? choose<Kind::bf16, Input::bf16>(w.dense, rows) : choose<Kind::bf16, Input::f32>(w.dense, rows);
+    if (w.kind == Kind::int8)
+        return a.integer ? choose<Kind::int8, Input::u8>(w.dense, rows) : choose<Kind::int8, Input::f32>(w.dense, rows);
+    return a.integer ? choose<Kind::int4, Input::u8>(w.dense, rows) : choose<Kind::int4, Input::f32>(w.dense, rows);
+}
+
 void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
               float* out) {
-    RowsFunction function;
-    if (w.kind == Kind::bf16)
-        function = bf16_pairs(a.group) ? choose<Kind::bf16, Input::bf16>(w.dense, rows) : choose<Kind::bf16, Input::f32>(w.dense, rows);
-    else if (w.kind == Kind::int8)
-        function = a.integer ? choose<Kind::int8, Input::u8>(w.dense, rows) : choose<Kind::int8, Input::f32>(w.dense, rows);
-    else
-        function = a.integer ? choose<Kind::int4, Input::u8>(w.dense, rows) : choose<Kind::int4, Input::f32>(w.dense, rows);
-    function(w, a, block, first, last, row, out);
+    while (rows) {  // in runs of 8, else 4, else what is left
+        const uint64_t some = rows >= 8 ? 8 : rows > 4 ? 4 : rows;
+        choose(w, a, some)(w, a, block, first, last, row, out);
+        row += some, rows -= some, out += some * 64;
+    }
 }
 
 // ------------------------------------------------------------------------------------------------- activations

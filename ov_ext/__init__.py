@@ -1,0 +1,55 @@
+"""Sparse weights in OpenVINO: pack an IR, load it, run it. Needs openvino and numpy; the rest only where named.
+
+Names are loaded on first use, so that ``import ov_ext`` costs nothing and works in a container without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ov_ext.convert import convert_model, save_model
+    from ov_ext.passes import AlreadyPackedError, pack_sparse_weights, unpack_sparse_weights
+    from ov_ext.policy import PackReport, SparsePolicy
+    from ov_ext.runtime import ExtensionUnavailableError, add_extension, check_target, cpu_info, extension_path
+
+_HOME = {
+    "AlreadyPackedError": "passes",
+    "ExtensionUnavailableError": "runtime",
+    "PackReport": "policy",
+    "SparsePolicy": "policy",
+    "add_extension": "runtime",
+    "check_target": "runtime",
+    "convert_model": "convert",
+    "cpu_info": "runtime",
+    "extension_path": "runtime",
+    "pack_sparse_weights": "passes",
+    "save_model": "convert",
+    "unpack_sparse_weights": "passes",
+}
+
+__all__ = [
+    "AlreadyPackedError",
+    "ExtensionUnavailableError",
+    "PackReport",
+    "SparsePolicy",
+    "add_extension",
+    "check_target",
+    "convert_model",
+    "cpu_info",
+    "extension_path",
+    "pack_sparse_weights",
+    "save_model",
+    "unpack_sparse_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,207 @@
+"""``ov-ext``: look at this machine, pack and unpack model folders, generate text, time models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import openvino as ov
+import typer
+import typer.core
+from rich.console import Console
+from rich.table import Table
+
+from ov_ext import runtime
+from ov_ext.convert import save_model
+from ov_ext.folder import refuse_existing, whole_folder
+from ov_ext.passes import pack_sparse_weights, unpack_sparse_weights
+from ov_ext.policy import PackReport, SparsePolicy
+
+
+class _PlainErrors(typer.core.TyperGroup):
+    """A user's mistake becomes one line instead of a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's Context is typer's base class
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        try:
+            return super().invoke(ctx)
+        except typer.Exit:  # derived from RuntimeError
+            raise
+        except ImportError as error:
+            typer.secho(f"Error: {error}. This command needs: pip install 'nncf-ext[llm]'", err=True, fg="red")
+        except (ValueError, RuntimeError, OSError) as error:
+            typer.secho(f"Error: {error}", err=True, fg="red")
+        raise typer.Exit(1)
+
+
+app = typer.Typer(cls=_PlainErrors, help=__doc__, no_args_is_help=True, add_completion=False)
+console = Console()
+
+SourceFolder = Annotated[Path, typer.Argument(help="Model folder with *.xml and *.bin.", metavar="IN")]
+OutFolder = Annotated[Path, typer.Argument(help="Model folder to write.", metavar="OUT")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT; the old one stays until the new one is complete.")
+]
+_TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # they need another extension, and hold no weights
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Instruction set, kernels, AMX permission, versions, and whether the extension is the right build."""
+    try:
+        facts: dict[str, Any] = {"extension": "ok", **runtime.cpu_info()}
+    except runtime.ExtensionUnavailableError as error:
+        facts = {"extension": str(error), "openvino": ov.get_version()}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        table = Table(show_header=False, box=None)
+        for key, value in facts.items():
+            if isinstance(value, dict):
+                value = ", ".join(name for name, present in value.items() if present) or "none"
+            table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
+        console.print(table)
+    if facts["extension"] != "ok":
+        raise typer.Exit(1)
+
+
+@app.command()
+def pack(
+    source: SourceFolder,
+    out: OutFolder,
+    overwrite: Overwrite = False,
+    min_sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros needed; default: break-even per kind.")
+    ] = None,
+    min_weights: Annotated[int, typer.Option(help="Smaller matrices stay.")] = SparsePolicy.min_weights,
+    target: Annotated[str, typer.Option(help="this-cpu, amx, avx512, avx2 or reference.")] = "this-cpu",
+    activation_group: Annotated[int, typer.Option(help="128, 64, -1 (per token) or 0 (no quantization).")] = 128,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round asymmetric weights to a symmetric grid.")
+    ] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="Shell pattern of layers that stay; repeatable.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+) -> None:
+    """Pack the sparse weights of every model in IN and write the complete folder OUT."""
+    policy = SparsePolicy(
+        min_sparsity=min_sparsity,
+        target=target,  # type: ignore[arg-type]  # checked by SparsePolicy
+        activation_group=activation_group,
+        min_weights=min_weights,
+        requantize=requantize,
+        ignored_patterns=tuple(ignore or ()),
+    )
+    reports: dict[str, PackReport] = {}
+
+    def pack_one(name: str, model: ov.Model) -> bool:
+        reports[name] = pack_sparse_weights(model, policy)[1]
+        return bool(reports[name].replaced)
+
+    _rewrite(source, out, overwrite, pack_one)
+    for name, each in reports.items():
+        console.print(f"{name}:", each)
+    if not any(each.replaced for each in reports.values()):
+        console.print("Nothing was packed: OUT is a copy of IN.")
+    if report is not None:
+        report.write_text(json.dumps({name: each.to_dict() for name, each in reports.items()}, indent=2))
+
+
+@app.command()
+def unpack(source: SourceFolder, out: OutFolder, overwrite: Overwrite = False) -> None:
+    """Restore the stock model of a packed folder, for other devices and tools."""
+    restored: list[str] = []
+
+    def unpack_one(name: str, model: ov.Model) -> bool:
+        packed = model.has_rt_info(["ov_ext", "format"])
+        unpack_sparse_weights(model)
+        if packed:
+            restored.append(name)
+        return packed
+
+    _rewrite(source, out, overwrite, unpack_one)
+    console.print(f"Restored {', '.join(restored)}." if restored else "Nothing was packed: OUT is a copy of IN.")
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Model folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+) -> None:
+    """Continue a text with OpenVINO GenAI, greedily."""
+    from ov_ext.genai import pipeline
+
+    typer.echo(
+        pipeline(folder).generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, apply_chat_template=False)
+    )
+
+
+@app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="Model folder.")],
+    against: Annotated[Path | None, typer.Option(help="Folder to compare with: the unpacked model.")] = None,
+    tokens: Annotated[int, typer.Option(help="Decode steps a round.")] = 32,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds; models take turns in each.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Decode speed and resident memory, in turns with the unpacked model when it is given."""
+    from ov_ext.decode import measure
+
+    folders = [against, folder] if against is not None else [folder]
+    records = measure(folders, tokens=tokens, prompt=prompt, rounds=rounds)
+    if as_json:
+        typer.echo(json.dumps([asdict(record) for record in records], indent=2))
+        return
+    table = Table()
+    for heading in ("model", "tokens/s", "ms/token", "speed ratio", "resident MiB"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for record in records:
+        resident = "?" if record.resident_mib is None else f"{record.resident_mib:.0f}"
+        speed = (f"{1e3 / record.ms_per_token:.1f}", f"{record.ms_per_token:.2f}", f"{record.ratio:.2f}")
+        table.add_row(record.folder, *speed, resident)
+    console.print(table)
+
+
+def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
+    """Copy a model folder; IRs that ``change(name, model)`` changed (returned True for) are saved anew."""
+    models = sorted(path for path in source.glob("*.xml") if not path.stem.startswith(_TOKENIZERS))
+    if not models:
+        raise ValueError(f"{source} holds no OpenVINO model: NAME.xml and NAME.bin are needed.")
+    refuse_existing(out, overwrite)
+    with whole_folder(out, overwrite) as draft:
+        core = runtime.add_extension(ov.Core())
+        done = set()
+        for path in models:
+            model = core.read_model(path)
+            if change(path.name, model):
+                save_model(model, draft / path.name)
+                done |= {path.name, path.with_suffix(".bin").name}
+            del model
+        for path in source.iterdir():
+            if path.name not in done and not path.name.startswith("."):
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, draft / path.name)
+        _add_tokenizer(draft)
+
+
+def _add_tokenizer(folder: Path) -> None:
+    """Add the tokenizer IRs that GenAI needs where IN had only a Hugging Face tokenizer."""
+    if (folder / "openvino_tokenizer.xml").exists() or not (folder / "tokenizer.json").exists():
+        return
+    try:
+        from transformers import AutoTokenizer
+
+        from ov_ext.optimum import save_tokenizer_ir
+
+        save_tokenizer_ir(AutoTokenizer.from_pretrained(folder), folder)
+    except ImportError as error:
+        console.print(f"No tokenizer IR was written, so OpenVINO GenAI cannot read OUT: {error}.")
+
+
+if __name__ == "__main__":
+    app()

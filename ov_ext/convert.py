@@ -1,0 +1,198 @@
+"""A torch module or an ONNX model as ov.Model, with names and INT4 grids intact; and saving without rounding."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import openvino as ov
+from openvino import Node
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("ov_ext")
+
+
+def convert_model(
+    model: Any,
+    *,
+    example_input: Any = None,
+    dynamic_shapes: Any = None,
+    method: Literal["auto", "trace", "export"] = "auto",
+) -> ov.Model:
+    """Convert a model, keeping names, sparse weights and NNCF's packed INT4 weights as they are.
+
+    Weights compressed by NNCF (``INT4SymmetricWeightsDecompressor`` and its relatives) become i4 and u4 constants with
+    the very codes and scales of the torch model. Language models for generation, which need a stateful KV cache, go
+    through :func:`ov_ext.optimum.export` instead.
+
+    :param model: torch.nn.Module, torch.export.ExportedProgram, path of an ONNX file, onnx.ModelProto, or an ov.Model,
+        which is returned as it is.
+    :param example_input: For a torch module: a tensor, a tuple of positional inputs, or a dict of named ones.
+    :param dynamic_shapes: What ``torch.export.export`` takes; implies ``method="export"``. By default every axis longer
+        than 1 in the example may vary.
+    :param method: How to capture a torch module. ``auto`` traces it, which keeps module paths in the names of all
+        operations and any axis dynamic, and exports what cannot be traced (such as transformers' decoder models).
+    :return: The model.
+    :raises ValueError: Nothing that can be converted, or a torch module without example_input.
+    """
+    if isinstance(model, ov.Model):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        if not Path(model).is_file():
+            raise ValueError(f"There is no file {model}. An ONNX file, a torch module or an ov.Model can be converted.")
+        return ov.convert_model(Path(model))
+    if hasattr(model, "SerializeToString"):  # onnx.ModelProto, without importing onnx
+        return ov.Core().read_model(model.SerializeToString(), ov.Tensor(np.zeros(0, np.uint8)))
+    if not type(model).__module__.startswith("torch") and not hasattr(model, "state_dict"):
+        msg = f"Cannot convert {type(model).__name__}: a torch module, an ONNX file or proto, or an ov.Model is needed."
+        raise ValueError(msg)
+    import torch
+
+    if isinstance(model, torch.export.ExportedProgram):
+        return _convert_exported(model)
+    if example_input is None:
+        msg = f"Converting {type(model).__name__} needs example_input: a tensor, a tuple or a dict of its inputs."
+        raise ValueError(msg)
+    if method == "trace" or (method == "auto" and dynamic_shapes is None):
+        try:
+            return ov.convert_model(model, example_input=example_input)
+        except Exception as error:  # tracing runs the user's code: any type may come out of it
+            if method == "trace":
+                raise
+            logger.info("Tracing failed (%s); exporting instead.", str(error).strip().splitlines()[0])
+    return _convert_exported(_export(model, example_input, dynamic_shapes))
+
+
+def save_model(model: ov.Model, path: str | os.PathLike[str]) -> None:
+    """Save an IR bit for bit, and atomically: a reader sees the old files or the new ones.
+
+    ``openvino.save_model`` rounds f32 constants to f16 unless told not to; this never does.
+
+    :param model: The model.
+    :param path: The .xml file; the .bin file goes beside it.
+    :raises ValueError: The path does not end in .xml.
+    """
+    target = Path(path)
+    if target.suffix != ".xml":
+        raise ValueError(f"An IR is saved as NAME.xml, got {target.name}.")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as aside:
+        draft = Path(aside) / target.name
+        ov.save_model(model, draft, compress_to_fp16=False)
+        os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
+        os.replace(draft, target)
+
+
+def _export(model: torch.nn.Module, example_input: Any, dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    args, kwargs = (), {}
+    if isinstance(example_input, dict):
+        kwargs = example_input
+    else:
+        args = tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
+    if dynamic_shapes is None:
+        auto = torch.export.Dim.AUTO
+
+        def axes(leaf: Any) -> dict[int, Any] | None:
+            return dict.fromkeys(range(leaf.dim()), auto) if isinstance(leaf, torch.Tensor) else None
+
+        dynamic_shapes = pytree.tree_map(axes, kwargs or args)
+    with torch.no_grad():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def _convert_exported(program: torch.export.ExportedProgram) -> ov.Model:
+    from openvino.frontend.pytorch import ConversionExtension
+
+    shift = ConversionExtension("aten.bitwise_right_shift.Tensor_Scalar", _right_shift)
+    model = ov.convert_model(program, extension=[shift])
+    _fold_packed_weights(model)
+    _take_shapes(model, program)
+    _take_names(model, program)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _right_shift(context: Any) -> Any:
+    """The one operation of NNCF's nibble unpacking that OpenVINO's frontend for exported programs lacks."""
+    from openvino import opset15 as opset
+
+    value, bits = context.get_input(0), context.get_input(1)
+    return opset.bitwise_right_shift(value, opset.convert_like(bits, value)).outputs()
+
+
+def _fold_packed_weights(model: ov.Model) -> None:
+    """Turn integer expressions over constants (nibble unpacking) into constants: i4 or u4 where they unpack nibbles.
+
+    A traced module gets this from OpenVINO. One expression is evaluated at a time, so the peak memory is one weight.
+    """
+    core = ov.Core()
+    for convert in model.get_ordered_ops():
+        if convert.get_type_name() != "Convert" or not convert.get_output_element_type(0).is_real():
+            continue
+        source = convert.input_value(0).get_node()
+        element = source.get_output_element_type(0).get_type_name()
+        if source.get_type_name() == "Constant" or element not in ("i8", "u8"):
+            continue
+        operations = _constant_expression(source)
+        if not operations:
+            continue
+        values = core.compile_model(ov.Model([source], [], "codes"), "CPU")()[0]
+        low, high = (-8, 7) if element == "i8" else (0, 15)
+        if "BitwiseRightShift" in operations and values.min() >= low and values.max() <= high:
+            nibbles = np.zeros(values.size + values.size % 2, np.uint8)
+            nibbles[: values.size] = values.reshape(-1).view(np.uint8) & 15
+            tensor = ov.Tensor(nibbles[0::2] | nibbles[1::2] << 4, values.shape, ov.Type.i4 if low else ov.Type.u4)
+        else:
+            tensor = ov.Tensor(np.ascontiguousarray(values))
+        constant = ov.op.Constant(tensor, shared_memory=False)
+        constant.set_friendly_name(source.get_friendly_name())
+        convert.input(0).replace_source_output(constant.output(0))
+
+
+def _constant_expression(node: Node) -> set[str]:
+    """:return: Operation types of an expression over constants; empty when it depends on an input or is long."""
+    pending, seen, types = [node], set(), set()
+    while pending:
+        node = pending.pop()
+        if node.get_name() in seen:
+            continue
+        seen.add(node.get_name())
+        types.add(node.get_type_name())
+        inputs = [port.get_node() for port in node.input_values()]
+        if len(seen) > 64 or not (inputs or node.get_type_name() == "Constant"):
+            return set()
+        pending += inputs
+    return types
+
+
+def _take_shapes(model: ov.Model, program: torch.export.ExportedProgram) -> None:
+    """OpenVINO leaves all axes dynamic, but an exported program holds for the axes it was exported for."""
+    user_inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in user_inputs]
+    shapes = [value.shape for value in values if hasattr(value, "shape")]
+    if len(shapes) != len(model.inputs):
+        return  # inputs that the model does not use are gone: which is which cannot be told
+    static = [ov.PartialShape([d if isinstance(d, int) else -1 for d in shape]) for shape in shapes]
+    for parameter, shape in zip(model.get_parameters(), static, strict=True):
+        parameter.set_partial_shape(shape)
+
+
+def _take_names(model: ov.Model, program: torch.export.ExportedProgram) -> None:
+    """Name MatMuls by their module, as tracing does; exported programs number them (``linear_3/...``)."""
+    paths = {}
+    for node in program.graph.nodes:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        if node.op == "call_function" and stack and stack[-1][0]:
+            paths[node.name] = stack[-1][0]
+    for node in model.get_ops():
+        call, _, rest = node.get_friendly_name().partition("/")
+        if node.get_type_name() == "MatMul" and call in paths:
+            node.set_friendly_name(f"__module.{paths[call]}/{rest}")

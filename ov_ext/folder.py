@@ -1,0 +1,61 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class FolderExistsError(ValueError):
+    """The output folder is there already."""
+
+
+@contextmanager
+def whole_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Build a folder aside and rename it once it is complete.
+
+    :param out: The folder to make.
+    :param overwrite: Replace an existing model folder, which stays until the new one is complete.
+    :return: Context manager that gives the empty folder to fill, beside ``out`` on the same file system.
+    :raises FolderExistsError: ``out`` exists, or is no model folder that may be replaced.
+    """
+    out = Path(out).resolve()
+    refuse_existing(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    draft, old = (out.with_name(f".{out.name}.{purpose}-{mark}") for purpose in ("new", "old"))
+    draft.mkdir()
+    try:
+        yield draft
+        refuse_existing(out, overwrite)  # it may have appeared meanwhile
+        if out.exists():
+            out.rename(old)
+        try:
+            draft.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    finally:
+        for leftover in (draft, old):
+            if out.exists() or leftover == draft:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Check an output folder before long work.
+
+    :param out: The folder to make.
+    :param overwrite: Whether an existing model folder may be replaced.
+    :raises FolderExistsError: It may not.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise FolderExistsError(f"{out} exists. Choose another folder, or pass --overwrite (overwrite=True).")
+    if not out.is_dir() or not any(out.glob("*.xml")):
+        raise FolderExistsError(f"{out} exists and holds no OpenVINO model, so it is not overwritten. Remove it first.")

@@ -1,0 +1,135 @@
+"""Optimum-Intel: let stock classes read packed IRs, load one by public API only, export a complete model folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openvino as ov
+
+from ov_ext import runtime
+from ov_ext.convert import save_model
+from ov_ext.folder import whole_folder
+
+if TYPE_CHECKING:
+    from optimum.intel import OVModelForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL, TOKENIZER, DETOKENIZER = "openvino_model.xml", "openvino_tokenizer.xml", "openvino_detokenizer.xml"
+
+
+def register() -> int:
+    """Let stock Optimum-Intel classes and pipelines read packed IRs, in this process.
+
+    Optimum keeps one Core per module; each that is imported so far learns the operations. Call it again after importing
+    further model classes; repeating it is harmless.
+
+    :return: Number of Cores that know the operations now.
+    :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
+    """
+    import optimum.intel.openvino.modeling_decoder  # noqa: F401  brings modeling_base, whose Core reads and compiles
+
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("optimum.")]
+    cores = {
+        id(core): core for core in (getattr(module, "core", None) for module in modules) if isinstance(core, ov.Core)
+    }
+    for core in cores.values():
+        runtime.add_extension(core)
+    return len(cores)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "CPU",
+    ov_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> OVModelForCausalLM:
+    """Load a packed (or stock) causal language model without touching Optimum's internals.
+
+    :param folder: Model folder with openvino_model.xml, config.json and perhaps generation_config.json.
+    :param device: OpenVINO device; packed weights run on CPU.
+    :param ov_config: OpenVINO properties for compilation.
+    :param trust_remote_code: Passed to the configuration's loader; nothing here sets it.
+    :param kwargs: Passed to OVModelForCausalLM.
+    :return: The model, ready to generate.
+    :raises ValueError: The folder holds no model.
+    :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
+    :raises NewerFormatError: It was packed by a newer release.
+    """
+    folder = Path(folder)
+    if not (folder / MODEL).is_file() or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no exported language model: {MODEL} and config.json are needed.")
+    model = runtime.read_model(folder / MODEL)
+    from optimum.intel import OVModelForCausalLM
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
+    return OVModelForCausalLM(
+        model, config=config, device=device, ov_config=ov_config, model_save_dir=folder, compile=True, **kwargs
+    )
+
+
+def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the Hugging Face tokenizer of a model folder.
+
+    :param folder: Model folder.
+    :param trust_remote_code: Passed on; nothing here sets it.
+    :return: The tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | os.PathLike[str],
+    *,
+    task: str = "text-generation-with-past",
+    overwrite: bool = False,
+) -> Path:
+    """Write a complete OpenVINO folder of a language model in memory: dense with zeros, or compressed by NNCF.
+
+    INT4 weights in NNCF's torch form keep their codes and scales bit for bit. Nothing is rounded or compressed on top.
+
+    :param model: The torch model.
+    :param tokenizer: Its tokenizer.
+    :param out: Folder for the stateful IR, tokenizer and detokenizer IR, tokenizer files, config and generation config.
+    :param task: Optimum's name of the task.
+    :param overwrite: Replace an existing model folder once the new one is complete.
+    :return: The folder.
+    :raises ValueError: The tokenizer has more tokens than the model, or the folder exists.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        msg = f"The tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}: they do not belong together."
+        raise ValueError(msg)
+    out = Path(out)
+    with whole_folder(out, overwrite) as draft:
+        import torch
+        from optimum.exporters.openvino import export_from_model
+
+        half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+        export_from_model(model.eval(), output=draft, task=task, stateful=True, patch_16bit_model=half)
+        tokenizer.save_pretrained(draft)
+        save_tokenizer_ir(tokenizer, draft)
+    return out
+
+
+def save_tokenizer_ir(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Convert a tokenizer to the two IRs that OpenVINO GenAI reads.
+
+    :param tokenizer: The tokenizer.
+    :param folder: Model folder.
+    """
+    from openvino_tokenizers import convert_tokenizer
+
+    for model, name in zip(convert_tokenizer(tokenizer, with_detokenizer=True), (TOKENIZER, DETOKENIZER), strict=True):
+        save_model(model, folder / name)

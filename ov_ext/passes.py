@@ -1,0 +1,243 @@
+"""The pass that packs sparse weights, and its exact inverse: the only step of the flow that knows a packed format."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import openvino as ov
+from openvino import Node
+from openvino.utils.node_factory import NodeFactory
+
+from ov_ext import runtime
+from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION, Weight
+from ov_ext.policy import LayerReport, PackReport, SparsePolicy
+from ov_ext.subgraph import RecordError, bias_constant, describe, read_record, restore
+from ov_ext.weights import FLOATS, ConstantWeight, Unpackable, element_name, elements, find, load, requantize, sparsity
+
+logger = logging.getLogger("ov_ext")
+
+OPERATION = "SparseMatMul"
+# Below this fraction of zeros the bitmap (1 bit a weight) costs more than the zeros it saves.
+_MASK_PAYS = {"bf16": 1 / 16, "int8": 1 / 8, "int4": 1 / 4}
+
+
+class AlreadyPackedError(ValueError):
+    """The model holds packed weights already."""
+
+
+def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> tuple[ov.Model, PackReport]:
+    """Replace MatMul operations that have sparse constant weights by SparseMatMul.
+
+    Works in place, one weight at a time, so that the peak memory is the model plus a few copies of its largest weight;
+    ``model.clone()`` keeps the input. What stays is as it was: stock tools such as nncf.compress_weights still apply.
+
+    :param model: A model with constant weights: plain (f32, f16, bf16), INT8 or INT4.
+    :param policy: Which weights pay; the default packs from the break-even sparsity of each kind.
+    :return: The same model, and the report on every MatMul that has a constant operand.
+    :raises AlreadyPackedError: The model has been packed before.
+    :raises ExtensionUnavailableError: The compiled extension is missing or was built for another OpenVINO.
+    """
+    policy = policy or SparsePolicy()
+    library = runtime.extension_path()
+    runtime.check_format(model)
+    if packed := sum(_is_packed(node) for graph in _graphs(model) for node in graph.get_ops()):
+        msg = (
+            f"The model holds {packed} packed weights already. To pack it with another policy, restore it first: "
+            "ov_ext.unpack_sparse_weights(model), or `ov-ext unpack IN OUT`."
+        )
+        raise AlreadyPackedError(msg)
+    target = runtime.this_cpu() if policy.target == "this-cpu" else policy.target
+    factory = NodeFactory()
+    factory.add_extension(library)
+    layers = []
+    for graph in _graphs(model):
+        blobs: dict[str, _Blob] = {}
+        pending = deque(node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul")
+        while pending:  # popped, not iterated: a reference to a replaced MatMul would keep its weight in memory
+            found = find(pending.popleft())
+            if found is not None:
+                layers.append(_pack(found, policy, factory, blobs))
+                logger.info("%s: %s", layers[-1].name, "packed" if layers[-1].replaced else layers[-1].note)
+    report = PackReport(tuple(layers), target)
+    if report.replaced:
+        model.validate_nodes_and_infer_types()
+        entries = {"format": "SPW1", "format_version": VERSION, "version": _package_version(), "target": target}
+        for key, value in {**entries, "activation_group": policy.activation_group}.items():
+            model.set_rt_info(value, ["ov_ext", key])
+    return model, report
+
+
+def unpack_sparse_weights(model: ov.Model) -> ov.Model:
+    """Restore the stock subgraphs: the inverse of :func:`pack_sparse_weights`, in place.
+
+    Constants come back bit for bit, with their types, shapes, names, scales and zero points. Two documented exceptions:
+    -0.0 in plain weights becomes +0.0, and f32 or f16 weights hold the bf16 values that packing rounded them to.
+
+    :param model: A packed model; one without packed weights is returned as it is.
+    :return: The same model.
+    :raises NewerFormatError: It was packed by a newer release.
+    :raises RecordError: An operation carries no record of its stock form.
+    :raises ExtensionUnavailableError: The compiled extension is missing or was built for another OpenVINO.
+    """
+    runtime.check_format(model)
+    packed = [(graph, [node for node in graph.get_ordered_ops() if _is_packed(node)]) for graph in _graphs(model)]
+    for node in (node for _, nodes in packed for node in nodes):  # all records first: nothing is restored by halves
+        try:
+            read_record(node.get_attributes()["source"])
+        except RecordError as error:
+            raise RecordError(f"{node.get_friendly_name()}: {error}.") from None
+    for graph, nodes in packed:
+        _unpack(graph, deque(nodes))
+        nodes.clear()
+    model.validate_nodes_and_infer_types()
+    rt_info = model.get_rt_info()
+    if "ov_ext" in rt_info:
+        del rt_info["ov_ext"]
+    return model
+
+
+def _unpack(graph: ov.Model, pending: deque[Node]) -> None:
+    from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
+
+    blobs = {node.input_value(1).get_node().get_name() for node in pending}
+    others = (node for node in graph.get_ops() if not _is_packed(node) and node.get_name() not in blobs)
+    known = {node.get_friendly_name(): node for node in others}
+    while pending:
+        node = pending.popleft()
+        weight = native.unpack(node.input_value(1).get_node().get_data())
+        record = read_record(node.get_attributes()["source"])
+        try:
+            _redirect(node, restore(record, weight, node.input_value(0), known))
+        except RecordError as error:
+            raise RecordError(f"{node.get_friendly_name()}: {error}.") from None
+
+
+def _graphs(model: ov.Model) -> list[ov.Model]:
+    """:return: The model and the bodies of its If, Loop and TensorIterator operations, at any depth."""
+    graphs = [model]
+    for node in model.get_ops():
+        bodies = {"If": 2, "Loop": 1, "TensorIterator": 1}.get(node.get_type_name(), 0)
+        for i in range(bodies):
+            graphs += _graphs(node.get_function(i))
+    return graphs
+
+
+@dataclass(frozen=True)
+class _Blob:
+    """A packed weight, kept for the other MatMuls that share it."""
+
+    constant: Node
+    kind: str
+    group: int
+    sparsity: float
+    symmetric: bool  # requantized: its stock form has no zero points any more
+
+
+def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blobs: dict[str, _Blob]) -> LayerReport:
+    """Replace one MatMul if the policy says so; ``blobs`` holds what was packed before, by its constants."""
+    name = found.matmul.get_friendly_name()
+    stays = LayerReport(name, found.shape, found.kind, None, found.nbytes, found.nbytes, False)
+    if policy.ignores(name, found.constant.get_friendly_name()):
+        return replace(stays, note="ignored by the policy")
+    if not found.problem and found.shape[0] * found.shape[1] < policy.min_weights:
+        found = replace(
+            found, problem=f"{found.shape[0] * found.shape[1]} weights, min_weights is {policy.min_weights}"
+        )
+    if found.problem:
+        return replace(stays, sparsity=sparsity(found), note=found.problem)
+
+    bias = _foldable_bias(found)
+    key = f"{found.matmul.input_value(1).get_node().get_name()} {bias and bias.get_name()}"
+    blob = blobs.get(key)
+    if blob is None:
+        try:
+            weight, remark, symmetric = *load(found), False
+        except Unpackable as reason:
+            if not policy.requantize or found.scale is None:
+                return replace(stays, sparsity=sparsity(found), note=str(reason))
+            weight, remark, symmetric = *requantize(found), True
+        zeros = float(weight.sparsity)
+        if zeros < policy.threshold(weight.kind):
+            return replace(stays, sparsity=zeros, note=f"too few zeros: {policy.threshold(weight.kind):.0%} are needed")
+        blob = _Blob(_blob_constant(weight, bias, name), weight.kind, weight.group, zeros, symmetric)
+        blobs[key] = blob
+        kept = _used_elsewhere(found.constant)
+        after = blob.constant.get_byte_size() + (found.nbytes if kept else 0)
+        notes = [
+            remark,
+            "bias inside the blob" if bias else "",
+            "its stock constant stays for another use" if kept else "",
+        ]
+        report = replace(stays, bytes_after=after, note=", ".join(filter(None, notes)))
+    else:
+        report = replace(stays, bytes_before=0, bytes_after=0, note="shares the blob of an earlier layer")
+
+    segment = blob.group or 128  # the finest group by which the kernel can scale activations
+    attributes = {
+        **{"n": found.shape[0], "k": found.shape[1], "kind": blob.kind, "epilogue": ""},
+        "activation_group": segment if 0 < policy.activation_group < segment else policy.activation_group,
+        "source": describe(found, bias, blob.symmetric),
+    }
+    sparse = factory.create(OPERATION, [found.matmul.input_value(0), blob.constant.output(0)], attributes)
+    sparse.set_friendly_name(name)
+    _redirect(found.matmul if bias is None else bias, sparse)
+    return replace(report, sparsity=blob.sparsity, replaced=True)
+
+
+def _foldable_bias(found: ConstantWeight) -> Node | None:
+    """:return: The Add behind a MatMul when it adds one constant per output and nothing else reads the product."""
+    users = list(found.matmul.output(0).get_target_inputs())
+    rank = found.matmul.get_output_partial_shape(0).rank
+    if len(users) != 1 or users[0].get_node().get_type_name() != "Add" or rank.is_dynamic:
+        return None
+    add = users[0].get_node()
+    constant = bias_constant(add)
+    if constant is None or element_name(constant) not in FLOATS or len(constant.shape) > rank.get_length():
+        return None
+    return add if [*constant.shape][-1:] == [found.shape[0]] and np.prod(constant.shape) == found.shape[0] else None
+
+
+def _blob_constant(weight: Weight, bias: Node | None, name: str) -> Node:
+    from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
+
+    constant = bias and bias_constant(bias)
+    if constant is not None:
+        weight = replace(weight, bias=elements(constant).astype(np.float32))
+    node = ov.op.Constant(native.pack(weight, dense=bool(weight.sparsity < _MASK_PAYS[weight.kind])))
+    node.set_friendly_name(f"{name}/blob")
+    return node
+
+
+def _used_elsewhere(constant: Node) -> bool:
+    """:return: True when something else than a MatMul reads a weight: the embedding of a model with a tied lm_head."""
+    pending = [constant]
+    while pending:
+        for port in pending.pop().output(0).get_target_inputs():
+            kind = port.get_node().get_type_name()
+            if kind in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
+                pending.append(port.get_node())
+            elif kind != "MatMul":
+                return True
+    return False
+
+
+def _redirect(old: Node, new: Node) -> None:
+    """Give all consumers and tensor names of a node to another one."""
+    new.output(0).set_names(old.output(0).get_names())
+    for port in list(old.output(0).get_target_inputs()):
+        port.replace_source_output(new.output(0))
+
+
+def _is_packed(node: Node) -> bool:
+    return node.get_type_name() == OPERATION and node.get_type_info().version_id == "ov_ext"
+
+
+def _package_version() -> str:
+    try:
+        return version("nncf-ext")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"

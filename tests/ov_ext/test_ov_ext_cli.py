@@ -1,0 +1,152 @@
+"""`ov-ext`: complete folders, written whole or not at all; mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import openvino as ov
+import pytest
+from typer.testing import CliRunner, Result
+
+import ov_ext
+from ov_ext import cli, runtime
+from ov_ext.folder import FolderExistsError, whole_folder
+from tests.ov_ext.ir_forms import Form, build, signature
+
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two IRs (the second dense), files of other kinds, a sub-folder; no tokenizer."""
+    source = tmp_path / "in"
+    (source / "assets").mkdir(parents=True)
+    ov_ext.save_model(build(Form("i4", 128, bias="f32"), n=128).model, source / "openvino_model.xml")
+    ov_ext.save_model(build(Form("i8"), n=128, sparsity=0.1).model, source / "openvino_vision.xml")
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    (source / "assets" / "note.txt").write_text("kept")
+    return source
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_info() -> None:
+    result = run("info", "--json")
+    facts = json.loads(result.stdout)
+    assert result.exit_code == 0 and facts["extension"] == "ok" and facts["kernels"][-1] == "reference"
+    assert {"features", "amx_permission", "selected", "openvino", "built_for"} <= facts.keys()
+    assert "kernels" in run("info").stdout
+
+
+def test_info_explains_a_wrong_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_built_for", lambda: "2025.9.9")
+    result = run("info", "--json")
+    assert result.exit_code == 1 and "built for OpenVINO 2025.9.9" in json.loads(result.stdout)["extension"]
+
+
+def test_pack_and_unpack(folder: Path, tmp_path: Path, core: ov.Core) -> None:
+    packed = run("pack", folder, tmp_path / "packed", "--report", tmp_path / "report.json")
+    assert packed.exit_code == 0, packed.output
+    assert "1 of 1 weights packed" in packed.stdout and "too few zeros" in packed.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [report[name]["layers"][0]["replaced"] for name in ("openvino_model.xml", "openvino_vision.xml")] == [
+        True,
+        False,
+    ]
+    before, after = files(folder), files(tmp_path / "packed")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"openvino_model.xml", "openvino_model.bin"}  # what needs no change is copied byte by byte
+
+    restored = run("unpack", tmp_path / "packed", tmp_path / "restored")
+    assert restored.exit_code == 0 and "Restored openvino_model.xml" in restored.stdout
+    name = "openvino_model.xml"
+    assert signature(core.read_model(tmp_path / "restored" / name)) == signature(core.read_model(folder / name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "packed", "report.json", "restored"]
+
+
+def test_options_reach_the_policy(folder: Path, tmp_path: Path, core: ov.Core) -> None:
+    options = ("--activation-group", "-1", "--target", "avx2", "--min-sparsity", "0.05")
+    assert run("pack", folder, tmp_path / "out", *options).exit_code == 0
+    for name in ("openvino_model.xml", "openvino_vision.xml"):
+        model = core.read_model(tmp_path / "out" / name)
+        assert model.get_rt_info(["ov_ext", "target"]).value == "avx2"
+        sparse = next(node for node in model.get_ops() if node.get_type_name() == "SparseMatMul")
+        assert sparse.get_attributes()["activation_group"] == -1
+    assert "Nothing was packed" in run("pack", folder, tmp_path / "none", "--ignore", "lay*").stdout
+    assert files(tmp_path / "none") == files(folder)
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
+    assert run("pack", folder, tmp_path / "packed").exit_code == 0
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    for arguments, message in (
+        (("pack", tmp_path / "empty", tmp_path / "out"), "holds no OpenVINO model"),
+        (("pack", tmp_path / "nowhere", tmp_path / "out"), "holds no OpenVINO model"),
+        (("pack", folder, tmp_path / "packed"), "exists. Choose another folder, or pass --overwrite"),
+        (("pack", folder, tmp_path / "letters", "--overwrite"), "holds no OpenVINO model, so it is not overwritten"),
+        (("pack", tmp_path / "packed", tmp_path / "out"), "1 packed weights already"),
+        (("pack", folder, tmp_path / "out", "--min-sparsity", "2"), "between 0 and 1"),
+        (("pack", folder, tmp_path / "out", "--target", "neon"), "got 'neon'"),
+        (("generate", folder, "--prompt", "x"), "lacks openvino_tokenizer.xml"),
+        (("bench", folder), "is no stateful language model"),
+        (("bench", tmp_path / "empty"), "openvino_model.xml is needed"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1 and message in " ".join(result.output.split()), result.output
+        assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists() and (tmp_path / "letters" / "letter.txt").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no drafts left
+
+
+def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("pack", folder, out).exit_code == 0
+    old = files(out)
+    with pytest.raises(KeyboardInterrupt), whole_folder(out, overwrite=True) as draft:
+        (draft / "half.xml").write_text("half")
+        assert files(out) == old
+        raise KeyboardInterrupt
+    assert files(out) == old
+    assert run("pack", folder, out, "--overwrite", "--activation-group", "0").exit_code == 0
+    assert files(out) != old and files(out).keys() == old.keys()
+    with pytest.raises(FolderExistsError), whole_folder(tmp_path / "new") as draft:
+        (draft / "a").write_text("a")
+        (tmp_path / "new").mkdir()  # somebody else was faster
+        (tmp_path / "new" / "b").write_text("b")
+    assert files(tmp_path / "new") == {"b": b"b"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_in_place(folder: Path) -> None:
+    """IN may be OUT: the IR is mapped while it is read, and replaced only at the end."""
+    assert run("pack", folder, folder, "--overwrite").exit_code == 0
+    result = run("pack", folder, folder, "--overwrite")
+    assert result.exit_code == 1 and "packed weights already" in " ".join(result.output.split())
+
+
+def test_a_language_model_from_end_to_end(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Pack adds the tokenizer IRs that IN lacks; generate and bench run on the result."""
+    source = tmp_path / "in"
+    shutil.copytree(folders["int4"], source, ignore=shutil.ignore_patterns("openvino_*tokenizer*"))
+    assert run("pack", source, tmp_path / "packed").exit_code == 0
+    for name in ("openvino_tokenizer.xml", "openvino_detokenizer.bin", "generation_config.json"):
+        assert (tmp_path / "packed" / name).exists()
+    result = run("generate", tmp_path / "packed", "--prompt", "def f(x):", "--max-new-tokens", "8")
+    assert result.exit_code == 0 and result.stdout.strip()
+    options = ("--tokens", "4", "--prompt", "8", "--rounds", "1")
+    records = json.loads(run("bench", tmp_path / "packed", "--against", source, *options, "--json").stdout)
+    assert [record["folder"] for record in records] == [str(source), str(tmp_path / "packed")]
+    assert records[0]["ratio"] == 1.0 and all(record["ms_per_token"] > 0 for record in records)
+    assert all(record["resident_mib"] > 10 for record in records)
+    assert "tokens/s" in run("bench", tmp_path / "packed", *options).stdout

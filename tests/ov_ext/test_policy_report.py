@@ -1,0 +1,107 @@
+"""Options are checked where they are given, and the report tells every layer's story."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset1
+
+import ov_ext
+from ov_ext.policy import BREAK_EVEN
+from tests.ov_ext.ir_forms import bf16_values, constant
+
+
+def layers(*sparsity: float) -> ov.Model:
+    """A chain of [128, 128] f32 layers, named by position."""
+    rng = np.random.default_rng(0)
+    x = node = opset1.parameter([-1, 128], ov.Type.f32)
+    for i, zeros in enumerate(sparsity):
+        keep = np.arange(128 * 128).reshape(128, 128) >= round(zeros * 128 * 128)
+        weight = constant(np.where(keep, bf16_values(rng, 128, 128), np.float32(0)), "f32", f"w{i}")
+        node = opset1.matmul(node, weight, False, True, name=f"layer{i}")
+    return ov.Model([node], [x], "m")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"min_sparsity": 1.5}, "between 0 and 1, got 1.5"),
+        ({"min_sparsity": -0.1}, "between 0 and 1"),
+        ({"activation_group": 32}, "0, 64, 128 or -1"),
+        ({"target": "neon"}, "this-cpu, amx, avx512, avx2 or reference, got 'neon'"),
+        ({"min_weights": -1}, "number of elements"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ov_ext.SparsePolicy(**options)
+
+
+def test_report() -> None:
+    model, report = ov_ext.pack_sparse_weights(layers(0.5, 0.1, 0.9), ov_ext.SparsePolicy(target="avx2"))
+    assert [layer.name for layer in report.layers] == ["layer0", "layer1", "layer2"]
+    assert [layer.replaced for layer in report.layers] == [True, False, True]
+    assert [layer.sparsity for layer in report.layers] == pytest.approx([0.5, 0.1, 0.9], abs=1e-3)
+    assert all(layer.kind == "f32" and layer.shape == (128, 128) for layer in report.layers)
+    blobs = [n.input_value(1).get_node() for n in model.get_ordered_ops() if n.get_type_name() == "SparseMatMul"]
+    sizes = [blob.get_byte_size() for blob in blobs]
+    assert [layer.bytes_after for layer in report.layers] == [sizes[0], 128 * 128 * 4, sizes[1]]
+    assert report.bytes_before == 3 * 128 * 128 * 4 and report.bytes_after == sum(sizes) + 128 * 128 * 4
+    assert report.replaced == (report.layers[0], report.layers[2])
+    text = str(report)
+    for part in ("layer0", "128x128", "50.0%", "too few zeros: 20% are needed", "2 of 3 weights packed", "avx2"):
+        assert part in text
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["target"] == "avx2" and plain["layers"][1]["note"] == report.layers[1].note
+
+
+def test_long_notes_are_listed_once() -> None:
+    x = opset1.parameter([1, 4, 64], ov.Type.f32)
+    rows = opset1.matmul(x, constant(np.ones((1, 64, 64)), "f32", "a"), False, True)
+    model = ov.Model([opset1.matmul(rows, constant(np.ones((1, 64, 64)), "f32", "b"), False, True)], [x], "m")
+    report = ov_ext.pack_sparse_weights(model)[1]
+    assert str(report).count(report.layers[0].note) == 1 and str(report).count("[1]") == 3
+
+
+def test_what_the_model_says_about_itself() -> None:
+    model, _ = ov_ext.pack_sparse_weights(layers(0.5), ov_ext.SparsePolicy(activation_group=-1))
+    said = {
+        key: str(model.get_rt_info(["ov_ext", key]).value) for key in ("format", "format_version", "version", "target")
+    }
+    assert said["format"] == "SPW1" and said["format_version"] == "1" and said["version"]
+    assert said["target"] in ("reference", "avx2", "avx512", "amx")  # this-cpu is resolved: another CPU reads it
+    assert int(model.get_rt_info(["ov_ext", "activation_group"]).value) == -1
+
+
+@pytest.mark.parametrize(
+    "asked, weight_group, given", [(128, 128, 128), (64, 128, 128), (64, 64, 64), (0, 128, 0), (-1, 64, -1)]
+)
+def test_activation_groups_are_not_finer_than_weight_groups(asked: int, weight_group: int, given: int) -> None:
+    from tests.ov_ext.ir_forms import Form, build
+
+    policy = ov_ext.SparsePolicy(activation_group=asked, min_weights=0)
+    model, _ = ov_ext.pack_sparse_weights(build(Form("i4", weight_group)).model, policy)
+    sparse = next(node for node in model.get_ops() if node.get_type_name() == "SparseMatMul")
+    assert sparse.get_attributes()["activation_group"] == given
+
+
+@pytest.mark.parametrize(
+    "kind, stock_bytes, fixed_bytes, value_bytes",
+    [("bf16", 2, 0.125, 2), ("int8", 1, 0.14, 1), ("int4", 0.516, 0.156, 0.5)],
+)
+def test_break_even_saves_a_seventh(kind: str, stock_bytes: float, fixed_bytes: float, value_bytes: float) -> None:
+    """The thresholds follow from bytes a weight: 1.15 times smaller, not more than a few points beyond."""
+    ratios = [stock_bytes / (fixed_bytes + value_bytes * (1 - s)) for s in (BREAK_EVEN[kind], BREAK_EVEN[kind] - 0.05)]
+    assert ratios[0] >= 1.15 > ratios[1] - 0.02
+
+
+def test_dense_weights_need_no_mask() -> None:
+    """min_sparsity=0 packs everything; a weight without zeros is stored without a bitmap."""
+    model, report = ov_ext.pack_sparse_weights(layers(0.0, 0.5), ov_ext.SparsePolicy(min_sparsity=0.0))
+    assert report.layers[0].bytes_after < 128 * 128 * 2 + 1024  # values, directory, header
+    assert report.layers[1].bytes_after > 128 * 128 * (1 + 0.125)  # half of the values, and the mask
