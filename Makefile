@@ -22,16 +22,17 @@ lint: $(VENV)/.built
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-# PyTorch goes first so that its CPU build is the one that stays. optimum-intel declares torchvision, whose default build
-# needs CUDA's PyTorch and breaks `import transformers` beside the CPU build: it is removed unless it imports.
+# PyTorch goes first, alone, so that the build pip is configured for is the one that stays. optimum-intel declares torchvision,
+# whose CUDA build breaks `import transformers` beside a CPU build of PyTorch: it is removed unless it imports.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[test]' 'torch==2.13.0'
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
-	touch $@
+	touch $@ && touch $(VENV)/.built
 
+# The installation above has built the extension too: this is for changed sources.
 $(VENV)/.built: $(VENV)/.installed $(CPP)
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@

@@ -105,11 +105,13 @@ def test_any_number_of_threads_gives_the_same_bits(kernel: str, kind: str, group
 
 
 @pytest.mark.parametrize("kind, group", KIND_GROUPS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(kernel: str, kind: str, group: int) -> None:
-    blob = native.pack(make_weight(kind, 100, 600, group=group))
-    x = np.random.default_rng(3).standard_normal((7, 600)).astype(np.float32)
-    together = native.matmul(x, blob, isa=kernel)
-    assert np.array_equal(together, np.concatenate([native.matmul(row[None], blob, isa=kernel) for row in x]))
+@pytest.mark.parametrize("activation_group", [0, 128])
+def test_a_row_does_not_depend_on_the_rows_beside_it(kernel: str, kind: str, group: int, activation_group: int) -> None:
+    blob = native.pack(make_weight(kind, 20, 300, group=group))
+    x = np.random.default_rng(3).standard_normal((143, 300)).astype(np.float32)  # strips of 64, runs of 8, 4 and 3
+    together = native.matmul(x, blob, activation_group, isa=kernel)
+    alone = [native.matmul(row[None], blob, activation_group, isa=kernel) for row in x]
+    assert np.array_equal(together, np.concatenate(alone))
 
 
 @pytest.mark.parametrize("kind, group", KIND_GROUPS)

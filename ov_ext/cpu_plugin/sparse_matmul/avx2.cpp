@@ -152,7 +152,7 @@ void multiply_rows(const BlobView& w, const Activations& a, uint64_t block, uint
     for (uint64_t chunk = first; chunk < last; chunk++) {
         const uint64_t begin = chunk * tiles_per_chunk, end = begin + tiles_per_chunk < w.tiles ? begin + tiles_per_chunk : w.tiles;
         const uint8_t* run = w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk));
-        Stream<kind, dense> stream{w.masks + (block * w.tiles + begin) * 64 * mask_bytes, run, run};
+        Stream<kind, dense> stream{dense ? nullptr : w.masks + (block * w.tiles + begin) * 64 * mask_bytes, run, run};
         alignas(32) float sums[M][64] = {};
         for (uint64_t tile = begin; tile < end;) {
             alignas(32) int32_t integers[M][64] = {};

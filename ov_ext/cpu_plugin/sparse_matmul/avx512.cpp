@@ -87,7 +87,7 @@ struct Register<Input::u8> {
 // Accumulators of one panel, M rows of activations. Several per row hide the latency of the dot products.
 template <Input input, Kind kind, int M>
 struct Panel {
-    static constexpr int lanes = input == Input::f32 && M <= 4 ? 4 : 2;  // all of them fit the 32 registers
+    static constexpr int lanes = input == Input::f32 ? 4 : 2;  // the same for every M: a row's bits do not depend on its company
     using R = typename Register<input>::type;
     R sum[M][lanes];
 
@@ -110,17 +110,16 @@ struct Panel {
         } else if constexpr (kind == Kind::bf16) {
             const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(row, 16));
             const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(row, _mm512_set1_epi32(int(0xFFFF0000))));
-            constexpr int lane = lanes == 4 ? 2 * parity : 0;
             for (int m = 0; m < M; m++) {
-                sum[m][lane] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride)), first, sum[m][lane]);
-                sum[m][lane + 1] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride + 4)), second, sum[m][lane + 1]);
+                sum[m][2 * parity] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride)), first, sum[m][2 * parity]);
+                sum[m][2 * parity + 1] =
+                    _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride + 4)), second, sum[m][2 * parity + 1]);
             }
         } else {
             for (int j = 0; j < 4; j++) {
                 const __m512 w = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(row, _mm_cvtsi32_si128(24 - 8 * j)), 24));
                 for (int m = 0; m < M; m++)
-                    sum[m][j % lanes] =
-                        _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride + 4 * j)), w, sum[m][j % lanes]);
+                    sum[m][j] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(x + m * stride + 4 * j)), w, sum[m][j]);
             }
         }
     }
@@ -160,7 +159,7 @@ void multiply_rows(const BlobView& w, const Activations& a, uint64_t block, uint
     for (uint64_t chunk = first; chunk < last; chunk++) {
         const uint64_t begin = chunk * tiles_per_chunk, end = begin + tiles_per_chunk < w.tiles ? begin + tiles_per_chunk : w.tiles;
         const uint8_t* run = w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk));
-        Stream<kind, dense> stream{w.masks + (block * w.tiles + begin) * 64 * mask_bytes, run, run};
+        Stream<kind, dense> stream{dense ? nullptr : w.masks + (block * w.tiles + begin) * 64 * mask_bytes, run, run};
         __m512 sums[4][M];  // of this chunk
         for (int p = 0; p < 4; p++)
             for (int m = 0; m < M; m++)
@@ -231,7 +230,7 @@ RowsFunction by_rows(uint64_t rows) {
         case 2: return multiply_rows<kind, dense, input, 2>;
         case 3: return multiply_rows<kind, dense, input, 3>;
         case 4: return multiply_rows<kind, dense, input, 4>;
-        default: return multiply_rows<kind, dense, input, 8>;
+        default: return multiply_rows<kind, dense, input, input == Input::f32 ? 4 : 8>;
     }
 }
 
@@ -253,8 +252,10 @@ RowsFunction choose(const BlobView& w, const Activations& a, uint64_t rows) {
 
 void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
               float* out) {
-    while (rows) {  // in runs of 8, else 4, else what is left
-        const uint64_t some = rows >= 8 ? 8 : rows > 4 ? 4 : rows;
+    // In runs of 8, else 4, else what is left. Eight rows of f32 sums do not fit the 32 registers.
+    const uint64_t widest = a.integer || (w.kind == Kind::bf16 && bf16_pairs(a.group)) ? 8 : 4;
+    while (rows) {
+        const uint64_t some = rows >= widest ? widest : rows > 4 ? 4 : rows;
         choose(w, a, some)(w, a, block, first, last, row, out);
         row += some, rows -= some, out += some * 64;
     }

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
 #include "../support/bandwidth.hpp"
@@ -73,11 +74,9 @@ OV_EXT_API int ov_ext_describe(const uint8_t* blob, uint64_t bytes, OvExtBlob* o
     });
 }
 
+// The blob must have passed ov_ext_validate.
 OV_EXT_API int ov_ext_unpack(const uint8_t* blob, uint64_t bytes, void* values, void* scales, float* bias) {
-    return guarded([&] {
-        validate(blob, bytes);
-        unpack(parse(blob, bytes), values, scales, bias);
-    });
+    return guarded([&] { unpack(parse(blob, bytes), values, scales, bias); });
 }
 
 // isa: kernel name, or null for the selected one. threads: 0 = the arena of the caller.
@@ -102,6 +101,8 @@ OV_EXT_API int ov_ext_matmul(const void* x, int x_is_bf16, uint64_t rows, const 
 // Reads a buffer of `bytes` with `threads` threads (0 = the arena of the caller) `repeats` times; gives the best and the median GB/s.
 OV_EXT_API int ov_ext_read_bandwidth(uint64_t bytes, int threads, int repeats, double* best, double* median) {
     return guarded([&] {
+        if (bytes < 4096 || repeats < 1)
+            throw std::invalid_argument("a read bandwidth needs at least 4096 bytes and one repeat");
         const ov_ext::ReadBandwidth result = ov_ext::read_bandwidth(bytes, threads, repeats);
         *best = result.best, *median = result.median;
     });

@@ -119,7 +119,8 @@ inline void for_blocks(uint64_t blocks, const Body& body) {
         throw InvalidBlob(error);
 }
 
-inline BlobView view_of(const uint8_t* blob, const Header& h, const Layout& at) {
+// Sizes only; the addresses are null.
+inline BlobView geometry_of(const Header& h) {
     BlobView w{};
     w.kind = Kind(h.kind);
     w.dense = h.flags & dense_flag;
@@ -132,6 +133,11 @@ inline BlobView view_of(const uint8_t* blob, const Header& h, const Layout& at) 
     w.tiles = h.k_pad / (16 * w.row_k);
     w.chunks = (h.k_pad + chunk_k - 1) / chunk_k;
     w.nnz = h.nnz;
+    return w;
+}
+
+inline BlobView view_of(const uint8_t* blob, const Header& h, const Layout& at) {
+    BlobView w = geometry_of(h);
     w.directory = blob + at.dir;
     w.masks = at.mask ? blob + at.mask : nullptr;
     w.values = blob + at.val;

@@ -90,6 +90,7 @@ def unpack(blob: np.ndarray) -> Weight:
     :raises ValueError: The blob is malformed.
     """
     blob, data, size = _bytes(blob)
+    _call("ov_ext_validate", data, size)  # before memory is allocated for sizes that a small file may claim
     about = _BlobDescription()
     _call("ov_ext_describe", data, size, ctypes.byref(about))
     kind = {number: name for name, number in KINDS.items()}[about.kind]
@@ -139,7 +140,9 @@ def read_bandwidth(size: int = 512 << 20, threads: int = 0, repeats: int = 7) ->
 
     :param size: Bytes of the buffer; several times the last-level cache for a figure about memory.
     :param threads: 0 = all of the calling arena.
+    :param repeats: Readings, at least 1.
     :return: Best and median GB/s (10^9 bytes per second).
+    :raises ValueError: Fewer than 4096 bytes or no reading asked for.
     """
     best, median = ctypes.c_double(), ctypes.c_double()
     _call("ov_ext_read_bandwidth", ctypes.c_uint64(size), threads, repeats, ctypes.byref(best), ctypes.byref(median))

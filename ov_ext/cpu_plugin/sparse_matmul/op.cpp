@@ -9,21 +9,29 @@
 
 namespace ov_ext::sparse_matmul {
 
-// A verdict is kept only for a Constant input, whose memory lives as long as the graph: for anything else an address proves nothing.
+// Which memory was found valid. Kept for a Constant input only, and together with that Constant: an address alone proves nothing, the
+// next blob may be mapped to it. Clones start without verdicts. Plugins may show a copy of the Constant, or one a stream.
 struct SparseMatMul::Verdicts {
-    bool known(const void* blob, size_t bytes) {
+    bool known(const ov::Node* constant, const void* blob, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex);
-        for (const auto& [address, size] : valid)
-            if (address == blob && size == bytes)
+        for (const Entry& entry : valid)
+            if (entry.constant.get() == constant && entry.address == blob && entry.bytes == bytes)
                 return true;
         return false;
     }
-    void add(const void* blob, size_t bytes) {
+    void add(std::shared_ptr<const ov::Node> constant, const void* blob, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex);
-        valid.emplace_back(blob, bytes);
+        valid.push_back({std::move(constant), blob, bytes});
     }
+
+  private:
+    struct Entry {
+        std::shared_ptr<const ov::Node> constant;
+        const void* address;
+        size_t bytes;
+    };
     std::mutex mutex;
-    std::vector<std::pair<const void*, size_t>> valid;
+    std::vector<Entry> valid;
 };
 
 std::shared_ptr<SparseMatMul::Verdicts> SparseMatMul::make_verdicts() { return std::make_shared<Verdicts>(); }
@@ -74,7 +82,6 @@ std::shared_ptr<ov::Node> SparseMatMul::clone_with_new_inputs(const ov::OutputVe
     auto clone = std::make_shared<SparseMatMul>();
     clone->m_n = m_n, clone->m_k = m_k, clone->m_activation_group = m_activation_group;
     clone->m_kind = m_kind, clone->m_epilogue = m_epilogue, clone->m_source = m_source;
-    clone->m_verdicts = m_verdicts;
     clone->set_arguments(inputs);
     clone->validate_and_infer_types();
     return clone;
@@ -105,11 +112,11 @@ bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
     try {
         const BlobView w = parse(bytes, blob.get_byte_size());
         const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(1));
-        if (!is_constant || !m_verdicts->known(bytes, blob.get_byte_size())) {
+        if (!is_constant || !m_verdicts->known(get_input_node_ptr(1), bytes, blob.get_byte_size())) {
             check_against_attributes(w, m_n, m_k, m_kind, m_activation_group);
             validate_content(w);
             if (is_constant)
-                m_verdicts->add(bytes, blob.get_byte_size());
+                m_verdicts->add(get_input_node_shared_ptr(1), bytes, blob.get_byte_size());
         }
         matmul(w, selected_kernel(), x.data(), is_bf16, rows, m_activation_group, outputs[0].data());
     } catch (const InvalidBlob& error) {

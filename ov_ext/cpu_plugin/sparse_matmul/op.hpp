@@ -27,7 +27,7 @@ class SparseMatMul : public ov::op::Op {
     bool can_constant_fold(const ov::OutputVector&) const override { return false; }
 
   private:
-    struct Verdicts;  // which constant blobs were found valid; shared by an operation and its clones
+    struct Verdicts;  // which constant blobs were found valid
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
     std::string m_kind, m_epilogue, m_source;
     std::shared_ptr<Verdicts> m_verdicts = make_verdicts();

@@ -128,8 +128,7 @@ std::vector<uint64_t> directory_of(const PlainWeight& p, const BlobView& w) {
 uint64_t packed_bytes(const PlainWeight& p) {
     const Header h = header_of(p);
     const Layout at = layout_of(p.kind, p.dense, h.flags & f32_scales, p.bias, h.n, h.n_pad, h.k_pad, h.group);
-    const BlobView w = view_of(nullptr, h, at);
-    return at.val + directory_of(p, w).back() + alignment;
+    return at.val + directory_of(p, geometry_of(h)).back() + alignment;
 }
 
 void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {

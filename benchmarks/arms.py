@@ -1,0 +1,117 @@
+"""The two arms of every comparison: a stock model and its packed twin, compiled with the same settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import openvino as ov
+
+import ov_ext
+from benchmarks.llama import HEAD
+from ov_ext.policy import PackReport
+
+# OpenVINO fuses the linear layers of a stock graph into these.
+_LINEAR_TYPES = ("FullyConnected", "LLMMLP", "QKVProjection")
+_WEIGHT_TYPE = {"bf16": "bf16", "int8": "i8", "int4": "i4"}
+
+# Values of DYNAMIC_QUANTIZATION_GROUP_SIZE to try for each kind of stock weights; the fastest one counts.
+GROUPS = {"bf16": ("default",), "int8": ("default", "128"), "int4": ("default", "128")}
+
+
+class UnfairComparison(RuntimeError):
+    """An arm does not run what it is meant to run, so its times would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both arms share.
+
+    :param threads: INFERENCE_NUM_THREADS; 0 = every CPU this process may use.
+    :param precision: INFERENCE_PRECISION_HINT: ``"bf16"``, ``"f32"``, or "" for the device's default.
+    """
+
+    threads: int = 0
+    precision: str = ""
+
+    @property
+    def thread_count(self) -> int:
+        """Threads of each arm."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+    def properties(self) -> dict[str, str]:
+        """:return: OpenVINO properties."""
+        hint = {"INFERENCE_PRECISION_HINT": self.precision} if self.precision else {}
+        return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(self.thread_count), **hint}
+
+
+def core() -> ov.Core:
+    """:return: A Core that knows the packed operations and keeps no model cache."""
+    return ov_ext.add_extension(ov.Core())
+
+
+def pack(model: ov.Model, sparse_head: bool = False) -> PackReport:
+    """Pack every linear layer in place, whatever its sparsity; lm_head only on request.
+
+    :raises UnfairComparison: A layer was left out.
+    """
+    ignored = () if sparse_head else (HEAD,)
+    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, ignored_names=ignored)
+    _, report = ov_ext.pack_sparse_weights(model, policy)
+    left = [layer for layer in report.layers if not layer.replaced and layer.name not in ignored]
+    if left:
+        raise UnfairComparison(f"{left[0].name} was not packed ({left[0].note}), nor were {len(left) - 1} others.")
+    return report
+
+
+def compile_model(model: ov.Model | Path, settings: Settings, group: str = "default") -> ov.CompiledModel:
+    """Compile one arm.
+
+    :param model: Model, or path of its IR, which is then mapped into memory.
+    :param settings: What all arms share.
+    :param group: Key of :data:`GROUPS`: a DYNAMIC_QUANTIZATION_GROUP_SIZE.
+    """
+    extra = {} if group == "default" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
+    return core().compile_model(model, "CPU", settings.properties() | extra)
+
+
+def precision(compiled: ov.CompiledModel) -> str:
+    """:return: Element type in which a compiled model computes by default."""
+    return str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+
+
+def linear_primitives(compiled: ov.CompiledModel) -> dict[str, tuple[str, str, str]]:
+    """What became of the linear layers of a stock model.
+
+    :return: By friendly name of the MatMul: layer type, primitive, element type of its weight at run time.
+    """
+    found = {}
+    for node in compiled.get_runtime_model().get_ops():
+        layer, primitive, precision = (_info(node, key) for key in ("layerType", "primitiveType", "runtimePrecision"))
+        if layer in _LINEAR_TYPES:
+            weights = {port.get_node().get_output_element_type(0).get_type_name() for port in node.input_values()[1:]}
+            kept = weights & {"i8", "i4", "bf16"} or {precision}
+            for name in _info(node, "originalLayersNames").split(","):
+                found[name] = (layer, primitive, "+".join(sorted(kept)))
+    return found
+
+
+def check_compressed(compiled: ov.CompiledModel, kind: str, names: Iterable[str]) -> None:
+    """Make sure that a stock model multiplies weights in the form it stores them.
+
+    :raises UnfairComparison: A layer is missing among the linear primitives, or its weight was expanded.
+    """
+    primitives = linear_primitives(compiled)
+    for name in names:
+        if name not in primitives:
+            raise UnfairComparison(f"OpenVINO runs {name} as something else than {', '.join(_LINEAR_TYPES)}.")
+        layer, primitive, element = primitives[name]
+        if element != _WEIGHT_TYPE[kind]:
+            raise UnfairComparison(f"OpenVINO holds {name} ({layer}, {primitive}) as {element}, not as {kind}.")
+
+
+def _info(node: ov.Node, key: str) -> str:
+    info = node.get_rt_info()
+    return str(info[key].astype(str)) if key in info else ""
