@@ -27,7 +27,7 @@ LAYERS = (
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs when a module is imported: everything but the bodies of functions and what is for type checkers only."""
+    """What runs when a module is imported: not the bodies of functions, nor what is for type checkers only."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue

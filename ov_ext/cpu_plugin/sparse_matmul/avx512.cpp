@@ -66,8 +66,13 @@ struct Stream {
         return _mm512_maskz_expand_epi8(mask, row);
     }
 
+    // Called every four rows, which consume two lines of values at half density (int4: one). Hardware prefetching alone stops at every
+    // page; these distances were 1.2 times faster for bf16 and int8 than one line at 1536.
     INLINE void prefetch() const {
-        _mm_prefetch(reinterpret_cast<const char*>(values) + 1536, _MM_HINT_T0);
+        const char* ahead = reinterpret_cast<const char*>(values) + 2048;
+        _mm_prefetch(ahead, _MM_HINT_T0);
+        if (kind != Kind::int4)
+            _mm_prefetch(ahead + 64, _MM_HINT_T0);
         if (!dense)
             _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
     }

@@ -1,0 +1,342 @@
+"""
+Sparse weights, layer by layer.
+
+For each unit of layers (a block, as a rule): see the inputs its layers get from the compressed blocks before; zero and
+round their weights; put the new weights in; let the unit's new outputs feed the next. A unit is put in whole or not at
+all, so an interrupted run leaves a model of which the first units are compressed and the others untouched.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import nncf
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from nncf_ext.algorithms.sparse_weights.journal import Journal, LayerResult, digest
+from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
+from nncf_ext.algorithms.sparse_weights.solver import (
+    AdaptiveMask,
+    FixedMask,
+    Solution,
+    dead_columns,
+    inverse_factor,
+    solve,
+)
+from nncf_ext.calibration.statistics import InputStatistics
+from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, observe_inputs, read_items
+from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
+from nncf_ext.parameters import CompressMode
+from nncf_ext.structure.blocks import Survey
+from nncf_ext.structure.grid import check_hookable, decompressors, dequantize, pack, unpack, weight_hooks
+from nncf_ext.structure.records import LayerRecord, set_record
+from nncf_ext.upstream import HOOKS_PREFIX
+
+logger = logging.getLogger("nncf_ext")
+
+MODES = (CompressMode.SPARSE_MAGNITUDE, CompressMode.SPARSE_WANDA, CompressMode.SPARSE_GPT)
+
+
+class SparseWeights:
+    """
+    One run of a sparse-weights mode. Everything is checked on construction; :meth:`apply` does the work.
+
+    :param mode: SPARSE_MAGNITUDE, SPARSE_WANDA or SPARSE_GPT.
+    :param ratio: Fraction of each layer's weights to zero, 0 <= ratio < 1.
+    :param dataset: Calibration data, or None for magnitude without quantization.
+    :param subset_size: Number of calibration items to use.
+    :param resume: Folder of a journal, or None.
+    :param parameters: Everything else.
+    :raises nncf.ValidationError: Parameters contradict each other, or data is missing or empty.
+    :raises nncf.ParameterNotSupportedError: A parameter is not supported.
+    """
+
+    def __init__(
+        self,
+        mode: CompressMode,
+        ratio: float,
+        dataset: nncf.Dataset | None,
+        subset_size: int,
+        resume: str | os.PathLike[str] | None,
+        parameters: AdvancedSparseWeightsParameters,
+    ) -> None:
+        parameters.check(ratio)
+        self._mode = mode
+        self._ratio = ratio
+        self._parameters = parameters
+        self._resume = resume
+        self._pattern = parameters.keep_and_run
+        self._quantize = parameters.quantization is not None
+        self._items: list[Any] = []
+        if mode is not CompressMode.SPARSE_MAGNITUDE or self._quantize:
+            what = f"{mode.value}{' with quantization' if self._quantize else ''}"
+            if dataset is None:
+                msg = f"{what} looks at the inputs of each layer and needs a dataset; got None."
+                raise nncf.ValidationError(msg)
+            self._items = read_items(dataset, subset_size)
+
+    def check(self, model: nn.Module, survey: Survey) -> None:
+        """
+        Refuses what cannot work, before any weight is touched.
+
+        :param model: The model to compress.
+        :param survey: Its weights.
+        :raises nncf.ValidationError: A layer is already compressed, not finite, or does not fit the pattern.
+        :raises nncf.InvalidGroupSizeError: A layer does not fit the group size.
+        :raises nncf.UnsupportedModelError: There is nothing to compress, or NNCF cannot hook the model.
+        """
+        targets = survey.targets
+        if not targets:
+            kinds = sorted({weight.untouched for weight in survey.weights if weight.untouched})
+            msg = (
+                f"{type(model).__name__} has no linear layer that can be compressed. Its {len(survey.weights)} weights "
+                f"are left out as: {'; '.join(kinds) or 'there are none'}."
+            )
+            raise nncf.ValidationError(msg)
+        if self._quantize:
+            check_hookable(model)
+        self._check_fresh(model, targets)
+        if self._pattern is not None:
+            misfits = [name for name, layer in targets.items() if layer.in_features % self._pattern[1]]
+            if misfits:
+                msg = (
+                    f"Pattern {self._parameters.pattern} needs in_features divisible by {self._pattern[1]}; not so in "
+                    f"{_some(misfits)}. Put them into the ignored scope or choose another pattern."
+                )
+                raise nncf.ValidationError(msg)
+        misfits = [name for name in targets if self._quantize and not self._fits_group(targets[name])]
+        if misfits:
+            other = 64 if self._parameters.group_size == 128 else 128
+            msg = (
+                f"in_features is no multiple of group size {self._parameters.group_size} in {_some(misfits)}. "
+                f"Use group_size={other}, put them into the ignored scope, or leave them floating with "
+                "group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE."
+            )
+            if self._parameters.group_size_fallback_mode == nncf.GroupSizeFallbackMode.ERROR:
+                raise nncf.InvalidGroupSizeError(msg)
+            if len(misfits) == len(targets):
+                raise nncf.ValidationError(msg.replace("Use", "No layer would be quantized. Use"))
+
+    def apply(self, model: nn.Module, survey: Survey) -> None:
+        """
+        Compresses the model in place.
+
+        :param model: The model.
+        :param survey: Its weights.
+        :raises KeyboardInterrupt: If interrupted, with the number of finished layers in its text.
+        """
+        targets = survey.targets
+        journal = None
+        if self._resume is not None:
+            journal = Journal(self._resume, self._header(model, survey))
+        packed = [name for name in targets if f"{name}.weight" in decompressors(model)]
+        foreign = sorted(set(packed) - (journal.layers() if journal is not None else set()))
+        if foreign:
+            raise nncf.ValidationError(_already_compressed(foreign[0], "INT4 codes, not from this journal"))
+        for name in packed:
+            unpack(model, f"{name}.weight")
+        done = 0
+        with evaluation(model), _progress() as progress:
+            units: Iterator[Unit]
+            if self._items:
+                stream = CalibrationStream(model, self._items, survey.block_lists, targets)
+                units, total = stream.units(), len(stream)
+            else:
+                units, total = _single_layers(targets), len(targets)
+            task = progress.add_task(f"Applying {self._mode.value}", total=total)
+            try:
+                for unit in units:
+                    self._compress_unit(model, unit, journal)
+                    done += len(unit.layers)
+                    progress.advance(task)
+                    logger.info("%s: %d of %d layers are compressed", unit.name, done, len(targets))
+            except KeyboardInterrupt as interrupt:
+                how = (
+                    f"resume={str(self._resume)!r} continues"
+                    if self._resume is not None
+                    else "a run with resume=FOLDER could have been continued"
+                )
+                msg = f"Interrupted: {done} of {len(targets)} layers are compressed, the others are untouched; {how}."
+                logger.warning(msg)
+                raise KeyboardInterrupt(msg) from interrupt
+
+    def _compress_unit(self, model: nn.Module, unit: Unit, journal: Journal | None) -> None:
+        if not unit.layers:
+            unit.advance()
+            return
+        originals = {name: layer.weight.data for name, layer in unit.layers.items()}
+        results = journal.load(unit.name, originals) if journal is not None else None
+        finished = results is not None
+        if results is None:
+            results = self._solve_unit(unit)
+        with ExitStack() as undo:
+            for name, layer in unit.layers.items():
+                undo.callback(layer.weight.requires_grad_, layer.weight.requires_grad)
+                undo.callback(setattr, layer.weight, "data", originals[name])
+                layer.weight.data = results[name].weight.to(originals[name].device)
+            unit.advance()
+            if journal is not None and not finished:
+                journal.store(unit.name, results, originals)
+            for name, layer in unit.layers.items():
+                codes, scales = results[name].codes, results[name].scales
+                undo.callback(set_record, layer, None)
+                set_record(layer, results[name].record)
+                if codes is not None and scales is not None:
+                    device = layer.weight.device
+                    handle = pack(model, f"{name}.weight", codes.to(device), scales.to(device))
+                    undo.callback(handle.remove)
+            undo.pop_all()
+
+    def _solve_unit(self, unit: Unit) -> dict[str, LayerResult]:
+        statistics: Mapping[str, InputStatistics] = {}
+        if self._items:
+            full = self._quantize or self._mode is CompressMode.SPARSE_GPT
+            statistics = observe_inputs(unit, full=full)
+        results: dict[str, LayerResult] = {}
+        factors: dict[int, torch.Tensor] = {}
+        for name, layer in unit.layers.items():
+            statistic = statistics.get(name)
+            if self._items and statistic is None:
+                logger.warning("%s saw no calibration token and is left untouched.", name)
+                record = LayerRecord(untouched="saw no calibration token", bytes_before=layer.weight.nbytes)
+                results[name] = LayerResult(layer.weight.detach(), None, None, record)
+                continue
+            solution = self._solve_layer(layer, statistic, factors)
+            results[name] = self._result(layer, statistic, solution)
+        return results
+
+    def _solve_layer(
+        self, layer: nn.Linear, statistic: InputStatistics | None, factors: dict[int, torch.Tensor]
+    ) -> Solution:
+        weight = layer.weight.detach().float().clone()
+        adaptive = self._mode is CompressMode.SPARSE_GPT
+        rounds = self._quantize and self._fits_group(layer)
+        if not adaptive and not rounds:
+            return Solution(weight.masked_fill_(self._row_mask(weight, statistic), 0.0))
+        if statistic is None:
+            msg = f"{self._mode} reached a column walk without input statistics."
+            raise nncf.InternalError(msg)
+        hessian = statistic.hessian
+        mask = None if adaptive else self._row_mask(weight, statistic)
+        weight[:, dead_columns(hessian)] = 0.0
+        zeros = weight == 0
+        choose: AdaptiveMask | FixedMask
+        if mask is not None:
+            choose = FixedMask(mask | zeros)
+        else:
+            choose = AdaptiveMask(zeros, self._ratio, *(self._pattern or (0, None)))
+        # Layers with the same inputs share the statistic, and so the factor.
+        if id(statistic) not in factors:
+            factors[id(statistic)] = inverse_factor(hessian, self._parameters.damping)
+        return solve(
+            weight,
+            factors[id(statistic)],
+            choose,
+            block_size=self._parameters.block_size,
+            group_size=self._parameters.group_size if rounds else None,
+            keep_prerounding=self._parameters.keep_prerounding and rounds,
+        )
+
+    def _row_mask(self, weight: torch.Tensor, statistic: InputStatistics | None) -> torch.Tensor:
+        if self._mode is CompressMode.SPARSE_WANDA and statistic is not None:
+            scores = wanda_score(weight, statistic.mean_square)
+        else:
+            scores = magnitude_score(weight)
+        if self._pattern is not None:
+            return pattern_mask(scores, *self._pattern)
+        return smallest_mask(scores, int(weight.shape[1] * self._ratio))
+
+    def _result(self, layer: nn.Linear, statistic: InputStatistics | None, solution: Solution) -> LayerResult:
+        old = layer.weight.detach()
+        codes, scales = solution.codes, solution.scales
+        new = solution.weight if codes is None or scales is None else dequantize(codes, scales)
+        new = new.to(old.dtype)
+        if not bool(new.isfinite().all()):
+            msg = (
+                "A corrected weight is not finite: the calibration data is too little or too uniform for this layer, "
+                f"or {old.dtype} too narrow. Raise AdvancedSparseWeightsParameters.damping or use float32."
+            )
+            raise nncf.ValidationError(msg)
+        if statistic is not None:
+            error, error_of = statistic.output_error(old, new), "output"
+        else:
+            error, error_of = _weight_error(old, new), "weight"
+        wanted_grid = self._quantize and codes is None
+        record = LayerRecord(
+            mode=self._mode.value,
+            bytes_before=old.nbytes,
+            error=error,
+            error_of=error_of,
+            note=f"not quantized: {layer.in_features} inputs are no multiple of group size "
+            f"{self._parameters.group_size}"
+            if wanted_grid
+            else None,
+            prerounding=solution.prerounding,
+        )
+        return LayerResult(new, codes, scales, record)
+
+    def _fits_group(self, layer: nn.Linear) -> bool:
+        return layer.in_features % self._parameters.group_size == 0
+
+    def _check_fresh(self, model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
+        hooks = weight_hooks(model)
+        packed = decompressors(model)
+        for name, layer in targets.items():
+            weight, path = layer.weight, f"{name}.weight"
+            if path in packed and self._resume is not None:
+                continue
+            if path in hooks or not weight.is_floating_point():
+                kind = type(hooks[path]).__name__ if path in hooks else str(weight.dtype)
+                raise nncf.ValidationError(_already_compressed(name, kind))
+            if weight.is_meta:
+                msg = f"{name} has no values (meta device). Load the weights before compressing."
+                raise nncf.ValidationError(msg)
+            if not bool(weight.isfinite().all()):
+                msg = f"The weight of {name} holds values that are not finite."
+                raise nncf.ValidationError(msg)
+
+    def _header(self, model: nn.Module, survey: Survey) -> dict[str, Any]:
+        targets = survey.targets
+        taken = {f"{name}.weight" for name in targets}
+        staying = [(name, value) for name, value in model.named_parameters() if name not in taken]
+        return {
+            "mode": self._mode.value,
+            "ratio": self._ratio,
+            "parameters": asdict(self._parameters),
+            "layers": {name: [layer.out_features, layer.in_features] for name, layer in targets.items()},
+            "data": digest(self._items),
+            "other weights": digest((name, value) for name, value in staying if not name.startswith(HOOKS_PREFIX)),
+        }
+
+
+def _already_compressed(name: str, kind: str) -> str:
+    return (
+        f"{name} is already compressed ({kind}). Compress the original model, or put the layer into the ignored scope; "
+        "masks of nncf.prune can be made permanent by nncf.strip first."
+    )
+
+
+def _single_layers(targets: Mapping[str, nn.Linear]) -> Iterator[Unit]:
+    for name, layer in targets.items():
+        yield Unit(name, {name: layer}, lambda: None, lambda: None)
+
+
+def _weight_error(old: torch.Tensor, new: torch.Tensor) -> float:
+    exact = torch.linalg.norm(old.float())
+    return float(torch.linalg.norm(old.float() - new.float()) / exact) if exact > 0 else 0.0
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, disable=not sys.stderr.isatty())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

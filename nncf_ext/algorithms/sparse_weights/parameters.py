@@ -1,0 +1,85 @@
+"""What can be asked of the sparse-weights modes beyond the ratio."""
+
+from dataclasses import dataclass
+
+import nncf
+
+GROUP_SIZES = (64, 128)
+
+
+@dataclass
+class AdvancedSparseWeightsParameters:
+    """
+    Parameters of the modes SPARSE_MAGNITUDE, SPARSE_WANDA and SPARSE_GPT.
+
+    :param pattern: None zeros weights wherever they matter least. ``"N:M"`` keeps N of every M consecutive input
+        columns (``"2:4"``, ``"4:8"``); the ratio must then be ``1 - N / M``.
+    :param quantization: None leaves floating weights. ``nncf.CompressWeightsMode.INT4_SYM`` puts them on NNCF's
+        symmetric INT4 grid by GPTQ, which keeps every zero; it needs a dataset in every mode.
+    :param group_size: Input columns that share one scale: 64 or 128.
+    :param group_size_fallback_mode: What to do with a layer whose `in_features` is no multiple of `group_size`.
+        ERROR (as in NNCF) refuses before any work; IGNORE makes the layer sparse, leaves it floating and says so in
+        the report.
+    :param keep_prerounding: Keep, per layer, the masked and error-compensated weight as it was just before rounding:
+        ``nncf_ext.structure.records.record_of(layer).prerounding``. Costs 4 bytes a weight.
+    :param block_size: Columns that SparseGPT and GPTQ treat together; SparseGPT chooses its mask for one such block at
+        a time. A multiple of M and, with quantization, of the group size.
+    :param damping: Part of the Hessian's mean diagonal that is added to the diagonal, above 0.
+    """
+
+    pattern: str | None = None
+    quantization: nncf.CompressWeightsMode | None = None
+    group_size: int = 128
+    group_size_fallback_mode: nncf.GroupSizeFallbackMode = nncf.GroupSizeFallbackMode.ERROR
+    keep_prerounding: bool = False
+    block_size: int = 128
+    damping: float = 0.01
+
+    @property
+    def keep_and_run(self) -> tuple[int, int] | None:
+        """
+        :return: N and M of the pattern, or None without a pattern.
+        :raises nncf.ValidationError: The pattern is not ``"N:M"`` with ``0 < N < M``.
+        """
+        if self.pattern is None:
+            return None
+        parts = self.pattern.split(":")
+        if len(parts) == 2 and all(part.isdecimal() for part in parts) and 0 < int(parts[0]) < int(parts[1]):
+            return int(parts[0]), int(parts[1])
+        msg = f"Asked for pattern {self.pattern!r}. It must be 'N:M' with 0 < N < M, as '2:4': N of M stay."
+        raise nncf.ValidationError(msg)
+
+    def check(self, ratio: float) -> None:
+        """
+        Checks what can be checked without a model.
+
+        :param ratio: Fraction of weights to zero, 0..1.
+        :raises nncf.ValidationError: A value is out of range or contradicts another.
+        :raises nncf.ParameterNotSupportedError: A value is legal in NNCF and not here.
+        """
+        pattern = self.keep_and_run
+        if pattern is not None and abs(ratio - (1 - pattern[0] / pattern[1])) > 1e-6:
+            msg = (
+                f"Pattern {self.pattern} keeps {pattern[0]} of {pattern[1]} weights, so the ratio must be "
+                f"{1 - pattern[0] / pattern[1]:g}; got {ratio:g}."
+            )
+            raise nncf.ValidationError(msg)
+        if self.quantization not in (None, nncf.CompressWeightsMode.INT4_SYM):
+            msg = f"Asked for quantization {self.quantization}. Here only nncf.CompressWeightsMode.INT4_SYM is."
+            raise nncf.ParameterNotSupportedError(msg)
+        if self.group_size not in GROUP_SIZES:
+            msg = f"Asked for group size {self.group_size}; use one of {GROUP_SIZES}."
+            raise nncf.ValidationError(msg)
+        if self.group_size_fallback_mode == nncf.GroupSizeFallbackMode.ADJUST:
+            msg = "GroupSizeFallbackMode.ADJUST is not supported here: use ERROR or IGNORE."
+            raise nncf.ParameterNotSupportedError(msg)
+        if self.keep_prerounding and self.quantization is None:
+            msg = "keep_prerounding=True keeps the weight from before rounding, and no quantization was asked for."
+            raise nncf.ValidationError(msg)
+        if self.damping <= 0:
+            msg = f"damping must be above 0 (0.01 is usual); got {self.damping}."
+            raise nncf.ValidationError(msg)
+        unit = max(pattern[1] if pattern else 1, self.group_size if self.quantization else 1)
+        if self.block_size < 1 or self.block_size % unit:
+            msg = f"block_size must be a positive multiple of {unit} (pattern and group size); got {self.block_size}."
+            raise nncf.ValidationError(msg)

@@ -1,0 +1,191 @@
+"""
+One weight matrix: zero what matters least, round the rest, and let the columns that follow make up for the error.
+
+SparseGPT and GPTQ are the same walk over columns. They differ in what happens to a column (masked, rounded, or both).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import nncf
+import torch
+from torch import Tensor
+
+from nncf_ext.importance.weights import optimal_brain_score, pattern_mask, smallest_mask
+from nncf_ext.structure.grid import grid_value, group_scale, nearest_code
+
+_MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """
+    :param weight: The new weight ``[out_features, in_features]``, float32; on the grid if there are codes.
+    :param codes: INT4 codes ``[out_features, in_features]``, int8, or None.
+    :param scales: Group scales ``[out_features, groups]``, float16, or None.
+    :param prerounding: The weight just before rounding ``[out_features, in_features]``, float32, or None.
+    """
+
+    weight: Tensor
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+    prerounding: Tensor | None = None
+
+
+class MaskChoice(Protocol):
+    """Chooses which weights of a block of columns are zeroed, from weights already corrected for the columns before."""
+
+    def __call__(self, block: Tensor, factor_diagonal: Tensor, start: int) -> Tensor:
+        """
+        :param block: Current weights ``[out_features, columns]``, float32.
+        :param factor_diagonal: Diagonal of the inverse Hessian's factor for these columns ``[columns]``.
+        :param start: Index of the first of these columns in the whole weight.
+        :return: Mask ``[out_features, columns]``, True = zero.
+        """
+
+
+@dataclass(frozen=True)
+class FixedMask:
+    """
+    The mask is known beforehand (magnitude, Wanda, no pruning).
+
+    :param mask: ``[out_features, in_features]``, True = zero.
+    """
+
+    mask: Tensor
+    run = None
+
+    def __call__(self, block: Tensor, factor_diagonal: Tensor, start: int) -> Tensor:
+        return self.mask[:, start : start + block.shape[1]]
+
+
+@dataclass(frozen=True)
+class AdaptiveMask:
+    """
+    SparseGPT's choice: the weights with the smallest error once later columns have made up for it.
+
+    Without a pattern the mask is chosen for one block over all rows; with one, for each run of M columns when the walk
+    reaches it. Weights that were zero before stay zero and count.
+
+    :param zeros: Zeros of the weight before, ``[out_features, in_features]``.
+    :param ratio: Fraction of all weights to zero, 0..1.
+    :param keep: N of an N:M pattern; unused without a pattern.
+    :param run: M of an N:M pattern, columns; None without a pattern.
+
+    Source: Frantar & Alistarh, SparseGPT, section 3.2.
+    """
+
+    zeros: Tensor
+    ratio: float
+    keep: int = 0
+    run: int | None = None
+
+    def __call__(self, block: Tensor, factor_diagonal: Tensor, start: int) -> Tensor:
+        rows, columns = block.shape
+        zeros = self.zeros[:, start : start + columns]
+        scores = optimal_brain_score(block, factor_diagonal).masked_fill(zeros, -1.0)
+        if self.run is not None:
+            return pattern_mask(scores, self.keep, self.run) | zeros
+        # Differences of rounded-down totals, so that the whole weight gets int(size * ratio) zeros.
+        count = int(rows * (start + columns) * self.ratio) - int(rows * start * self.ratio)
+        return smallest_mask(scores.reshape(1, -1), count).reshape(rows, columns) | zeros
+
+
+def dead_columns(hessian: Tensor) -> Tensor:
+    """
+    :param hessian: ``[in_features, in_features]``.
+    :return: Inputs that were zero on every calibration token ``[in_features]``, bool: nothing is known about their
+        weights, and on such data they do nothing.
+    """
+    return hessian.diagonal() == 0
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """
+    Upper Cholesky factor U of the damped inverse Hessian, ``H^-1 = U^T U``. Row j of U, divided by ``U_jj``, says how
+    the columns after j make up for a change of column j.
+
+    :param hessian: ``[in_features, in_features]``, float32, positive semi-definite. Overwritten.
+    :param damping: Part of the mean diagonal added to the diagonal; raised tenfold while the matrix stays singular.
+    :return: ``[in_features, in_features]``, float32.
+    :raises nncf.ValidationError: The matrix cannot be factored (not finite, or damping up to 1 did not help).
+
+    Source: Frantar & Alistarh, SparseGPT, section 3.1 and appendix; damping as in GPTQ, section 3.3.
+    """
+    diagonal = hessian.diagonal()
+    dead = dead_columns(hessian)
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
+    # A dead column is coupled to nothing, so its own entry is free; the mean leaves the damping as it is.
+    diagonal[dead] = mean
+    original = diagonal.clone()
+    while damping <= _MAX_DAMPING:
+        diagonal.copy_(original + damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            inverse = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed and bool(factor.isfinite().all()):
+                return factor
+        damping *= 10
+    msg = (
+        "The second moments of a layer's inputs cannot be inverted, even strongly damped. They are not finite or far "
+        "out of range: check the calibration data, or run the model in float32."
+    )
+    raise nncf.ValidationError(msg)
+
+
+def solve(
+    weight: Tensor,
+    factor: Tensor,
+    choose_mask: FixedMask | AdaptiveMask,
+    *,
+    block_size: int,
+    group_size: int | None = None,
+    keep_prerounding: bool = False,
+) -> Solution:
+    """
+    Walks over the columns of a weight: mask, round, and pass each column's error on to the columns after it.
+
+    :param weight: ``[out_features, in_features]``, float32, with zeros in dead columns. Overwritten.
+    :param factor: From :func:`inverse_factor`, ``[in_features, in_features]``, float32.
+    :param choose_mask: Which weights to zero. They are exactly zero in the result, and have code 0 on the grid.
+    :param block_size: Columns treated before the error is passed on to all that follow.
+    :param group_size: Columns that share a scale; None leaves floating weights. Divides `block_size` and in_features.
+    :param keep_prerounding: Also return the weight as it was before rounding.
+    :return: The new weight and, with a group size, its codes and scales. Scales are taken when the walk reaches the
+        group, from weights already corrected and masked.
+
+    Source: Frantar & Alistarh, SparseGPT, algorithm 1; Frantar et al., GPTQ, algorithm 1.
+    """
+    rows, columns = weight.shape
+    result = torch.empty_like(weight)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device) if group_size else None
+    prerounding = torch.empty_like(weight) if keep_prerounding else None
+    scales = []
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        block = weight[:, start:stop].clone()
+        local = factor[start:stop, start:stop]
+        diagonal = local.diagonal()
+        mask = choose_mask(block, diagonal, start)
+        errors = torch.empty_like(block)
+        for column in range(stop - start):
+            if choose_mask.run is not None and column % choose_mask.run == 0:
+                ahead = slice(column, column + choose_mask.run)
+                mask[:, ahead] = choose_mask(block[:, ahead], diagonal[ahead], start + column)
+            if group_size is not None and (start + column) % group_size == 0:
+                ahead = slice(column, column + group_size)
+                scales.append(group_scale(block[:, ahead].masked_fill(mask[:, ahead], 0.0)))
+            current = block[:, column]
+            kept = current.masked_fill(mask[:, column], 0.0)
+            if prerounding is not None:
+                prerounding[:, start + column] = kept
+            if codes is not None:
+                code = nearest_code(kept.unsqueeze(1), scales[-1])
+                codes[:, start + column] = code.squeeze(1).to(torch.int8)
+                kept = grid_value(code, scales[-1]).squeeze(1)
+            result[:, start + column] = kept
+            errors[:, column] = (current - kept) / diagonal[column]
+            block[:, column + 1 :].addr_(errors[:, column], local[column, column + 1 :], alpha=-1.0)
+        weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1.0)
+    return Solution(result, codes, torch.cat(scales, dim=1) if scales else None, prerounding)

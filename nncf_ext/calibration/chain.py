@@ -1,0 +1,222 @@
+"""
+Do a model's blocks hand over one to the next, so that each can be run alone on the output of the one before?
+
+Read off one traced forward, with no knowledge of the architecture: whatever a block gets besides the hidden state
+(masks, position embeddings, flags) is kept as it was and given again.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nncf_ext.structure.blocks import BlockList
+
+_PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
+
+Inputs = dict[int | str, Any]
+"""Inputs of a module by position or keyword."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """
+    How one block hands over to the next.
+
+    :param entry: Position or keyword of the hidden state among a block's inputs.
+    :param exit: Index of the hidden state in a block's output tuple; None if the output is the tensor itself.
+    :param uniform: All blocks get the same further inputs.
+    """
+
+    entry: int | str
+    exit: int | None
+    uniform: bool
+
+
+@dataclass
+class BlockCall:
+    """
+    One call of a block in the traced forward.
+
+    :param block: Path of the block.
+    :param inputs: What it was given.
+    :param versions: For each input tensor (by id) how often it had been written to before the call.
+    :param outputs: What it returned; one entry if that was a tensor.
+    :param returns_tensor: Whether it returned a tensor rather than a tuple.
+    :param overwrites: Input tensors (by id) that the block wrote to.
+    """
+
+    block: str
+    inputs: Inputs
+    versions: dict[int, int]
+    outputs: Sequence[Any] = ()
+    returns_tensor: bool = True
+    overwrites: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def trace_calls(lists: Sequence[BlockList]) -> Iterator[list[BlockCall]]:
+    """
+    Notes every call of every block while the context is open. Holds the activations at all block boundaries.
+
+    :param lists: Lists of blocks.
+    :return: Calls in the order in which they begin; complete when the context closes.
+    """
+    calls: list[BlockCall] = []
+
+    def begin(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = joined(args, kwargs)
+            versions = {id(value): value._version for value in inputs.values() if isinstance(value, Tensor)}
+            calls.append(BlockCall(name, inputs, versions))
+
+        return hook
+
+    def end(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            call = next(call for call in reversed(calls) if call.block == name)
+            call.returns_tensor = isinstance(output, Tensor)
+            call.outputs = output if isinstance(output, tuple | list) else [output]
+            tensors = [value for value in call.inputs.values() if isinstance(value, Tensor)]
+            call.overwrites = {id(value) for value in tensors if value._version != call.versions[id(value)]}
+
+        return hook
+
+    with ExitStack() as hooks:
+        for each in lists:
+            for name, block in each.blocks.items():
+                hooks.callback(block.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
+                hooks.callback(block.register_forward_hook(end(name)).remove)
+        yield calls
+
+
+def find_chain(each: BlockList, calls: Sequence[BlockCall]) -> Chain | None:
+    """
+    :param each: A list of blocks.
+    :param calls: Their calls in one forward.
+    :return: How they hand over; None unless every block was called once, in order, on the previous one's output, on
+        nothing else that a block had computed, and without writing to its input.
+    """
+    calls = [call for call in calls if call.block in each.blocks]
+    if len(calls) < 2 or [call.block for call in calls] != list(each.blocks):
+        return None
+    links: set[tuple[int | str, int]] = set()
+    computed: set[int] = set()
+    for previous, call in zip(calls, calls[1:], strict=False):
+        computed |= {id(value) for value in previous.outputs if isinstance(value, Tensor)}
+        found = [
+            (key, index)
+            for key, value in call.inputs.items()
+            for index, output in enumerate(previous.outputs)
+            if isinstance(value, Tensor) and value is output
+        ]
+        links.update(found)
+        if len(found) != 1 or len(links) != 1:
+            return None
+    entry, index = links.pop()
+    further = [{key: value for key, value in call.inputs.items() if key != entry} for call in calls]
+    for call, inputs in zip(calls, further, strict=True):
+        if entry not in call.inputs or id(call.inputs[entry]) in call.overwrites or not _replayable(inputs, computed):
+            return None
+    uniform = all(_agree(inputs, further[0], operator.is_) for inputs in further[1:])
+    return Chain(entry, None if calls[0].returns_tensor else index, uniform)
+
+
+@contextmanager
+def disturbed_outputs(each: BlockList, chain: Chain) -> Iterator[None]:
+    """
+    Halves the hidden state that every block returns, while the context is open.
+
+    :param each: A list of blocks.
+    :param chain: How they hand over.
+    """
+
+    def halve(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if chain.exit is None:
+            return output * 0.5
+        return tuple(value * 0.5 if index == chain.exit else value for index, value in enumerate(output))
+
+    with ExitStack() as hooks:
+        for block in each.blocks.values():
+            hooks.callback(block.register_forward_hook(halve).remove)
+        yield
+
+
+def same_further_inputs(chain: Chain, left: Sequence[BlockCall], right: Sequence[BlockCall]) -> bool:
+    """
+    :param chain: How the blocks hand over.
+    :param left: Calls of the blocks in one forward.
+    :param right: Calls in another.
+    :return: Whether both gave the blocks equal inputs besides the hidden state.
+    """
+
+    def further(calls: Sequence[BlockCall]) -> list[Inputs]:
+        return [{key: value for key, value in call.inputs.items() if key != chain.entry} for call in calls]
+
+    return _agree(further(left), further(right), _equal)
+
+
+def joined(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+    """
+    :param args: Positional inputs of a call.
+    :param kwargs: Keyword inputs of a call.
+    :return: Both in one dictionary; :func:`split` takes them apart again.
+    """
+    inputs: Inputs = dict(enumerate(args))
+    inputs.update(kwargs.items())
+    return inputs
+
+
+def split(inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
+    """
+    :param inputs: Inputs by position or keyword.
+    :return: Positional and keyword inputs.
+    """
+    positions = sorted(key for key in inputs if isinstance(key, int))
+    return [inputs[key] for key in positions], {key: value for key, value in inputs.items() if isinstance(key, str)}
+
+
+def shared(value: Any, known: Sequence[Any]) -> Any:
+    """
+    :param value: A value to keep.
+    :param known: Values kept already.
+    :return: The equal one among `known` if there is one, so that equal masks of many samples are held once.
+    """
+    if isinstance(value, Tensor):
+        same = (other for other in known if isinstance(other, Tensor) and _equal(other, value))
+        return next(same, value)
+    if isinstance(value, tuple):
+        rows = [other for other in known if isinstance(other, tuple) and len(other) == len(value)]
+        return tuple(shared(part, [row[index] for row in rows]) for index, part in enumerate(value))
+    return value
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left is right or (left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right))
+
+
+def _replayable(value: Any, computed: set[int]) -> bool:
+    """Nothing a block computed, and nothing that might remember the previous run (a key/value cache)."""
+    if isinstance(value, Tensor):
+        return id(value) not in computed
+    if isinstance(value, tuple | list):
+        return all(_replayable(part, computed) for part in value)
+    if isinstance(value, Mapping):
+        return all(_replayable(part, computed) for part in value.values())
+    return isinstance(value, _PLAIN)
+
+
+def _agree(left: Any, right: Any, tensors_agree: Callable[[Tensor, Tensor], bool]) -> bool:
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return isinstance(left, Tensor) and isinstance(right, Tensor) and tensors_agree(left, right)
+    if isinstance(left, tuple | list) and isinstance(right, tuple | list):
+        return len(left) == len(right) and all(
+            _agree(one, other, tensors_agree) for one, other in zip(left, right, strict=True)
+        )
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_agree(left[key], right[key], tensors_agree) for key in left)
+    return bool(left == right)

@@ -1,0 +1,102 @@
+"""What is accumulated from the inputs of a linear layer."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SAMPLED_TOKENS_PER_CALL = 16
+_SAMPLED_TOKENS = 1024
+
+
+@dataclass
+class InputStatistics:
+    """
+    Second moments of the inputs of one linear layer, and a sample of its input tokens.
+
+    Memory is ``in_features^2`` floats with `full`, else ``in_features`` floats, whatever the number of tokens.
+
+    :param in_features: Number of input features.
+    :param full: Keep products of all pairs of features (the Hessian), not only squares.
+    :param device: Where to accumulate.
+    """
+
+    in_features: int
+    full: bool = False
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        shape = (self.in_features, self.in_features) if self.full else (self.in_features,)
+        self._products = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self._sample: list[Tensor] = []
+        self._sampled = 0
+        self.sequences = 0
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """
+        Adds one call of the layer.
+
+        :param inputs: Layer input ``[batch, tokens, in_features]`` or ``[tokens, in_features]`` (one sequence) or
+            ``[in_features]``; any number of leading axes counts as batch.
+        """
+        rows = inputs.detach().reshape(-1, self.in_features).to(self._products.device, torch.float32)
+        if self.full:
+            self._products.addmm_(rows.T, rows)
+        else:
+            self._products += rows.square().sum(dim=0)
+        self.sequences += math.prod(inputs.shape[:-2])
+        self.tokens += rows.shape[0]
+        wanted = min(_SAMPLED_TOKENS_PER_CALL, _SAMPLED_TOKENS - self._sampled, rows.shape[0])
+        if wanted > 0:
+            # Evenly spread over the call: the first tokens of a text are not typical of it.
+            self._sample.append(rows[torch.arange(wanted) * rows.shape[0] // wanted].clone())
+            self._sampled += wanted
+
+    def merge(self, other: "InputStatistics") -> None:
+        """
+        Adds what another accumulator has seen of the same layer.
+
+        :param other: Accumulator of equal `in_features` and `full`.
+        """
+        self._products += other._products.to(self._products.device)
+        self._sample = [*self._sample, *(part.to(self._products.device) for part in other._sample)]
+        self._sampled += other._sampled
+        self.sequences += other.sequences
+        self.tokens += other.tokens
+
+    @property
+    def mean_square(self) -> Tensor:
+        """
+        ``n_j``: the sum over tokens of ``x_j^2``, averaged over sequences. ``[in_features]``, float32.
+
+        Source: Sun et al. (Wanda), section 3.
+        """
+        squares = self._products.diagonal() if self.full else self._products
+        return squares / max(self.sequences, 1)
+
+    @property
+    def hessian(self) -> Tensor:
+        """
+        ``H = 2 X X^T`` averaged over sequences: the second derivative of the layer's squared output error with respect
+        to one row of its weight. ``[in_features, in_features]``, float32.
+
+        Source: Frantar & Alistarh, SparseGPT, section 3.1.
+        """
+        return self._products * (2.0 / max(self.sequences, 1))
+
+    def output_error(self, weight: Tensor, replacement: Tensor) -> float:
+        """
+        Relative error of the layer's output on the sampled tokens: ``|X (W - R)^T| / |X W^T|`` (Frobenius norms).
+
+        :param weight: Weight ``[out_features, in_features]``.
+        :param replacement: What stands in its place, same shape.
+        :return: 0.0 when nothing changed; dimensionless.
+        """
+        if not self._sample:
+            return 0.0
+        tokens = torch.cat(self._sample)
+        exact = torch.linalg.norm(tokens @ weight.float().T)
+        error = torch.linalg.norm(tokens @ (weight.float() - replacement.float()).T)
+        return float(error / exact) if exact > 0 else 0.0

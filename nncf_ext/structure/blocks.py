@@ -1,0 +1,202 @@
+"""Which weights does a model hold, which of them stand in its repeated blocks, and why is a weight left alone?"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import nncf
+from torch import Tensor, nn
+
+from nncf_ext.structure.families import blocks_path
+from nncf_ext.upstream import HOOKS_PREFIX
+
+OUTPUT_HEAD = "output head: stays in full precision"
+IGNORED = "ignored scope"
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """
+    A list of modules that the model runs one after the other.
+
+    :param name: Path of the list, such as ``"model.layers"``.
+    :param blocks: The blocks by their paths, in order.
+    """
+
+    name: str
+    blocks: Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """
+    One parameter with at least two axes.
+
+    :param name: Path of the parameter.
+    :param module_name: Path of the module that holds it.
+    :param module: That module.
+    :param parameter: The parameter as stored: packed codes where the weight is on a grid.
+    :param untouched: Why compression leaves it alone; None for a linear weight that can be compressed.
+    """
+
+    name: str
+    module_name: str
+    module: nn.Module
+    parameter: Tensor
+    untouched: str | None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """
+    :param block_lists: Repeated blocks; empty if none were found.
+    :param weights: Every weight of the model.
+    """
+
+    block_lists: tuple[BlockList, ...]
+    weights: tuple[Weight, ...]
+
+    @property
+    def targets(self) -> dict[str, nn.Linear]:
+        """The layers that can be compressed, by path, in the model's order."""
+        return {
+            weight.module_name: weight.module
+            for weight in self.weights
+            if weight.untouched is None and isinstance(weight.module, nn.Linear)
+        }
+
+
+def survey(model: nn.Module, ignored_scope: nncf.IgnoredScope | None = None) -> Survey:
+    """
+    Lists every weight of a model. In a model with repeated blocks only layers inside them can be compressed.
+
+    :param model: Any torch model.
+    :param ignored_scope: Layers the user keeps out: `names` and `patterns` are compared with the module's path, its
+        weight's path and NNCF's node name (``model/layers/0/mlp/up_proj/linear/0``), `types` with the class name and
+        NNCF's operator type (``linear``).
+    :return: Blocks and weights.
+    :raises nncf.ValidationError: A rule of the ignored scope matches nothing.
+    :raises nncf.ParameterNotSupportedError: The ignored scope holds subgraphs.
+    """
+    lists = tuple(find_block_lists(model))
+    in_blocks = {id(module) for each in lists for block in each.blocks.values() for module in block.modules()}
+    head = _output_head(model)
+    ignored = _ignored_modules(model, ignored_scope) if ignored_scope is not None else set()
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+
+    weights = []
+    for module_name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{own_name}" if module_name else own_name
+            if parameter.dim() < 2 or name.startswith(HOOKS_PREFIX):
+                continue
+            shared = next((other for other in holders[id(parameter)] if other != name), None)
+            reason = _unsupported(module, own_name, parameter)
+            if reason is None and module is head:
+                reason = OUTPUT_HEAD
+            if reason is None and shared is not None:
+                reason = f"weight shared with {shared}"
+            if reason is None and lists and id(module) not in in_blocks:
+                reason = "outside the repeated blocks"
+            if reason is None and module_name in ignored:
+                reason = IGNORED
+            weights.append(Weight(name, module_name, module, parameter, reason))
+    return Survey(lists, tuple(weights))
+
+
+def find_block_lists(model: nn.Module) -> Iterator[BlockList]:
+    """
+    Finds the outermost lists of blocks: by the family's record, else every ModuleList (or Sequential of modules of one
+    class) with at least two members that all hold linear layers.
+
+    :param model: Any torch model.
+    :return: Block lists, in the model's order.
+    """
+    known = blocks_path(model)
+    if known is not None:
+        yield _block_list(known, model.get_submodule(known))
+        return
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if _is_block_list(module):
+            inside = (*inside, f"{name}." if name else "")
+            yield _block_list(name, module)
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    members = list(module.children())
+    if len(members) < 2 or not isinstance(module, nn.ModuleList | nn.Sequential):
+        return False
+    if isinstance(module, nn.Sequential) and len({type(member) for member in members}) > 1:
+        return False
+    return all(any(isinstance(part, nn.Linear) for part in member.modules()) for member in members)
+
+
+def _block_list(name: str, module: nn.Module) -> BlockList:
+    prefix = f"{name}." if name else ""
+    return BlockList(name, {f"{prefix}{key}": block for key, block in module.named_children()})
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _unsupported(module: nn.Module, own_name: str, parameter: Tensor) -> str | None:
+    """Why the kind of this weight cannot be compressed; None for the weight of a linear layer."""
+    if isinstance(module, nn.Linear) and own_name == "weight":
+        return None
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, _CONVOLUTIONS):
+        return "convolution"
+    kind = type(module).__name__
+    if parameter.dim() == 3:
+        return f"3-D parameter of {kind} (one tensor for {parameter.shape[0]} experts): not supported"
+    if kind == "Conv1D":
+        return "Conv1D holds its weight transposed: not supported"
+    return f"{parameter.dim()}-D parameter of {kind}, which is not torch.nn.Linear: not supported"
+
+
+def _ignored_modules(model: nn.Module, scope: nncf.IgnoredScope) -> set[str]:
+    if scope.subgraphs:
+        msg = (
+            "Asked to ignore subgraphs. Layers are found without tracing the model, so there is no graph to cut. "
+            "Use names, patterns or types of nncf.IgnoredScope."
+        )
+        raise nncf.ParameterNotSupportedError(msg)
+    ignored: set[str] = set()
+    matched: set[str] = set()
+    for module_name, module in model.named_modules():
+        if not any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
+            continue
+        kinds = {type(module).__name__}
+        spellings = {module_name, f"{module_name}.weight"}
+        operator = {nn.Linear: "linear", nn.Embedding: "embedding"}.get(type(module))
+        if operator:
+            kinds.add(operator)
+            spellings.add(f"{module_name.replace('.', '/')}/{operator}/0")
+        rules = {name for name in scope.names if name in spellings}
+        rules |= {pattern for pattern in scope.patterns if any(re.match(pattern, text) for text in spellings)}
+        rules |= kinds.intersection(scope.types)
+        if rules:
+            matched |= rules
+            ignored.add(module_name)
+    unmatched = [rule for rule in (*scope.names, *scope.patterns, *scope.types) if rule not in matched]
+    if unmatched and scope.validate:
+        msg = (
+            f"The ignored scope asks for {unmatched}, which match no layer that holds a weight. Names look like "
+            f"{next(iter(_weight_holders(model)), 'model.layers.0.mlp.up_proj')!r}; patterns must match from the start."
+        )
+        raise nncf.ValidationError(msg)
+    return ignored
+
+
+def _weight_holders(model: nn.Module) -> Iterator[str]:
+    return (name for name, module in model.named_modules() if isinstance(module, nn.Linear))

@@ -1,0 +1,175 @@
+"""
+Compressed models as folders.
+
+A model with zeros is saved as an ordinary Hugging Face folder. A model on the INT4 grid is saved as the same folder
+with two files in place of the weights: ``nncf_model.safetensors`` (the state dict: packed codes, scales and everything
+floating) and ``nncf_config.json`` (what ``nncf.torch.get_config`` returns: where the decompressors stand).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import nncf
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nncf_ext.structure.files import write_whole
+from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped
+
+GRID_WEIGHTS = "nncf_model.safetensors"
+GRID_CONFIG = "nncf_config.json"
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+TModel = TypeVar("TModel", bound=nn.Module)
+
+
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """
+    Writes a compressed Hugging Face model. Weights go into safetensors files only.
+
+    :param model: A Hugging Face model, with zeros, on the INT4 grid, or plain.
+    :param folder: Where to; made if it does not exist. Files in it may be replaced.
+    :raises nncf.UnsupportedModelError: The model is not a Hugging Face model.
+    """
+    if not callable(getattr(model, "save_pretrained", None)):
+        msg = (
+            f"{type(model).__name__} is not a Hugging Face model. Keep its state_dict() and "
+            "nncf.torch.get_config(model) instead, and put them together again with nncf_ext.load_compressed()."
+        )
+        raise nncf.UnsupportedModelError(msg)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    if not is_wrapped(model):
+        model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
+        return
+    tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        # Tied weights are stored once; loading ties them again.
+        if tensor.untyped_storage().data_ptr() not in stored or tensor.numel() == 0:
+            tensors[name] = tensor.contiguous()
+        stored.add(tensor.untyped_storage().data_ptr())
+    model.config.save_pretrained(target)  # type: ignore[union-attr, operator]
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(target)
+    write_whole(target / GRID_WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+    config = json.dumps(nncf.torch.get_config(model), indent=1)
+    write_whole(target / GRID_CONFIG, lambda aside: aside.write_text(config))
+
+
+def check_weight_files(folder: Path) -> None:
+    """
+    Checks that a Hugging Face folder can be read without trusting it: safetensors only, and only files of its own.
+
+    :param folder: The folder.
+    :raises nncf.ValidationError: There is no model, its weights are pickled, or its index names a file elsewhere.
+    """
+    if not (folder / "config.json").is_file():
+        msg = f"{folder} holds no config.json, so it is not a Hugging Face model folder."
+        raise nncf.ValidationError(msg)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            msg = f"{index} is no index of safetensors files ({type(error).__name__}: {error})."
+            raise nncf.ValidationError(msg) from error
+        for shard in sorted(map(str, shards)):
+            if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+                msg = f"{index} names the shard {shard!r}. Shards must be .safetensors files of the folder itself."
+                raise nncf.ValidationError(msg)
+            if not (folder / shard).is_file():
+                msg = f"{index} names the shard {shard!r}, which is missing."
+                raise nncf.ValidationError(msg)
+    elif not (folder / "model.safetensors").is_file():
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+        found = f"only pickled files ({', '.join(pickled)}), which can run code when read" if pickled else "no weights"
+        msg = f"{folder} holds {found}. Convert the weights to model.safetensors first; only safetensors are read."
+        raise nncf.ValidationError(msg)
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """
+    Reads what :func:`save_pretrained` wrote.
+
+    :param folder: A folder with a causal language model.
+    :param dtype: Floating type of the weights that the forward sees; None keeps that of the file. Codes and scales on
+        the grid are the same in every type. OpenVINO's converter needs ``torch.float32`` for a model on the grid.
+    :param trust_remote_code: Run model code that lies in the folder.
+    :return: The model, in evaluation mode.
+    :raises nncf.ValidationError: The folder holds no such model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = Path(folder)
+    on_grid = (source / GRID_CONFIG).is_file() and (source / GRID_WEIGHTS).is_file()
+    if not on_grid:
+        check_weight_files(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if not on_grid:
+        options |= {"dtype": dtype or "auto", "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    hf_config = AutoConfig.from_pretrained(source, **options)
+    # Buffers that no file holds (rotary frequencies) are computed by the constructor; parameters stay empty.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust_remote_code)
+    state = load_file(source / GRID_WEIGHTS)
+    config = json.loads((source / GRID_CONFIG).read_text())
+    if dtype is not None:
+        state = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and not name.startswith(HOOKS_PREFIX) else tensor
+            for name, tensor in state.items()
+        }
+        for command in config["compression_state"]:
+            command["module_config"]["result_dtype"] = str(dtype).removeprefix("torch.")
+    return load_compressed(model, config, state).eval()
+
+
+def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> TModel:
+    """
+    Puts a model on the INT4 grid together again from what NNCF's own functions gave.
+
+    ``nncf.torch.load_from_config(model, config, allowed_modules=("nncf.*", "nncf_ext.*"))`` places the decompressors,
+    but leaves parameters in their floating shape, into which packed codes cannot be loaded. This gives them the packed
+    shape first.
+
+    :param model: A fresh model of the same class; its own weights may be empty (meta device). Changed in place.
+    :param config: From ``nncf.torch.get_config``.
+    :param state_dict: From ``model.state_dict()``.
+    :return: The model.
+    :raises nncf.ValidationError: The state dict does not belong to this model.
+    """
+    commands = config["compression_state"]
+    behind = {decode_hook_name(hook)[1] for command in commands for hook in command["hook_names_in_model"]}
+    for name in behind:
+        if name in state_dict and state_dict[name].dtype is torch.uint8:
+            module, _, own_name = name.rpartition(".")
+            empty = torch.empty(state_dict[name].shape, dtype=torch.uint8)
+            setattr(model.get_submodule(module), own_name, nn.Parameter(empty, requires_grad=False))
+    hook_state = {name: value for name, value in state_dict.items() if name.startswith(HOOKS_PREFIX)}
+    own_state = {name: value for name, value in state_dict.items() if name not in hook_state}
+    try:
+        missing, unexpected = model.load_state_dict(own_state, strict=False, assign=True)
+        if callable(getattr(model, "tie_weights", None)):
+            model.tie_weights()  # type: ignore[operator]
+        loaded = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in own_state}
+        missing = [name for name in missing if id(model.get_parameter(name)) not in loaded]
+        model = nncf.torch.load_from_config(model, dict(config), allowed_modules=("nncf.*", "nncf_ext.*"))
+        missing += [name for name in model.state_dict() if name.startswith(HOOKS_PREFIX) and name not in hook_state]
+        unexpected += model.load_state_dict(hook_state, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:
+        msg = f"The state dict does not fit {type(model).__name__}: {error}"
+        raise nncf.ValidationError(msg) from error
+    if unexpected or missing:
+        msg = f"The state dict does not fit {type(model).__name__}: missing {missing[:4]}, unexpected {unexpected[:4]}."
+        raise nncf.ValidationError(msg)
+    return model

@@ -1,0 +1,33 @@
+"""
+The only file that imports names which NNCF does not document as public.
+
+Checked against NNCF 3.4.0. What each is for:
+
+* the function-hook storage: to put a decompressor behind a packed weight, and to see hooks that are already there;
+* ``StatefulModuleInterface``: lets ``nncf.torch.get_config`` and ``load_from_config`` carry our hook modules;
+* ``INT4SymmetricWeightsDecompressor`` and ``unpack_int4``: the module and the byte order that
+  ``nncf.compress_weights`` uses for INT4_SYM.
+"""
+
+from nncf.torch.function_hook import get_hook_storage as get_hook_storage
+from nncf.torch.function_hook import is_wrapped as is_wrapped
+from nncf.torch.function_hook import register_post_function_hook as register_post_function_hook
+from nncf.torch.function_hook import wrap_model as wrap_model
+from nncf.torch.function_hook.hook_storage import RemovableHookHandle as RemovableHookHandle
+from nncf.torch.function_hook.hook_storage import decode_hook_name as decode_hook_name
+from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE
+from nncf.torch.layer_utils import StatefulModuleInterface as StatefulModuleInterface
+from nncf.torch.quantization.layers import INT4SymmetricWeightsDecompressor as INT4SymmetricWeightsDecompressor
+from nncf.torch.quantization.quantize_functions import unpack_int4 as unpack_int4
+from torch import Tensor
+
+HOOKS_PREFIX = f"{ATR_HOOK_STORAGE}."
+"""Begins the names of the hooks' own tensors in a state dict."""
+
+
+def scale_of(decompressor: INT4SymmetricWeightsDecompressor) -> Tensor:
+    """
+    :param decompressor: An INT4 symmetric decompressor.
+    :return: Its scales, float16: ``[out_features, groups, 1]``, or ``[out_features, 1]`` with one group a row.
+    """
+    return decompressor._scale

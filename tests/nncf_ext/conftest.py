@@ -1,0 +1,67 @@
+"""Tiny models and data, made anew for every test that asks for them."""
+
+from collections.abc import Callable
+
+import nncf
+import pytest
+import torch
+from torch import nn
+
+VOCABULARY = 320
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices run faster on one thread, and other tests keep the second core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., nn.Module]:
+    """Maker of a seeded random Llama: hidden 128, MLP 256, 2 heads, 1 key/value head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(layers: int = 2, **settings) -> nn.Module:
+        torch.manual_seed(1)
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+        config = LlamaConfig(
+            num_hidden_layers=layers,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=64,
+            **{**sizes, "tie_word_embeddings": False, **settings},
+        )
+        model = LlamaForCausalLM(config).eval()
+        # Large weights: with the usual 0.02 a random block hardly changes its input, and all methods look alike.
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.data.mul_(4)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def token_items() -> list[dict[str, torch.Tensor]]:
+    """Six inputs of different lengths for a language model."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = (24, 17, 32, 9, 28, 21)
+    return [{"input_ids": torch.randint(0, VOCABULARY, (1, length), generator=generator)} for length in lengths]
+
+
+@pytest.fixture
+def token_dataset(token_items) -> nncf.Dataset:
+    return nncf.Dataset(token_items)
+
+
+@pytest.fixture
+def logits_of(token_items) -> Callable[[nn.Module], torch.Tensor]:
+    """The logits of a model on the first item."""
+
+    def run(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**token_items[0]).logits
+
+    return run

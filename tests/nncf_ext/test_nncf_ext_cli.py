@@ -1,0 +1,193 @@
+"""The command line: a folder in, a folder out that loads again, and clear refusals."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import nncf_ext
+from nncf_ext.cli import app
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["compress", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path):
+    """A model folder with a byte-level tokenizer of the embedding's size, and a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    source = tmp_path / "model"
+    tiny_llama().save_pretrained(source)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(source)
+    (tmp_path / "text.txt").write_text("A quick brown fox jumps over lazy dogs. " * 40)
+    return source
+
+
+def test_sparse_model_is_an_ordinary_folder(folder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "deep" / "out"
+    code, output = run(
+        folder, out, "--mode", "sparse_wanda", "--ratio", "0.5", "--dataset", tmp_path / "text.txt", "--window", "32",
+        "--samples", "5", "--ignore", r".*\.k_proj",
+    )  # fmt: skip
+    assert code == 0, output
+    assert "12 of 16 treated" in output
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert float((model.model.layers[1].mlp.up_proj.weight == 0).float().mean()) == 0.5
+    assert float((model.model.layers[1].self_attn.k_proj.weight == 0).float().mean()) == 0
+    assert AutoTokenizer.from_pretrained(out)("dog")["input_ids"]
+    assert json.loads((out / "compression_report.json").read_text())["sparsity"] == 0.5
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+
+
+def test_quantized_model_reloads(folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = [
+        folder, out, "--mode", "sparse_gpt", "--ratio", "0.5", "--quantization", "int4_sym", "--group-size", "64",
+        "--dataset", tmp_path / "text.txt", "--window", "32", "--samples", "5", "--resume", tmp_path / "journal",
+    ]  # fmt: skip
+    code, output = run(*arguments)
+    assert code == 0, output
+    assert not list(out.glob("model*.safetensors"))
+    model = nncf_ext.load_pretrained(out)
+    report = nncf_ext.compression_report(model)
+    assert {row.precision for row in report.weights if "proj" in row.name} == {"int4"}
+    assert all(row.sparsity >= 0.5 for row in report.weights if "proj" in row.name)
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(10).unsqueeze(0)).logits
+    assert bool(logits.isfinite().all())
+
+    assert run(*arguments) == (2, f"Error: {out} exists. Name a new folder, or pass --overwrite.")
+    before = (out / "nncf_model.safetensors").read_bytes()
+    code, output = run(*arguments, "--overwrite")
+    assert code == 0, output
+    assert (out / "nncf_model.safetensors").read_bytes() == before
+
+
+def change_index(folder, shard):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def other_tokenizer(folder):
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["model"]["vocab"] |= {f"word{index}": 300 + index for index in range(200)}
+    file.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "text"),
+    [
+        (pickle_only, "only pickled files (pytorch_model.bin), which can run code"),
+        (no_weights, "holds no weights"),
+        (
+            lambda folder: change_index(folder, "../secret.safetensors"),
+            "Shards must be .safetensors files of the folder",
+        ),
+        (lambda folder: change_index(folder, "/etc/secret.safetensors"), "Shards must be"),
+        (lambda folder: change_index(folder, "pytorch_model.bin"), "Shards must be"),
+        (lambda folder: change_index(folder, "model-00002.safetensors"), "which is missing"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "is no index"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (other_tokenizer, "has 500 tokens and the embedding has 320 rows"),
+    ],
+    ids=[
+        "pickle",
+        "no weights",
+        "parent",
+        "absolute",
+        "pickled shard",
+        "missing shard",
+        "no index",
+        "no config",
+        "tokenizer",
+    ],
+)
+def test_folder_is_refused(folder, tmp_path, prepare, text):
+    prepare(folder)
+    code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude")
+    assert code == 2 and text in output, output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--mode", "sparse_wanda"], "needs a dataset"),
+        (["--dataset", "absent.txt"], "no calibration text absent.txt"),
+        (["--dataset", "TEXT", "--window", "5000"], "from 1 to the model's 64; got 5000"),
+        (["--dataset", "SHORT"], "gives 3 tokens, less than one window of 64"),
+        (["--dataset", "LATIN"], "not UTF-8"),
+        (["--ratio", "1.5", "--mode", "sparse_magnitude"], "[0, 1); got 1.5"),
+        (["--pattern", "2:3", "--mode", "sparse_magnitude"], "keeps 2 of 3"),
+        (["--quantization", "int5", "--dataset", "TEXT"], "Unknown quantization 'int5'"),
+        (["--dtype", "int8"], "Unknown dtype"),
+    ],
+)
+def test_arguments_are_refused(folder, tmp_path, arguments, text):
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8" * 200)
+    files = {"TEXT": tmp_path / "text.txt", "SHORT": tmp_path / "short.txt", "LATIN": tmp_path / "latin.txt"}
+    code, output = run(folder, tmp_path / "out", *[files.get(each, each) for each in arguments])
+    assert code == 2 and text in output, output
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_in_the_folder_runs_only_on_request(folder, tmp_path, monkeypatch):
+    """A config that points to code in the folder."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_model", "auto_map": classes}))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_model'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude")
+    assert code == 2 and not (tmp_path / "ran").exists(), output
+    assert "--trust-remote-code" in output
+    code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude", "--trust-remote-code")
+    assert code == 0 and (tmp_path / "ran").exists(), output
+
+
+def test_package_and_help_need_no_torch():
+    """A machine that only serves has neither torch nor nncf: importing and --help must work there."""
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'nncf', 'transformers', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        "import nncf_ext\n"
+        "assert nncf_ext.CompressMode.SPARSE_GPT == 'sparse_gpt' and 'compress' in dir(nncf_ext)\n"
+        "from typer.testing import CliRunner\n"
+        "from nncf_ext.cli import app\n"
+        "result = CliRunner().invoke(app, ['compress', '--help'])\n"
+        "assert result.exit_code == 0 and 'quantization' in result.output, result.output\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
