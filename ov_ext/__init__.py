@@ -1,6 +1,7 @@
-"""Sparse weights in OpenVINO: pack an IR, load it, run it. Needs openvino and numpy; the rest only where named.
+"""Sparse weights in OpenVINO: pack an IR, load it, run it.
 
-Names are loaded on first use, so that ``import ov_ext`` costs nothing and works in a container without torch.
+Needs openvino, numpy, rich and typer; torch, NNCF, Optimum and GenAI only where a function names them. Names are loaded
+on first use, so that ``import ov_ext`` costs nothing and works in a container without torch.
 """
 
 from __future__ import annotations
@@ -12,12 +13,22 @@ if TYPE_CHECKING:
     from ov_ext.convert import convert_model, save_model
     from ov_ext.passes import AlreadyPackedError, pack_sparse_weights, unpack_sparse_weights
     from ov_ext.policy import PackReport, SparsePolicy
-    from ov_ext.runtime import ExtensionUnavailableError, add_extension, check_target, cpu_info, extension_path
+    from ov_ext.runtime import (
+        ExtensionUnavailableError,
+        NewerFormatError,
+        add_extension,
+        check_target,
+        cpu_info,
+        extension_path,
+    )
+    from ov_ext.subgraph import RecordError
 
 _HOME = {
     "AlreadyPackedError": "passes",
     "ExtensionUnavailableError": "runtime",
+    "NewerFormatError": "runtime",
     "PackReport": "policy",
+    "RecordError": "subgraph",
     "SparsePolicy": "policy",
     "add_extension": "runtime",
     "check_target": "runtime",
@@ -32,7 +43,9 @@ _HOME = {
 __all__ = [
     "AlreadyPackedError",
     "ExtensionUnavailableError",
+    "NewerFormatError",
     "PackReport",
+    "RecordError",
     "SparsePolicy",
     "add_extension",
     "check_target",

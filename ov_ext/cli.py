@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ov_ext import runtime
 from ov_ext.convert import save_model
+from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
 from ov_ext.folder import refuse_existing, whole_folder
 from ov_ext.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.policy import PackReport, SparsePolicy
@@ -52,10 +53,11 @@ _TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # they need anothe
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Instruction set, kernels, AMX permission, versions, and whether the extension is the right build."""
+    facts: dict[str, Any] = {"nncf_ext": runtime.package_version(), "format": "SPW1", "format_version": VERSION}
     try:
-        facts: dict[str, Any] = {"extension": "ok", **runtime.cpu_info()}
+        facts |= {"extension": "ok", **runtime.cpu_info()}
     except runtime.ExtensionUnavailableError as error:
-        facts = {"extension": str(error), "openvino": ov.get_version()}
+        facts |= {"extension": str(error), "openvino": ov.get_version()}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
@@ -144,9 +146,9 @@ def generate(
 def bench(
     folder: Annotated[Path, typer.Argument(help="Model folder.")],
     against: Annotated[Path | None, typer.Option(help="Folder to compare with: the unpacked model.")] = None,
-    tokens: Annotated[int, typer.Option(help="Decode steps a round.")] = 32,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds; models take turns in each.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="Decode steps a round.")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; models take turns in each.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Decode speed and resident memory, in turns with the unpacked model when it is given."""
@@ -190,17 +192,22 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
 
 
 def _add_tokenizer(folder: Path) -> None:
-    """Add the tokenizer IRs that GenAI needs where IN had only a Hugging Face tokenizer."""
+    """Add the tokenizer IRs that GenAI needs where IN had only a Hugging Face tokenizer; a warning where that fails."""
     if (folder / "openvino_tokenizer.xml").exists() or not (folder / "tokenizer.json").exists():
         return
+    before = set(folder.iterdir())
     try:
         from transformers import AutoTokenizer
 
         from ov_ext.optimum import save_tokenizer_ir
 
         save_tokenizer_ir(AutoTokenizer.from_pretrained(folder), folder)
-    except ImportError as error:
-        console.print(f"No tokenizer IR was written, so OpenVINO GenAI cannot read OUT: {error}.")
+    except Exception as error:  # three libraries and the user's files meet here; the packed model must not be lost
+        for half in set(folder.iterdir()) - before:
+            half.unlink()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = f"Warning: no tokenizer IR was written, so OpenVINO GenAI cannot read OUT ({reason})."
+        typer.secho(text, err=True, fg="yellow")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,12 @@ def convert_model(
 
 
 def save_model(model: ov.Model, path: str | os.PathLike[str]) -> None:
-    """Save an IR bit for bit, and atomically: a reader sees the old files or the new ones.
+    """Save an IR bit for bit.
 
-    ``openvino.save_model`` rounds f32 constants to f16 unless told not to; this never does.
+    ``openvino.save_model`` rounds f32 constants to f16 unless told not to; this never does. Each of the two files is
+    written aside and replaced atomically, so a model that is loaded from the old ones keeps them; the pair is not: a
+    reader that opens it in between gets the new .bin with the old .xml. Folders that ``ov-ext`` and
+    :func:`ov_ext.optimum.export` write appear as a whole.
 
     :param model: The model.
     :param path: The .xml file; the .bin file goes beside it.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -38,11 +36,10 @@ class Decoder:
     """Greedy decoding with a stateful IR, batch 1.
 
     :param folder: Model folder with openvino_model.xml.
-    :param config: OpenVINO properties.
     :raises ValueError: The folder holds no stateful language model.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         path = folder / "openvino_model.xml"
         if not path.is_file():
             raise ValueError(f"{folder} is no exported language model: openvino_model.xml is needed.")
@@ -50,11 +47,8 @@ class Decoder:
         self._names = {name for port in model.inputs for name in port.get_names()}
         if "input_ids" not in self._names or not model.get_sinks():
             raise ValueError(f"{path} is no stateful language model: it needs an input input_ids and a KV cache state.")
-        self._request = (
-            ov.Core()
-            .compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"} | (config or {}))
-            .create_infer_request()
-        )
+        compiled = ov.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+        self._request = compiled.create_infer_request()
         self._length = 0
 
     def reset(self) -> None:
@@ -79,20 +73,20 @@ class Decoder:
         return int(self._request.get_tensor("logits").data[0, -1].argmax())
 
 
-def measure(
-    folders: list[Path], *, tokens: int = 32, prompt: int = 32, rounds: int = 5, config: dict[str, Any] | None = None
-) -> list[DecodeRecord]:
+def measure(folders: list[Path], *, tokens: int = 32, prompt: int = 32, rounds: int = 5) -> list[DecodeRecord]:
     """Time models against each other: they take turns, so that a busy machine slows all of them alike.
 
     :param folders: Model folders; ratios refer to the first.
     :param tokens: Decode steps a round.
     :param prompt: Tokens before the first timed step.
     :param rounds: Turns of each model.
-    :param config: OpenVINO properties, the same for all.
     :return: One record a folder.
+    :raises ValueError: A number below 1, or a folder without a stateful language model.
     """
+    if min(tokens, prompt, rounds) < 1:
+        raise ValueError(f"tokens, prompt and rounds must be at least 1, got {tokens}, {prompt} and {rounds}.")
     resident = [_resident_of_process(folder) for folder in folders]
-    decoders = [Decoder(folder, config) for folder in folders]
+    decoders = [Decoder(folder) for folder in folders]
     times: list[list[float]] = [[] for _ in folders]
     for turn in range(rounds + 1):
         for decoder, mine in zip(decoders, times, strict=True):
@@ -128,7 +122,7 @@ def resident_mib() -> float | None:
 def _resident_of_process(folder: Path) -> float | None:
     """Decode a few tokens in a process of its own, where no other model hides the figure."""
     command = [sys.executable, "-m", "ov_ext.decode", str(folder)]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise RuntimeError(f"Decoding with {folder} failed: {finished.stderr.strip().splitlines()[-1:]}")
     return json.loads(finished.stdout)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections import deque
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import openvino as ov
-from openvino import Node
+from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import runtime
-from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION, Weight
+from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
 from ov_ext.policy import LayerReport, PackReport, SparsePolicy
 from ov_ext.subgraph import RecordError, bias_constant, describe, read_record, restore
 from ov_ext.weights import FLOATS, ConstantWeight, Unpackable, element_name, elements, find, load, requantize, sparsity
@@ -53,19 +53,11 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
     target = runtime.this_cpu() if policy.target == "this-cpu" else policy.target
     factory = NodeFactory()
     factory.add_extension(library)
-    layers = []
-    for graph in _graphs(model):
-        blobs: dict[str, _Blob] = {}
-        pending = deque(node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul")
-        while pending:  # popped, not iterated: a reference to a replaced MatMul would keep its weight in memory
-            found = find(pending.popleft())
-            if found is not None:
-                layers.append(_pack(found, policy, factory, blobs))
-                logger.info("%s: %s", layers[-1].name, "packed" if layers[-1].replaced else layers[-1].note)
+    layers = [layer for graph in _graphs(model) for layer in _pack_graph(graph, policy, factory)]
     report = PackReport(tuple(layers), target)
     if report.replaced:
         model.validate_nodes_and_infer_types()
-        entries = {"format": "SPW1", "format_version": VERSION, "version": _package_version(), "target": target}
+        entries = {"format": "SPW1", "format_version": VERSION, "version": runtime.package_version(), "target": target}
         for key, value in {**entries, "activation_group": policy.activation_group}.items():
             model.set_rt_info(value, ["ov_ext", key])
     return model, report
@@ -77,22 +69,23 @@ def unpack_sparse_weights(model: ov.Model) -> ov.Model:
     Constants come back bit for bit, with their types, shapes, names, scales and zero points. Two documented exceptions:
     -0.0 in plain weights becomes +0.0, and f32 or f16 weights hold the bf16 values that packing rounded them to.
 
+    Everything is tried out before the first operation is replaced: an error leaves the model as it was.
+
     :param model: A packed model; one without packed weights is returned as it is.
     :return: The same model.
     :raises NewerFormatError: It was packed by a newer release.
-    :raises RecordError: An operation carries no record of its stock form.
+    :raises RecordError: An operation carries no usable record of its stock form.
+    :raises ValueError: A blob is damaged.
     :raises ExtensionUnavailableError: The compiled extension is missing or was built for another OpenVINO.
     """
     runtime.check_format(model)
-    packed = [(graph, [node for node in graph.get_ordered_ops() if _is_packed(node)]) for graph in _graphs(model)]
-    for node in (node for _, nodes in packed for node in nodes):  # all records first: nothing is restored by halves
-        try:
-            read_record(node.get_attributes()["source"])
-        except RecordError as error:
-            raise RecordError(f"{node.get_friendly_name()}: {error}.") from None
-    for graph, nodes in packed:
-        _unpack(graph, deque(nodes))
-        nodes.clear()
+    graphs = _graphs(model)
+    for graph in graphs:
+        for node in graph.get_ordered_ops():
+            if _is_packed(node):
+                _rehearse(node)
+    for graph in graphs:
+        _unpack(graph)
     model.validate_nodes_and_infer_types()
     rt_info = model.get_rt_info()
     if "ov_ext" in rt_info:
@@ -100,20 +93,47 @@ def unpack_sparse_weights(model: ov.Model) -> ov.Model:
     return model
 
 
-def _unpack(graph: ov.Model, pending: deque[Node]) -> None:
-    from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
+def _rehearse(node: Node) -> None:
+    """Check what a file says about one packed operation by building its stock form beside the graph.
 
+    :raises RecordError: It has no usable record.
+    :raises ValueError: Its blob is damaged.
+    """
+    name, constant = node.get_friendly_name(), node.input_value(1).get_node()
+    x = ov.op.Parameter(node.get_input_element_type(0), node.get_input_partial_shape(0))
+    try:
+        if constant.get_type_name() != "Constant":
+            raise RecordError("its blob is no constant of this graph")
+        blob = constant.get_data()
+        *_, crc, _ = HEADER.unpack_from(blob)
+        if zlib.crc32(blob[HEADER.size :]) != crc:
+            raise ValueError("its blob is damaged: the checksum does not match. Copy the model again")
+        stock = _stock_form(node, x.output(0), {})
+        found, asked = stock.get_output_partial_shape(0), node.get_output_partial_shape(0)
+        if not found.compatible(asked) or stock.get_output_element_type(0) != node.get_output_element_type(0):
+            raise RecordError(f"its record gives {element_name(stock)} {found}, not {element_name(node)} {asked}")
+    except RecordError as error:
+        raise RecordError(f"{name}: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).rstrip('.')}.") from error
+
+
+def _unpack(graph: ov.Model) -> None:
+    pending = deque(node for node in graph.get_ordered_ops() if _is_packed(node))
     blobs = {node.input_value(1).get_node().get_name() for node in pending}
     others = (node for node in graph.get_ops() if not _is_packed(node) and node.get_name() not in blobs)
     known = {node.get_friendly_name(): node for node in others}
-    while pending:
+    while pending:  # popped, not iterated: a reference to a replaced operation would keep its blob in memory
         node = pending.popleft()
-        weight = native.unpack(node.input_value(1).get_node().get_data())
-        record = read_record(node.get_attributes()["source"])
-        try:
-            _redirect(node, restore(record, weight, node.input_value(0), known))
-        except RecordError as error:
-            raise RecordError(f"{node.get_friendly_name()}: {error}.") from None
+        _redirect(node, _stock_form(node, node.input_value(0), known))
+
+
+def _stock_form(node: Node, x: Output, known: dict[str, Node]) -> Node:
+    """:return: The last node of the stock subgraph of a packed operation, computed from ``x``; see :func:`restore`."""
+    from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
+
+    record = read_record(node.get_attributes()["source"])
+    return restore(record, native.unpack(node.input_value(1).get_node().get_data()), x, known)
 
 
 def _graphs(model: ov.Model) -> list[ov.Model]:
@@ -134,13 +154,52 @@ class _Blob:
     kind: str
     group: int
     sparsity: float
-    symmetric: bool  # requantized: its stock form has no zero points any more
+    new_scales: str  # their element type when it was requantized: its stock form has no zero points any more
 
 
-def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blobs: dict[str, _Blob]) -> LayerReport:
-    """Replace one MatMul if the policy says so; ``blobs`` holds what was packed before, by its constants."""
+_Blobs = dict[tuple[str, bool, str | None], _Blob]  # by weight, whether its rows are outputs, and bias
+
+
+def _pack_graph(graph: ov.Model, policy: SparsePolicy, factory: NodeFactory) -> list[LayerReport]:
+    """Pack the weights of one graph.
+
+    :return: Its report. Every stock constant is counted once, at the first MatMul that reads it; whether it is still
+        needed shows when all are done.
+    """
+    blobs: _Blobs = {}
+    counted: set[str] = set()
+    entries = []
+    pending = deque(node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul")
+    while pending:  # popped, not iterated: a reference to a replaced MatMul would keep its weight in memory
+        found = find(pending.popleft())
+        if found is None:
+            continue
+        layer = _pack(found, policy, factory, blobs)
+        logger.info("%s: %s", layer.name, "packed" if layer.replaced else layer.note)
+        entries.append((layer, found.constant.get_name(), {k: v for k, v in found.nbytes.items() if k not in counted}))
+        counted |= found.nbytes.keys()
+    needed = {node.get_name() for node in graph.get_ops()}
+    layers = []
+    for layer, constant, first in entries:
+        kept = sum(size for name, size in first.items() if name in needed)
+        if layer.replaced and layer.bytes_after and constant in needed:
+            layer = replace(layer, note=_joined(layer.note, "its stock constant stays for another use"))
+        layers.append(replace(layer, bytes_before=sum(first.values()), bytes_after=layer.bytes_after + kept))
+    return layers
+
+
+def _joined(*notes: str) -> str:
+    return ", ".join(filter(None, notes))
+
+
+def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blobs: _Blobs) -> LayerReport:
+    """Replace one MatMul if the policy says so.
+
+    :param blobs: What was packed before; the new blob is entered.
+    :return: Its report, with the bytes of the new blob only.
+    """
     name = found.matmul.get_friendly_name()
-    stays = LayerReport(name, found.shape, found.kind, None, found.nbytes, found.nbytes, False)
+    stays = LayerReport(name, found.shape, found.kind, None, 0, 0, False)
     if policy.ignores(name, found.constant.get_friendly_name()):
         return replace(stays, note="ignored by the policy")
     if not found.problem and found.shape[0] * found.shape[1] < policy.min_weights:
@@ -151,41 +210,44 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
         return replace(stays, sparsity=sparsity(found), note=found.problem)
 
     bias = _foldable_bias(found)
-    key = f"{found.matmul.input_value(1).get_node().get_name()} {bias and bias.get_name()}"
+    weight_path = found.matmul.input_value(1).get_node().get_name()
+    key = (weight_path, found.rows_are_outputs, bias.get_name() if bias else None)
     blob = blobs.get(key)
     if blob is None:
         try:
-            weight, remark, symmetric = *load(found), False
+            weight, remark, new_scales = _read(found, policy.requantize)
         except Unpackable as reason:
-            if not policy.requantize or found.scale is None:
-                return replace(stays, sparsity=sparsity(found), note=str(reason))
-            weight, remark, symmetric = *requantize(found), True
+            return replace(stays, sparsity=sparsity(found), note=str(reason))
         zeros = float(weight.sparsity)
         if zeros < policy.threshold(weight.kind):
             return replace(stays, sparsity=zeros, note=f"too few zeros: {policy.threshold(weight.kind):.0%} are needed")
-        blob = _Blob(_blob_constant(weight, bias, name), weight.kind, weight.group, zeros, symmetric)
+        blob = _Blob(_blob_constant(weight, bias, name), weight.kind, weight.group, zeros, new_scales)
         blobs[key] = blob
-        kept = _used_elsewhere(found.constant)
-        after = blob.constant.get_byte_size() + (found.nbytes if kept else 0)
-        notes = [
-            remark,
-            "bias inside the blob" if bias else "",
-            "its stock constant stays for another use" if kept else "",
-        ]
-        report = replace(stays, bytes_after=after, note=", ".join(filter(None, notes)))
+        note = _joined(remark, "bias inside the blob" if bias else "")
+        report = replace(stays, bytes_after=blob.constant.get_byte_size(), note=note)
     else:
-        report = replace(stays, bytes_before=0, bytes_after=0, note="shares the blob of an earlier layer")
+        report = replace(stays, note="shares the blob of an earlier layer")
 
     segment = blob.group or 128  # the finest group by which the kernel can scale activations
     attributes = {
         **{"n": found.shape[0], "k": found.shape[1], "kind": blob.kind, "epilogue": ""},
         "activation_group": segment if 0 < policy.activation_group < segment else policy.activation_group,
-        "source": describe(found, bias, blob.symmetric),
+        "source": describe(found, bias, blob.new_scales),
     }
     sparse = factory.create(OPERATION, [found.matmul.input_value(0), blob.constant.output(0)], attributes)
     sparse.set_friendly_name(name)
     _redirect(found.matmul if bias is None else bias, sparse)
     return replace(report, sparsity=blob.sparsity, replaced=True)
+
+
+def _read(found: ConstantWeight, requantizing: bool) -> tuple[Weight, str, str]:
+    """:return: The weight, a remark for the report, and the element type of its scales if they are new, else ""."""
+    try:
+        return *load(found), ""
+    except Unpackable:
+        if not requantizing or found.scale is None:
+            raise
+        return requantize(found)
 
 
 def _foldable_bias(found: ConstantWeight) -> Node | None:
@@ -212,19 +274,6 @@ def _blob_constant(weight: Weight, bias: Node | None, name: str) -> Node:
     return node
 
 
-def _used_elsewhere(constant: Node) -> bool:
-    """:return: True when something else than a MatMul reads a weight: the embedding of a model with a tied lm_head."""
-    pending = [constant]
-    while pending:
-        for port in pending.pop().output(0).get_target_inputs():
-            kind = port.get_node().get_type_name()
-            if kind in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
-                pending.append(port.get_node())
-            elif kind != "MatMul":
-                return True
-    return False
-
-
 def _redirect(old: Node, new: Node) -> None:
     """Give all consumers and tensor names of a node to another one."""
     new.output(0).set_names(old.output(0).get_names())
@@ -234,10 +283,3 @@ def _redirect(old: Node, new: Node) -> None:
 
 def _is_packed(node: Node) -> bool:
     return node.get_type_name() == OPERATION and node.get_type_info().version_id == "ov_ext"
-
-
-def _package_version() -> str:
-    try:
-        return version("nncf-ext")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"

@@ -78,8 +78,10 @@ class LayerReport:
     :param shape: (outputs, inputs) of a matrix, the plain shape of anything else.
     :param kind: How the weight was stored: ``f32``, ``bf16``, ``int8_sym``, ``int4_asym``, ...
     :param sparsity: Fraction 0..1 of zeros; None when the weight could not be read.
-    :param bytes_before: Bytes of weight, scales and zero points in the stock model.
-    :param bytes_after: Bytes afterwards, including a stock constant that another operation still needs.
+    :param bytes_before: Bytes of weight, scales and zero points in the stock model. Constants that several MatMuls read
+        are counted at the first.
+    :param bytes_after: Bytes afterwards: those of the blob, at the first MatMul that reads it, and those counted before
+        that some operation still needs.
     :param replaced: Whether the MatMul became a SparseMatMul.
     :param note: Why it stays, or what to know about the replacement.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def extension_path() -> Path:
     return path
 
 
+def package_version() -> str:
+    """:return: Version of nncf-ext, "unknown" in a source tree that is not installed."""
+    try:
+        return version("nncf-ext")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def _built_for() -> str | None:
     """:return: The OpenVINO version string of the build, or None when no build was made."""
     try:
@@ -63,9 +72,9 @@ def _built_for() -> str | None:
     return str(OPENVINO_VERSION)
 
 
-def _release(version: str) -> str:
+def _release(full: str) -> str:
     """:return: major.minor.patch of a full OpenVINO version string such as 2026.4.1-22982-e213a147257."""
-    return version.split("-")[0]
+    return full.split("-")[0]
 
 
 def add_extension(core: ov.Core) -> ov.Core:
@@ -121,9 +130,9 @@ def check_format(model: ov.Model) -> None:
     """
     if not model.has_rt_info(["ov_ext", "format_version"]):
         return
-    version = int(model.get_rt_info(["ov_ext", "format_version"]).value)
-    if version > VERSION:
-        msg = f"The IR has packed weights of format version {version}, this release reads {VERSION}: update nncf-ext."
+    found = int(model.get_rt_info(["ov_ext", "format_version"]).value)
+    if found > VERSION:
+        msg = f"The IR has packed weights of format version {found}, this release reads {VERSION}: update nncf-ext."
         raise NewerFormatError(msg)
 
 

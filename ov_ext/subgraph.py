@@ -22,25 +22,41 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
-from ov_ext.weights import SYMMETRIC, ConstantWeight, by_output_and_group, constant_behind, element_name, elements
+from ov_ext.weights import (
+    FLOATS,
+    SYMMETRIC,
+    ConstantWeight,
+    Unpackable,
+    by_output_and_group,
+    constant_behind,
+    element_name,
+    elements,
+)
 
 RECORD_VERSION = 1
 _OPERATIONS = {"Constant", "Convert", "Subtract", "Multiply", "Reshape", "Transpose", "MatMul", "Add"}
+_STORED = ("data", "zero")  # roles of constants whose bytes are in the record; the others are in the blob
+_ROLES = ("values", "scale", "bias", *_STORED)
+_ELEMENTS = (*FLOATS, *SYMMETRIC, "i16", "u16", "i32", "u32", "i64", "u64")
+# What Python, numpy, zlib and OpenVINO raise for a record that is well-formed JSON and still makes no sense.
+_NONSENSE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, zlib.error, Unpackable)
 _KEEP = "decompression_0"  # rt_info that keeps OpenVINO from folding the Convert of an f16 weight
 
 
 class RecordError(RuntimeError):
-    """A SparseMatMul without a usable record of its stock form."""
+    """A SparseMatMul has no usable record of its stock form."""
 
 
-def describe(found: ConstantWeight, bias: Node | None, symmetric: bool = False) -> str:
+def describe(found: ConstantWeight, bias: Node | None, scales: str = "") -> str:
     """Write down what a blob does not hold.
 
     :param found: The weight, still in its graph.
     :param bias: The Add behind the MatMul whose constant goes into the blob, or None.
-    :param symmetric: The weight was requantized: describe the subgraph without zero points.
+    :param scales: Element type of the new scales when the weight was requantized: describe the subgraph without zero
+        points, and with f32 arithmetic where its f16 could not hold them. "" for a lossless copy.
     :return: JSON for :func:`restore`.
     """
+    widened = scales == "f32" and found.scale is not None and element_name(found.scale) == "f16"
     nodes: list[dict[str, Any]] = []
     position: dict[str, int] = {}  # by unique node name: two Python wrappers of one node are different objects
     parts = {"values": found.constant, "scale": found.scale, "zero": found.zero, "bias": bias and bias_constant(bias)}
@@ -49,18 +65,20 @@ def describe(found: ConstantWeight, bias: Node | None, symmetric: bool = False) 
 
     def add(node: Node) -> int:
         key, kind = node.get_name(), node.get_type_name()
-        if symmetric and kind == "Subtract":
+        if scales and kind == "Subtract":
             return add(node.input_value(0).get_node())
         if key not in position:
             entry: dict[str, Any] = {"type": kind, "name": node.get_friendly_name()}
             if names := sorted(node.output(0).get_names()):
                 entry["tensors"] = names
             if kind == "Constant":
-                entry |= _constant_entry(node, roles.get(key, "data"), found, symmetric)
+                entry |= _constant_entry(node, roles.get(key, "data"), found, scales)
             else:
                 ports = enumerate(node.input_values())
                 entry["inputs"] = [-1 if key == matmul and i == 0 else add(port.get_node()) for i, port in ports]
                 entry["attributes"] = node.get_attributes()
+                if widened and entry["attributes"].get("destination_type") == "f16":
+                    entry["attributes"]["destination_type"] = "f32"
                 if _KEEP in node.get_rt_info():
                     entry["keep"] = True
             position[key] = len(nodes)
@@ -77,19 +95,19 @@ def read_record(source: str) -> dict[str, Any]:
 
     :param source: What :func:`describe` wrote.
     :return: The record.
-    :raises RecordError: There is none, or it has a newer version.
+    :raises RecordError: There is none, it is damaged, or it has a newer version.
     """
     if not source:
         raise RecordError("it carries no record of its stock subgraph; go back to the IR it was packed from")
     try:
         record: dict[str, Any] = json.loads(source)
-        version, types = record["v"], {entry["type"] for entry in record.get("nodes", ())}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"its record of the stock subgraph is damaged ({error})") from None
+        version = int(record["v"])
+    except _NONSENSE as error:
+        raise _damaged(error) from None
     if version != RECORD_VERSION:
         raise RecordError(f"its record has version {version}, this release reads {RECORD_VERSION}: update nncf-ext")
-    if unknown := types - _OPERATIONS:
-        raise RecordError(f"its record names {', '.join(sorted(unknown))}, which no stock form of a weight contains")
+    if problem := _problem(record):
+        raise _damaged(problem)
     return record
 
 
@@ -102,7 +120,17 @@ def restore(record: dict[str, Any], weight: Weight, x: Output, known: dict[str, 
     :param known: Nodes of the model by friendly name. A constant path that is still there for another consumer, or was
         restored for an earlier one, is used again instead of being doubled; new nodes are entered.
     :return: The last node: the MatMul, or the Add of its bias.
+    :raises RecordError: The record does not fit the blob, or describes operations that cannot be built.
     """
+    try:
+        return _build(record, weight, x, known)
+    except RecordError:
+        raise
+    except _NONSENSE as error:
+        raise _damaged(error) from error
+
+
+def _build(record: dict[str, Any], weight: Weight, x: Output, known: dict[str, Node]) -> Node:
     factory = NodeFactory("opset1")
     built: list[Node] = []
     arrays = _arrays(record, weight)
@@ -131,17 +159,59 @@ def bias_constant(add: Node) -> Node | None:
     return next((constant for constant in constants if constant is not None), None)
 
 
-def _constant_entry(node: Node, role: str, found: ConstantWeight, symmetric: bool) -> dict[str, Any]:
+def _damaged(why: object) -> RecordError:
+    text = (str(why).strip() or type(why).__name__).splitlines()[0]
+    return RecordError(f"its record of the stock subgraph is damaged ({text})")
+
+
+def _problem(record: dict[str, Any]) -> str:
+    """:return: What is wrong with the form of a record, which comes from a file; or ""."""
+    nodes = record.get("nodes")
+    if not isinstance(nodes, list) or not nodes or not all(isinstance(entry, dict) for entry in nodes):
+        return "it lists no operations"
+    if unknown := {str(entry.get("type")) for entry in nodes} - _OPERATIONS:
+        return f"it names {', '.join(sorted(unknown))}, which no stock form of a weight contains"
+    if not isinstance(record.get("outputs_first"), bool) or record.get("axes") not in (2, 3):
+        return "it lacks the orientation of the weight"
+    for position, entry in enumerate(nodes):
+        if not isinstance(entry.get("name"), str) or not _all(str, entry.get("tensors", [])):
+            return f"operation {position} lacks its name"
+        if entry["type"] == "Constant":
+            stored = entry.get("role") not in _STORED or isinstance(entry.get("zlib"), str)
+            sizes = _all(int, entry.get("shape")) and all(size >= 0 for size in entry["shape"])
+            if entry.get("role") not in _ROLES or entry.get("element") not in _ELEMENTS or not sizes or not stored:
+                return f"{entry['name']} is no constant that a weight has"
+            continue
+        inputs = entry.get("inputs")
+        if not _all(int, inputs) or not inputs or not all(-1 <= i < position for i in inputs):
+            return f"{entry['name']} reads operations that are not there"
+        if not isinstance(entry.get("attributes"), dict):
+            return f"{entry['name']} lacks its attributes"
+        if (entry["type"] == "MatMul") != (-1 in inputs) or -1 in inputs[1:]:
+            return f"{entry['name']} reads the activation in an unusual place"
+    products = [position for position, entry in enumerate(nodes) if entry["type"] == "MatMul"]
+    last = nodes[-1]
+    if len(products) != 1 or not (last["type"] == "MatMul" or last["type"] == "Add" and products[0] in last["inputs"]):
+        return "it does not end in a MatMul or its bias"
+    return ""
+
+
+def _all(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _constant_entry(node: Node, role: str, found: ConstantWeight, scales: str) -> dict[str, Any]:
     element, shape = element_name(node), list(node.shape)
-    if symmetric and role == "values":
+    if scales and role == "values":
         element = SYMMETRIC[element]
-    if symmetric and role == "scale":  # requantizing gives every output and group its own scale
+    if scales and role == "scale":  # requantizing gives every output and group its own scale
+        element = scales
         outer, inner = (found.shape[0], found.groups) if found.rows_are_outputs else (found.groups, found.shape[0])
         shape = (
             [outer, inner] if found.axes == 2 else [outer, inner, 1] if found.rows_are_outputs else [outer, 1, inner]
         )
     entry: dict[str, Any] = {"role": role, "element": element, "shape": shape}
-    if role in ("data", "zero"):
+    if role in _STORED:
         entry["zlib"] = base64.b64encode(zlib.compress(node.get_data().tobytes(), 9)).decode()
     return entry
 
@@ -166,12 +236,14 @@ def _arrays(record: dict[str, Any], weight: Weight) -> dict[str, np.ndarray]:
 def _constant(entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> Node:
     element, shape, role = getattr(ov.Type, entry["element"]), entry["shape"], entry["role"]
     nbytes = -(-element.bitwidth * math.prod(shape) // 8)
-    if role in ("data", "zero"):
+    if role in _STORED:
         packed = base64.b64decode(entry["zlib"])
         raw = np.frombuffer(
             zlib.decompressobj().decompress(packed, nbytes + 1), np.uint8
         )  # never more than it should be
     else:
+        if role not in arrays:
+            raise RecordError(f"its record asks for {role}, the blob holds none")
         values = arrays[role]
         if role == "scale":  # an axis that was broadcast keeps its first entry
             padded = [1] * (values.ndim - len(shape)) + shape

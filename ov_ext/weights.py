@@ -78,10 +78,10 @@ class ConstantWeight:
         return {"i8": "int8", "i4": "int4"}.get(SYMMETRIC.get(self.element, ""), "bf16")
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of values, scales and zero points."""
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of values, scales and zero points, by the unique names of their constants."""
         parts = [node for node in (self.constant, self.scale, self.zero) if node is not None]
-        return sum(-(-node.get_element_type().bitwidth * int(np.prod(node.shape)) // 8) for node in parts)
+        return {node.get_name(): -(-node.get_element_type().bitwidth * int(np.prod(node.shape)) // 8) for node in parts}
 
     @property
     def group(self) -> int:
@@ -99,7 +99,7 @@ def find(matmul: Node) -> ConstantWeight | None:
     if left is not None:
         shape = tuple(matmul.get_input_partial_shape(0).to_shape())
         return ConstantWeight(matmul, left, shape, "the constant is the left operand")
-    problem, swaps = "", 0
+    problem, swaps, reshaped = "", 0, False
     scale = zero = scaled = None
     node = matmul.input_value(1).get_node()
     while node.get_type_name() != "Constant":
@@ -113,13 +113,17 @@ def find(matmul: Node) -> ConstantWeight | None:
             zero = constant_behind(node.input_value(1))
             if zero is None:
                 return _computed(matmul, node)
+            if node.get_output_partial_shape(0) != scaled.get_output_partial_shape(0):
+                problem = problem or "its zero points and scales apply to different shapes"
         elif kind in ("Transpose", "Reshape"):
             order = constant_behind(node.input_value(1))
             if order is None:
                 return None
-            if kind == "Transpose":
+            if kind == "Reshape":
+                reshaped = True
+            else:  # nearer the constant than a Reshape, it does not swap the axes of this matrix
                 swaps += 1
-                if scaled is not None or order.get_data().tolist() != [1, 0]:
+                if scaled is not None or reshaped or order.get_data().tolist() != [1, 0]:
                     problem = problem or "its axes are permuted in an unusual order"
         elif kind != "Convert":
             return _computed(matmul, node)
@@ -131,6 +135,8 @@ def find(matmul: Node) -> ConstantWeight | None:
     if len(shape) != 2:
         return replace(found, problem=f"it has {len(shape)} axes; only matrices are packed (3-D expert weights stay)")
     found = replace(found, shape=shape if transpose_b else shape[::-1])
+    if not found.problem and np.prod(node.shape) != np.prod(shape):
+        found = replace(found, problem="its values are repeated by broadcasting")
     if not found.problem:
         found = replace(found, problem=_type_problem(found))
     return found if found.problem or scaled is None else _with_groups(found, scaled)
@@ -157,25 +163,32 @@ def load(found: ConstantWeight) -> tuple[Weight, str]:
     return Weight(found.blob_kind, codes.astype(np.int8, copy=False), _scales(found), found.group), ""
 
 
-def requantize(found: ConstantWeight) -> tuple[Weight, str]:
+def requantize(found: ConstantWeight) -> tuple[Weight, str, str]:
     """Round an asymmetric weight to a symmetric grid with the same groups; zeros stay zeros.
 
     The scale of a group is its value of largest magnitude divided by the lowest code, so that this value lands on the
-    grid whatever its sign, as in NNCF's symmetric modes.
+    grid whatever its sign, as in NNCF's symmetric modes. Scales are rounded to the element type of the stock ones
+    before the codes are chosen, so that the restored weight is the packed one; where f16 would lose them they are f32.
 
     :param found: A quantized weight without problem.
-    :return: The arrays, and a remark with the relative error (Frobenius norm of the change over that of the weight).
+    :return: The arrays, a remark with the relative error (Frobenius norm of the change over that of the weight), and
+        the element type of the new scales.
+    :raises Unpackable: Scales or zero points are not usable numbers.
     """
+    assert found.scale is not None
     n, k = found.shape
     low, high = CODE_RANGE[SYMMETRIC[found.element]]
-    values = _codes(found).reshape(n, found.groups, -1) * _scales(found).astype(np.float32)[..., None]
+    with np.errstate(over="ignore"):
+        values = _codes(found).reshape(n, found.groups, -1) * _scales(found).astype(np.float32)[..., None]
     extreme = np.take_along_axis(values, np.abs(values).argmax(axis=2)[..., None], axis=2)
-    scales = (extreme / low).astype(np.float16)
+    if not np.isfinite(extreme).all():
+        raise Unpackable("its codes times scales leave the range of float32")
+    scales, element = _rounded_scales(extreme / np.float32(low), element_name(found.scale))
     step = np.where(scales == 0, np.float32(1), scales.astype(np.float32))
     codes = np.clip(np.rint(values / step), low, high).astype(np.int8)
     error = float(np.linalg.norm(codes * step - values)) / (float(np.linalg.norm(values)) or 1.0)
     weight = Weight(found.blob_kind, codes.reshape(n, k), scales.reshape(n, found.groups), found.group)
-    return weight, f"rounded to a symmetric grid, relative error {error:.2%}"
+    return weight, f"rounded to a symmetric grid, relative error {error:.2%}", element
 
 
 def sparsity(found: ConstantWeight) -> float | None:
@@ -317,10 +330,27 @@ def _codes(found: ConstantWeight) -> np.ndarray:
     if found.zero is None:
         return codes if codes.dtype == np.int8 else codes.astype(np.int16)
     zeros = by_output_and_group(found.zero, found.axes, found.rows_are_outputs)
-    if zeros.dtype.kind == "f" and (zeros != np.rint(zeros)).any():
-        raise Unpackable("its zero points are not whole numbers")
+    wide = zeros.astype(np.float64)
+    if not ((wide == np.rint(wide)) & (np.abs(wide) <= 255)).all():  # nor NaN, nor infinite
+        raise Unpackable("its zero points are not whole numbers of 8 bits")
     repeats = found.shape[1] // zeros.shape[1]
     return codes.astype(np.int16) - np.repeat(zeros.astype(np.int16), repeats, axis=1)
+
+
+def _rounded_scales(scales: np.ndarray, element: str) -> tuple[np.ndarray, str]:
+    """Round float32 scales to the element type of the stock scales.
+
+    :return: float16, or float32 for bf16 and f32 and where f16 loses more than its usual rounding (overflow,
+        denormals); and the element type that holds them.
+    """
+    if element == "bf16":
+        return (_bf16_bits(scales).astype(np.uint32) << 16).view(np.float32), element
+    if element == "f16":
+        with np.errstate(over="ignore"):
+            half = scales.astype(np.float16)
+        if (np.abs(half.astype(np.float32) - scales) <= np.abs(scales) * 2.0**-10).all():
+            return half, element
+    return scales, "f32"
 
 
 def _oriented(flat: np.ndarray, found: ConstantWeight) -> np.ndarray:
@@ -341,13 +371,19 @@ def _as_bf16(constant: Node) -> tuple[np.ndarray, bool]:
     bits = np.empty(source.size, np.uint16)
     for start in range(0, source.size, 1 << 22):  # bounded scratch memory
         part = source[start : start + (1 << 22)]
-        word = part.astype(np.float32, copy=False).view(np.uint32)
-        nan = np.isnan(part)
-        rounded = np.where(nan, word | 0x400000, word + 0x7FFF + ((word >> 16) & 1)) >> 16
+        wide = part.astype(np.float32, copy=False)
+        rounded = _bf16_bits(wide)
+        bits[start : start + part.size] = rounded
         with np.errstate(over="ignore"):
-            again = (rounded << 16).view(np.float32).astype(source.dtype)
+            again = (rounded.astype(np.uint32) << 16).view(np.float32).astype(source.dtype)
         if (np.isinf(again) & ~np.isinf(part)).any():
             raise Unpackable(f"rounding to bf16 would take values out of the range of {element_name(constant)}")
-        exact = exact and bool(((word & 0xFFFF) == 0).all())
-        bits[start : start + part.size] = rounded
+        exact = exact and bool(((wide.view(np.uint32) & 0xFFFF) == 0).all())
     return bits, exact
+
+
+def _bf16_bits(values: np.ndarray) -> np.ndarray:
+    """:return: float32 values rounded to bf16, to nearest and ties to even, as uint16 bits. NaN stays NaN."""
+    word = np.ascontiguousarray(values).view(np.uint32)
+    rounded = np.where(np.isnan(values), word | 0x400000, word + 0x7FFF + ((word >> 16) & 1))
+    return (rounded >> 16).astype(np.uint16)

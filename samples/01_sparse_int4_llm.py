@@ -24,6 +24,7 @@ import typer
 ASSETS = Path(__file__).parent / "assets"
 PROMPT = "def read_file(path):\n    "
 WINDOW = 256  # tokens
+VARIANTS = ("dense-bf16", "stock-int8", "stock-int4", "sparse-int4")  # folders that this script makes, and replaces
 
 
 def token_windows(tokenizer: Any, file: Path, limit: int) -> Any:
@@ -93,14 +94,16 @@ def build(out: Path, windows: int) -> dict[str, Path]:
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     core = ov_ext.add_extension(ov.Core())
 
-    folders = {name: out / name for name in ("dense-bf16", "stock-int8", "stock-int4", "sparse-int4")}
+    folders = {name: out / name for name in VARIANTS}
     ov_ext.optimum.export(dense, tokenizer, folders["dense-bf16"])
     for name, mode in (
         ("stock-int8", nncf.CompressWeightsMode.INT8_SYM),
         ("stock-int4", nncf.CompressWeightsMode.INT4_SYM),
     ):
         shutil.copytree(folders["dense-bf16"], folders[name], ignore=shutil.ignore_patterns("openvino_model.*"))
-        options = {} if "int8" in name else {"group_size": 128, "ratio": 1.0}
+        options: dict[str, Any] = {}
+        if "int4" in name:
+            options = {"group_size": 128, "ratio": 1.0, "backup_mode": nncf.BackupMode.INT8_SYM}
         ir = nncf.compress_weights(core.read_model(folders["dense-bf16"] / "openvino_model.xml"), mode=mode, **options)
         ov_ext.save_model(ir, folders[name] / "openvino_model.xml")
 
@@ -117,9 +120,8 @@ def build(out: Path, windows: int) -> dict[str, Path]:
     print(nncf_ext.compression_report(model))
     ov_ext.optimum.export(model, tokenizer, folders["sparse-int4"])
     ir = core.read_model(folders["sparse-int4"] / "openvino_model.xml")
-    ir = nncf.compress_weights(
-        ir, mode=nncf.CompressWeightsMode.INT8_SYM
-    )  # embeddings and head, as in the stock INT4 model
+    # Embeddings and head, as the backup mode does in the stock INT4 model.
+    ir = nncf.compress_weights(ir, mode=nncf.CompressWeightsMode.INT8_SYM)
     ir, report = ov_ext.pack_sparse_weights(ir)
     print(report)
     ov_ext.save_model(ir, folders["sparse-int4"] / "openvino_model.xml")
@@ -135,7 +137,9 @@ def quiet() -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the models; it is replaced.")] = Path(__file__).parent
+    out: Annotated[Path, typer.Option(help="Folder for the four models; those of an earlier run go.")] = Path(
+        __file__
+    ).parent
     / "out"
     / "01",
     quick: Annotated[bool, typer.Option(help="Fewer calibration and evaluation windows.")] = False,
@@ -148,7 +152,8 @@ def main(
     if measure_only:
         print(json.dumps(measure(measure_only, 16 if quick else 96)))
         return
-    shutil.rmtree(out, ignore_errors=True)
+    for name in VARIANTS:
+        shutil.rmtree(out / name, ignore_errors=True)
     table = Table(title="Held-out perplexity and speed in OpenVINO")
     for heading in ("model", "disk MiB", "resident MiB", "perplexity", "tokens/s", "kernel"):
         table.add_column(heading, justify="left" if heading in ("model", "kernel") else "right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import openvino as ov
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import ov_ext
 from ov_ext import cli, runtime
+from ov_ext.decode import measure
 from ov_ext.folder import FolderExistsError, whole_folder
 from tests.ov_ext.ir_forms import Form, build, signature
 
@@ -43,13 +45,15 @@ def test_info() -> None:
     facts = json.loads(result.stdout)
     assert result.exit_code == 0 and facts["extension"] == "ok" and facts["kernels"][-1] == "reference"
     assert {"features", "amx_permission", "selected", "openvino", "built_for"} <= facts.keys()
+    assert facts["nncf_ext"] == version("nncf-ext") and (facts["format"], facts["format_version"]) == ("SPW1", 1)
     assert "kernels" in run("info").stdout
 
 
 def test_info_explains_a_wrong_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_built_for", lambda: "2025.9.9")
     result = run("info", "--json")
-    assert result.exit_code == 1 and "built for OpenVINO 2025.9.9" in json.loads(result.stdout)["extension"]
+    facts = json.loads(result.stdout)
+    assert result.exit_code == 1 and "built for OpenVINO 2025.9.9" in facts["extension"] and facts["nncf_ext"]
 
 
 def test_pack_and_unpack(folder: Path, tmp_path: Path, core: ov.Core) -> None:
@@ -133,6 +137,24 @@ def test_in_place(folder: Path) -> None:
     assert run("pack", folder, folder, "--overwrite").exit_code == 0
     result = run("pack", folder, folder, "--overwrite")
     assert result.exit_code == 1 and "packed weights already" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON"])
+def test_a_tokenizer_that_cannot_be_converted_is_a_warning(folder: Path, tmp_path: Path, text: str) -> None:
+    """The packed model is what counts; nothing half-made stays beside it."""
+    (folder / "tokenizer.json").write_text(text)
+    result = run("pack", folder, tmp_path / "packed")
+    assert result.exit_code == 0 and "1 of 1 weights packed" in result.stdout
+    assert "Warning: no tokenizer IR was written" in result.stderr and "Traceback" not in result.output
+    assert files(tmp_path / "packed").keys() == files(folder).keys()
+
+
+@pytest.mark.parametrize("option", ["tokens", "prompt", "rounds"])
+def test_bench_refuses_nothing_to_do(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        measure([tmp_path / "nowhere"], **{option: 0})
+    result = run("bench", tmp_path / "nowhere", f"--{option}", 0)
+    assert result.exit_code == 2 and f"--{option}" in result.stderr and "Traceback" not in result.output
 
 
 def test_a_language_model_from_end_to_end(folders: dict[str, Path], tmp_path: Path) -> None:

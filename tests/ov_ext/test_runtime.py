@@ -167,7 +167,7 @@ def test_bf16_activations(core: ov.Core) -> None:
     assert (np.abs(found - expected) <= bound).all()
 
 
-def test_saving_is_atomic_and_exact(tmp_path: Path) -> None:
+def test_saving_is_exact_and_leaves_mapped_files_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NAME.xml"):
         ov_ext.save_model(packed(), tmp_path / "m.bin")
     model = build(Form("f32")).model
