@@ -237,6 +237,7 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
     sparse = factory.create(OPERATION, [found.matmul.input_value(0), blob.constant.output(0)], attributes)
     sparse.set_friendly_name(name)
     _redirect(found.matmul if bias is None else bias, sparse)
+    _detach(found.matmul)
     return replace(report, sparsity=blob.sparsity, replaced=True)
 
 
@@ -275,10 +276,19 @@ def _blob_constant(weight: Weight, bias: Node | None, name: str) -> Node:
 
 
 def _redirect(old: Node, new: Node) -> None:
-    """Give all consumers and tensor names of a node to another one."""
+    """Give all consumers and tensor names of a node to another one, and cut the old one off."""
     new.output(0).set_names(old.output(0).get_names())
     for port in list(old.output(0).get_target_inputs()):
         port.replace_source_output(new.output(0))
+    _detach(old)
+
+
+def _detach(node: Node) -> None:
+    """Cut a replaced node off from its inputs: as long as anybody holds it, it would count as their consumer."""
+    for port in node.inputs():
+        source = port.get_source_output()
+        stand_in = ov.op.Parameter(source.get_element_type(), source.get_partial_shape())
+        port.replace_source_output(stand_in.output(0))
 
 
 def _is_packed(node: Node) -> bool:

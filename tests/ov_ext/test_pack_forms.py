@@ -688,3 +688,24 @@ def test_stateful_models_keep_their_state(core: ov.Core) -> None:
     request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
     for turn in (1.0, 2.0, 3.0):
         assert request.infer([np.ones((1, 64), np.float32)])[0].tolist() == [[turn] * 64]
+
+
+def test_a_replaced_layer_that_somebody_holds_is_no_consumer_any_more() -> None:
+    """Tools such as NNCF walk from outputs to consumers: a stock MatMul that Python still holds must not be found."""
+    weight = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    weight[:, ::2] = 0
+    x = opset13.parameter([2, 128], np.float32, name="x")
+    relu = opset13.relu(x)
+    held = opset13.matmul(relu, opset13.constant(weight), False, True)
+    biased = opset13.add(held, opset13.constant(np.ones(128, np.float32)))
+    model = ov.Model([opset13.result(biased)], [x], "m")
+    packed, report = ov_ext.pack_sparse_weights(model)
+    assert len(report.replaced) == 1
+
+    def consumers() -> list[str]:
+        return [port.get_node().get_type_name() for port in relu.output(0).get_target_inputs()]
+
+    assert consumers() == ["SparseMatMul"] and held.get_type_name() == "MatMul"
+    sparse = next(node for node in packed.get_ops() if node.get_type_name() == "SparseMatMul")
+    ov_ext.unpack_sparse_weights(packed)
+    assert consumers() == ["MatMul"] and sparse.get_type_name() == "SparseMatMul"
