@@ -9,6 +9,8 @@ import numpy as np
 import openvino as ov
 from openvino import opset1
 
+import ov_ext
+
 
 @dataclass(frozen=True)
 class Form:
@@ -189,3 +191,12 @@ def signature(model: ov.Model) -> list[tuple[Any, ...]]:
 
 def operations(model: ov.Model) -> list[str]:
     return sorted(node.get_type_name() for node in model.get_ops())
+
+
+ALL = ov_ext.SparsePolicy(min_weights=0, activation_group=0)
+INT4, INT8 = Form("i4", 128), Form("i8")
+
+
+def infer(core: ov.Core, model: ov.Model, x: np.ndarray) -> np.ndarray:
+    config = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    return core.compile_model(model, "CPU", config)(x)[0]
