@@ -66,14 +66,6 @@ inline Layout layout_of(Kind kind, bool dense, bool f32, bool has_bias, uint64_t
 
 inline int sign_extend(uint8_t nibble) { return (nibble ^ 8) - 8; }
 
-// Which (output, input) element e of a row is, inside its block.
-struct Position {
-    uint64_t column, input;
-};
-inline Position position(const BlobView& w, uint64_t tile, uint64_t panel, uint64_t row, uint64_t e) {
-    return {panel * 16 + e / w.row_k, (tile * 16 + row) * w.row_k + e % w.row_k};
-}
-
 inline uint64_t mask_of(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t row) {
     if (w.dense)
         return w.kind == Kind::bf16 ? 0xFFFFFFFFull : ~0ull;

@@ -6,6 +6,14 @@
 namespace ov_ext::sparse_matmul {
 namespace {
 
+// Which (output, input) element e of a row is, inside its block.
+struct Position {
+    uint64_t column, input;
+};
+Position position(const BlobView& w, uint64_t tile, uint64_t panel, uint64_t row, uint64_t e) {
+    return {panel * 16 + e / w.row_k, (tile * 16 + row) * w.row_k + e % w.row_k};
+}
+
 uint32_t crc32(const uint8_t* data, size_t bytes) {  // the polynomial and bit order of zlib, eight bytes a step
     static const auto tables = [] {
         std::array<std::array<uint32_t, 256>, 8> t{};
