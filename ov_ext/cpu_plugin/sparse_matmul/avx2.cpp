@@ -79,9 +79,10 @@ constexpr ShuffleTables make_tables() {
 }
 alignas(64) constexpr ShuffleTables tables = make_tables();
 
-// Entry of a table for the mask byte that starts at bit `at`.
+// Entry of a table for the mask byte that starts at bit `at`. A rotation, because it is one instruction (rorx) where a shift is two.
 INLINE __m128i entry(const uint8_t (&table)[256][16], uint64_t mask, int at) {
-    return load128(&table[0][0] + ((at < 4 ? mask << (4 - at) : mask >> (at - 4)) & 0xFF0));
+    const int by = (at + 60) % 64;
+    return load128(&table[0][0] + ((mask >> by | mask << (64 - by)) & 0xFF0));
 }
 
 // One row: outputs 0..7 and 8..15 of a panel, row_k inputs each.
@@ -278,9 +279,9 @@ INLINE void add_row(const AnyRow& row, const uint8_t* x, uint64_t stride, typena
     }
 }
 
-// Adds the products of `tiles` tiles with M rows of x to sums[M][64].
+// Adds the products of `tiles` tiles with M rows of x to sums[M][64]. Not inlined: its loop needs all registers.
 template <Dot dot, int row_k, int M, class Source>
-void multiply_tiles(Source& source, uint64_t tiles, const uint8_t* x, uint64_t stride, typename Sum<dot>::Scalar* sums) {
+__attribute__((noinline)) void multiply_tiles(Source& source, uint64_t tiles, const uint8_t* x, uint64_t stride, typename Sum<dot>::Scalar* sums) {
     using S = Sum<dot>;
     constexpr uint64_t x_row = row_k * (dot == Dot::f32 ? 4 : 1);
     constexpr int run = dot == Dot::narrow ? 8 : 16;  // rows until the registers must be emptied
