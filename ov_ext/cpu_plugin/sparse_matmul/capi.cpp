@@ -116,9 +116,9 @@ OV_EXT_API int ov_ext_cpu_info(char* json, uint64_t capacity) {
         const auto flag = [](bool v) { return v ? "true" : "false"; };
         std::string text = "{\"features\": {";
         const std::pair<const char*, bool> features[] = {
-            {"avx2", f.avx2},           {"avx512", f.avx512}, {"avx512_vbmi2", f.avx512_vbmi2}, {"avx512_vnni", f.avx512_vnni},
-            {"avx512_bf16", f.avx512_bf16}, {"gfni", f.gfni},     {"amx_tile", f.amx_tile},         {"amx_bf16", f.amx_bf16},
-            {"amx_int8", f.amx_int8}};
+            {"avx2", f.avx2},           {"avx_vnni", f.avx_vnni}, {"avx512", f.avx512},     {"avx512_vbmi2", f.avx512_vbmi2},
+            {"avx512_vnni", f.avx512_vnni}, {"avx512_bf16", f.avx512_bf16}, {"gfni", f.gfni}, {"amx_tile", f.amx_tile},
+            {"amx_bf16", f.amx_bf16}, {"amx_int8", f.amx_int8}};
         for (const auto& [name, value] : features)
             text += std::string(text.back() == '{' ? "" : ", ") + "\"" + name + "\": " + flag(value);
         text += std::string("}, \"amx_permission\": ") + flag(ov_ext::amx_permission()) + ", \"kernels\": [";

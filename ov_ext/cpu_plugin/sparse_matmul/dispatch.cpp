@@ -144,7 +144,7 @@ const Kernel* named_by_user() {
 std::vector<const Kernel*> available_kernels() {
     static const Kernel* const all[] = {  // best first
 #if defined(__x86_64__)
-        &amx_kernel, &avx512_kernel, &avx2_kernel,
+        &amx_kernel, &avx512_kernel, &avx2_vnni_kernel, &avx2_kernel,
 #endif
         &reference_kernel};
     std::vector<const Kernel*> result;

@@ -56,6 +56,7 @@ struct Kernel {
 extern const Kernel reference_kernel;
 #if defined(__x86_64__)
 extern const Kernel avx2_kernel;
+extern const Kernel avx2_vnni_kernel;  // avx2.cpp compiled with AVX-VNNI
 extern const Kernel avx512_kernel;
 extern const Kernel amx_kernel;
 #endif

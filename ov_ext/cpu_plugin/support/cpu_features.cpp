@@ -49,8 +49,10 @@ CpuFeatures detect() {
     f.amx_tile = believed || (tiles && (d7 >> 24 & 1));
     f.amx_bf16 = believed || (f.amx_tile && (d7 >> 22 & 1));
     f.amx_int8 = believed || (f.amx_tile && (d7 >> 25 & 1));
-    if (a7 >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
+    if (a7 >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+        f.avx_vnni = f.avx2 && (a >> 4 & 1);
         f.avx512_bf16 = f.avx512 && (a >> 5 & 1);
+    }
     return f;
 }
 

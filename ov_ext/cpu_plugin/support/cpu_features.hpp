@@ -5,6 +5,7 @@ namespace ov_ext {
 
 struct CpuFeatures {
     bool avx2 = false;          // with FMA and F16C, and the OS saves YMM state
+    bool avx_vnni = false;      // vpdpbusd on YMM registers, without AVX-512
     bool avx512 = false;        // F, BW, DQ, VL, and the OS saves ZMM state
     bool avx512_vbmi2 = false;  // vpexpandb / vpexpandw
     bool avx512_vnni = false;   // vpdpbusd
