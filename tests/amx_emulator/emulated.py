@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +106,7 @@ class Emulator:
         }
         done = subprocess.run(
             [str(part) for part in command],
+            cwd=ROOT,
             env={**os.environ, **variables, **(environment or {})},
             capture_output=True,
             text=True,
@@ -117,19 +118,33 @@ class Emulator:
         return Run(done.returncode, done.stdout, stderr, int(counts[1]) if counts else 0, executed)
 
     def run_python(
-        self, script: str, *arguments: str, uses: Sequence[str], fast: bool = False, **environment: str
+        self,
+        check: Callable[..., None],
+        *arguments: str,
+        uses: Sequence[str],
+        fast: bool = False,
+        refuse: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> Run:
-        """Run a Python script in a fresh process; it must succeed, and by the instructions named.
+        """Call a function of a test module in a fresh process; it must succeed, and by the instructions named.
 
-        :param script: Its text.
-        :param arguments: Its ``sys.argv[1:]``.
+        :param check: A function at the top of its module.
+        :param arguments: Its arguments.
         :param uses: AMX instructions that it must have executed, e.g. ``tdpbssd``; none: no AMX instruction at all.
         :param fast: As in :meth:`run`.
-        :param environment: Changed variables.
+        :param refuse: As in :meth:`run`.
+        :param environment: As in :meth:`run`.
         :return: How it ended.
         """
-        run = self.run([sys.executable, "-c", script, *arguments], fast=fast, environment=environment)
+        command = python_command(check, *arguments)
+        run = self.run(command, fast=fast, refuse=refuse, environment=environment)
         assert run.returncode == 0, f"exit {run.returncode}\n{run.stdout}\n{run.stderr}"
         assert all(run.executed.get(name) for name in uses), f"{uses} wanted, executed were {run.executed}"
         assert uses or not run.traps, f"no AMX instruction was wanted, executed were {run.executed}"
         return run
+
+
+def python_command(check: Callable[..., None], *arguments: str) -> list[str]:
+    """:return: The command that calls a function of a test module with strings, in the folder of the project."""
+    script = f"import sys; from {check.__module__} import {check.__name__} as check; check(*sys.argv[1:])"
+    return [sys.executable, "-c", script, *arguments]

@@ -311,6 +311,7 @@ FAULTS: dict[str, tuple[np.ndarray, list[str], signal.Signals, str]] = {
     "C is A": (broken(0, 1), [".byte 0xC4, 0xE2, 0x73, 0x5E, 0xC0"], signal.SIGILL, "same tile"),
     "C is B": (broken(0, 1), [".byte 0xC4, 0xE2, 0x7B, 0x5E, 0xC1"], signal.SIGILL, "same tile"),
     "A is B": (broken(0, 1), [".byte 0xC4, 0xE2, 0x73, 0x5E, 0xC1"], signal.SIGILL, "same tile"),
+    "a page that is not there": (broken(0, 1), [f"tileloadd {MEMORY - 64}(%rdi,%rsi,1), %tmm4"], signal.SIGSEGV, ""),
     "tile number 9": (broken(0, 1), [".byte 0xC4, 0x62, 0x7B, 0x49, 0xC8"], signal.SIGILL, "above 7"),
 }
 
