@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,7 @@ class Emulator:
         fast: bool = False,
         environment: Mapping[str, str] | None = None,
         before: Sequence[str] = (),
+        directory: Path = ROOT,
         timeout: float = 300,
     ) -> Run:
         """Run a program to its end, however it ends.
@@ -95,6 +96,7 @@ class Emulator:
         :param fast: Replace executed AMX instructions by breakpoints; for model-sized runs.
         :param environment: Changed variables.
         :param before: Libraries to preload before the emulator: those of sanitizers.
+        :param directory: Where it runs.
         :param timeout: Seconds.
         :return: How it ended; counts are 0 for a program that was killed.
         """
@@ -106,7 +108,7 @@ class Emulator:
         }
         done = subprocess.run(
             [str(part) for part in command],
-            cwd=ROOT,
+            cwd=directory,
             env={**os.environ, **variables, **(environment or {})},
             capture_output=True,
             text=True,
@@ -121,7 +123,7 @@ class Emulator:
         self,
         check: Callable[..., None],
         *arguments: str,
-        uses: Sequence[str],
+        uses: Collection[str],
         fast: bool = False,
         refuse: bool = False,
         environment: Mapping[str, str] | None = None,
@@ -145,6 +147,6 @@ class Emulator:
 
 
 def python_command(check: Callable[..., None], *arguments: str) -> list[str]:
-    """:return: The command that calls a function of a test module with strings, in the folder of the project."""
+    """:return: The command that calls a function of a test module with strings."""
     script = f"import sys; from {check.__module__} import {check.__name__} as check; check(*sys.argv[1:])"
     return [sys.executable, "-c", script, *arguments]

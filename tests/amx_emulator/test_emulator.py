@@ -6,6 +6,7 @@ import ctypes
 import errno
 import faulthandler
 import mmap
+import os
 import signal
 import subprocess
 import threading
@@ -172,6 +173,14 @@ def test_other_handlers_get_what_is_not_amx(emulator: Emulator, tile_code: Path,
     run = emulator.run(python_command(multiply_beside_other_handlers, str(tile_code)), fast=fast)
     assert run.returncode == -signal.SIGILL, run.stderr
     assert run.stderr.startswith("Fatal Python error: Illegal instruction") and "in execute_bytes" in run.stderr
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGILL)
+
+
+def test_a_signal_that_somebody_sends_arrives(emulator: Emulator) -> None:
+    assert emulator.run(python_command(kill_itself)).returncode == -signal.SIGILL
 
 
 def trap() -> None:

@@ -118,7 +118,7 @@ static void pass_on(int number, siginfo_t* info, void* context) {
     } else {
         const struct sigaction standard = {.sa_handler = SIG_DFL};
         set_handler(number, &standard, NULL);
-        if (number == SIGTRAP)  // int3 is behind us
+        if (number == SIGTRAP || info->si_code <= 0)  // int3 is behind us; what was sent by a process does not come again
             raise(number);
     }
 }
