@@ -88,7 +88,7 @@ def run_cases(
     source.write_text("\n".join(lines))
     code = compile_c(directory / "cases.so", [source], "-shared", "-nostdlib", "-Wl,-z,separate-code")
     image.write_bytes(b"".join(case.memory.tobytes() for case in cases))
-    command = [program, code, image, output, *(["int3"] if every_instruction else [])]
+    command = [*map(str, (program, code, image, output)), *(["int3"] if every_instruction else [])]
     run = None
     if emulator:
         run = emulator.run(command, fast=every_instruction)

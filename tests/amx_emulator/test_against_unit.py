@@ -54,7 +54,7 @@ def random_program(rng: np.random.Generator) -> Case:
         roles = [(m, 4 * n), (m, 4 * k), (k, 4 * n), (m, 4 * n), (m, 4 * k), (k, 4 * n), (16, 64), (0, 0)]
         if rng.random() < 0.1:
             roles[rng.integers(8)] = tuple(rng.integers(0, 20, 2))  # often refused
-        start_row = rng.integers(1, 6) if rng.random() < 0.1 else 0
+        start_row = int(rng.integers(1, 6)) if rng.random() < 0.1 else 0
         memory[64 * block : 64 * block + 64] = configuration(dict(enumerate(roles)), start_row)
     tile = lambda: rng.integers(0, 7 if rng.random() < 0.95 else 8)  # noqa: E731
     code = ["ldtilecfg (%rdi)"]
@@ -69,9 +69,9 @@ def random_program(rng: np.random.Generator) -> Case:
         elif draw < 0.2:
             code += [f"tilezero %tmm{tile()}"]
         elif draw < 0.5:
-            code += [f"{rng.choice(['tileloadd', 'tileloaddt1'])} {tile_address(rng.integers(7))}, %tmm{tile()}"]
+            code += [f"{rng.choice(['tileloadd', 'tileloaddt1'])} {tile_address(int(rng.integers(7)))}, %tmm{tile()}"]
         elif draw < 0.65:
-            code += [f"tilestored %tmm{tile()}, {tile_address(rng.integers(8), output=True)}"]
+            code += [f"tilestored %tmm{tile()}, {tile_address(int(rng.integers(8)), output=True)}"]
         else:
             c, a, b = (0, 1, 2) if draw < 0.75 else (3, 4, 5) if draw < 0.85 else (0, 4, 2)
             if draw > 0.98:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_permission_can_be_refused(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("check, reason", [(never_asked, "was not asked first"), (not_configured, "no tile config")])
-def test_a_fault_ends_the_process_and_says_why(emulator: Emulator, check: object, reason: str) -> None:
+def test_a_fault_ends_the_process_and_says_why(emulator: Emulator, check: Callable[[], None], reason: str) -> None:
     run = emulator.run(python_command(check))
     assert run.returncode == -signal.SIGILL
     assert run.stderr.startswith("amx_emulator: tilezero at 0x") and reason in run.stderr

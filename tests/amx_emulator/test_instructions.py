@@ -168,14 +168,14 @@ def test_bytes(execute: Execute, name: str, a_type: type, b_type: type) -> None:
         a, b = (
             rng.choice([0, 1, 127, 128, 255], 1024) if number % 3 == 0 else rng.integers(0, 256, 1024) for _ in "ab"
         )
-        a, b = a.astype(np.uint8).view(a_type).reshape(16, 64), b.astype(np.uint8).view(b_type).reshape(16, 64)
+        a, b = (raw.astype(np.uint8).view(kind).reshape(16, 64) for raw, kind in ((a, a_type), (b, b_type)))
         c = rng.integers(-(2**31), 2**31, (16, 16)).astype(np.int32)
         cases.append(dot_product(name, rows, depth, columns, a, b, c))
-        want = c[:rows, :columns].astype(np.int64)
+        total = c[:rows, :columns].astype(np.int64)
         for k in range(depth):
             for i in range(4):
-                want += np.multiply.outer(a[:rows, 4 * k + i].astype(np.int64), b[k, i : 4 * columns : 4])
-        expected.append(((want + 2**31) % 2**32 - 2**31).astype(np.int32))  # wraps around
+                total += np.multiply.outer(a[:rows, 4 * k + i].astype(np.int64), b[k, i : 4 * columns : 4])
+        expected.append(((total + 2**31) % 2**32 - 2**31).astype(np.int32))  # wraps around
     for result, want in zip(execute(cases), expected, strict=True):
         assert result.signal == 0
         assert np.array_equal(result.tile(0, (want.shape[0], 4 * want.shape[1])).copy().view(np.int32), want)
