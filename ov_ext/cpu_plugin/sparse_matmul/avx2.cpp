@@ -278,12 +278,14 @@ void quantize(const BlobView& w, const void* x, bool x_is_bf16, uint64_t group, 
     }
 }
 
-void prepare(const BlobView& w, const void* x, bool x_is_bf16, int64_t activation_group, void* row, float* scales) {
-    if (w.segment && activation_group != 0) {
-        quantize(w, x, x_is_bf16, activation_group < 0 ? w.k_pad : uint64_t(activation_group), static_cast<int16_t*>(row), scales);
+void prepare(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t index) {
+    uint8_t* const row = static_cast<uint8_t*>(a.data) + index * a.stride;
+    if (a.integer) {
+        quantize(w, x, x_is_bf16, a.group < 0 ? w.k_pad : uint64_t(a.group), reinterpret_cast<int16_t*>(row),
+                 a.scales + index * (w.k_pad / w.segment));
         return;
     }
-    const bool round = !w.segment && activation_group != 0;
+    const bool round = !w.segment && a.group != 0;
     for (uint64_t i = 0; i < w.k_pad; i += 8) {
         __m256 value = i < w.k ? load_x(x, x_is_bf16, i, w.k) : _mm256_setzero_ps();
         if (round) {  // to bf16, to nearest, ties to even; NaN stays NaN
@@ -293,14 +295,16 @@ void prepare(const BlobView& w, const void* x, bool x_is_bf16, int64_t activatio
                                                      _mm256_set1_epi32(int(0xFFFF0000)));
             value = _mm256_blendv_ps(floats(rounded), value, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
         }
-        _mm256_storeu_ps(static_cast<float*>(row) + i, value);
+        _mm256_storeu_ps(reinterpret_cast<float*>(row) + i, value);
     }
 }
 
 bool supported(const CpuFeatures& f) { return f.avx2; }
 
+uint64_t row_bytes(const BlobView& w, int64_t activation_group) { return (w.segment && activation_group != 0 ? 2 : 4) * w.k_pad; }
+
 }  // namespace
 
-const Kernel avx2_kernel = {"avx2", max_rows, 4, supported, prepare, multiply};
+const Kernel avx2_kernel = {"avx2", max_rows, supported, row_bytes, prepare, multiply};
 
 }  // namespace ov_ext::sparse_matmul

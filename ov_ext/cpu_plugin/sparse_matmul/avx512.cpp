@@ -6,19 +6,12 @@
 #include <immintrin.h>
 
 #include "../support/cpu_features.hpp"
+#include "avx512_activations.hpp"
+#include "avx512_rows.hpp"
 #include "kernel.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {
-
-#define INLINE inline __attribute__((always_inline))
-
-template <class T>
-INLINE T load(const void* p) {
-    T value;
-    __builtin_memcpy(&value, p, sizeof(T));
-    return value;
-}
 
 // How activations arrive.
 enum class Input {
@@ -29,54 +22,6 @@ enum class Input {
 
 // Bytes of an activation.
 constexpr uint64_t width(Input input) { return input == Input::u8 ? 1 : input == Input::bf16 ? 2 : 4; }
-
-// ------------------------------------------------------------------------------------------------- decoding rows
-
-// 8x8 bit matrices for gf2p8affineqb (byte i of the matrix gives output bit 7 - i): sign-extended low and high nibble.
-constexpr uint64_t low_nibble = 0x0102040808080808, high_nibble = 0x1020408080808080;
-
-// Walks the masks and values of a chunk, one 64-byte row at a time.
-template <Kind kind, bool dense>
-struct Stream {
-    const uint8_t* masks;
-    const uint8_t* values;  // bf16, int8: the run; int4: cursor of the even rows
-    const uint8_t* odd;     // int4: cursor of the odd rows
-
-    template <int parity>
-    INLINE __m512i next() {
-        const uint8_t*& at = kind == Kind::int4 && parity ? odd : values;
-        __m512i row = _mm512_loadu_si512(at);
-        if (kind == Kind::int4)
-            row = _mm512_gf2p8affine_epi64_epi8(row, _mm512_set1_epi64(int64_t(parity ? high_nibble : low_nibble)), 0);
-        if (dense) {
-            at += 64;
-            return row;
-        }
-        // The barrier keeps load and expand apart: their fused form is slower on every CPU measured.
-        __asm__("" : "+v"(row));
-        if (kind == Kind::bf16) {
-            const uint32_t mask = load<uint32_t>(masks);
-            masks += 4;
-            at += 2 * __builtin_popcount(mask);
-            return _mm512_maskz_expand_epi16(mask, row);
-        }
-        const uint64_t mask = load<uint64_t>(masks);
-        masks += 8;
-        at += __builtin_popcountll(mask);
-        return _mm512_maskz_expand_epi8(mask, row);
-    }
-
-    // Called every four rows, which consume two lines of values at half density (int4: one). Hardware prefetching alone stops at every
-    // page; these distances were 1.2 times faster for bf16 and int8 than one line at 1536.
-    INLINE void prefetch() const {
-        const char* ahead = reinterpret_cast<const char*>(values) + 2048;
-        _mm_prefetch(ahead, _MM_HINT_T0);
-        if (kind != Kind::int4)
-            _mm_prefetch(ahead + 64, _MM_HINT_T0);
-        if (!dense)
-            _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
-    }
-};
 
 // ------------------------------------------------------------------------------------------------- one panel
 
@@ -138,14 +83,6 @@ struct Panel {
             return _mm512_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]), _mm512_add_ps(sum[m][2], sum[m][3]));
     }
 };
-
-INLINE __m512 scales_of(const BlobView& w, uint64_t block, uint64_t segment, int panel) {
-    const uint64_t groups = w.group ? w.k_pad / w.group : 1, group = w.group ? segment : 0;
-    const uint64_t i = (block * groups + group) * 64 + uint64_t(panel) * 16;
-    if (w.scales_f32)
-        return _mm512_loadu_ps(w.scales + 4 * i);
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.scales + 2 * i)));
-}
 
 // ------------------------------------------------------------------------------------------------- one block
 
@@ -268,71 +205,34 @@ void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t 
 
 // ------------------------------------------------------------------------------------------------- activations
 
-INLINE __m512 load_x(const void* x, bool x_is_bf16, uint64_t i, uint64_t end) {
-    const __mmask16 mask = end - i >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << (end - i)) - 1);
-    if (!x_is_bf16)
-        return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + i);
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + i)), 16));
-}
-
-// Same rule, same bits as the reference kernel's quantization.
-void quantize(const BlobView& w, const void* x, bool x_is_bf16, uint64_t group, uint8_t* row, float* scales) {
-    for (uint64_t start = 0; start < w.k_pad; start += group) {
-        const uint64_t padded_end = start + group < w.k_pad ? start + group : w.k_pad;
-        const uint64_t end = padded_end < w.k ? padded_end : w.k;
-        __m512i magnitude = _mm512_setzero_si512();
-        for (uint64_t i = start; i < end; i += 16)
-            magnitude = _mm512_max_epu32(
-                magnitude, _mm512_and_si512(_mm512_castps_si512(load_x(x, x_is_bf16, i, end)), _mm512_set1_epi32(0x7FFFFFFF)));
-        const uint32_t largest = _mm512_reduce_max_epu32(magnitude);
-        const bool finite = largest < 0x7F800000, zero = largest < 0x03800000;
-        const float peak = load<float>(&largest);
-        const float factor = !finite ? __builtin_nanf("") : zero ? 0.0f : peak / 127.0f;
-        const float inverse = finite && !zero ? 127.0f / peak : 0.0f;
-        for (uint64_t i = start; i < padded_end; i += 16) {
-            __m512i q = _mm512_setzero_si512();
-            if (i < end && inverse != 0.0f)
-                q = _mm512_cvtps_epi32(_mm512_mul_ps(load_x(x, x_is_bf16, i, end), _mm512_set1_ps(inverse)));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(128))));
-        }
-        for (uint64_t s = start / w.segment; s * w.segment < padded_end; s++)
-            scales[s] = factor;
-    }
-}
-
-// To nearest, ties to even, as integers: denormals survive, NaN stays NaN. The upper halves of the lanes hold the result.
-INLINE __m512i round_to_bf16(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-}
-
-void prepare(const BlobView& w, const void* x, bool x_is_bf16, int64_t activation_group, void* row, float* scales) {
-    if (w.segment && activation_group != 0) {
-        quantize(w, x, x_is_bf16, activation_group < 0 ? w.k_pad : uint64_t(activation_group), static_cast<uint8_t*>(row), scales);
+void prepare(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t row) {
+    uint8_t* const to = static_cast<uint8_t*>(a.data) + row * a.stride;
+    if (a.integer) {
+        quantize(w, x, x_is_bf16, a.group < 0 ? w.k_pad : uint64_t(a.group), 128, to, 64, a.scales + row * (w.k_pad / w.segment));
         return;
     }
-    const bool round = !w.segment && activation_group != 0, pairs = round && bf16_pairs(activation_group);
+    const bool round = !w.segment && a.group != 0;
+    if (round && bf16_pairs(a.group)) {
+        round_row_to_bf16(w, x, x_is_bf16, to, 64);
+        return;
+    }
     for (uint64_t i = 0; i < w.k_pad; i += 16) {
         const __m512 value = i < w.k ? load_x(x, x_is_bf16, i, w.k) : _mm512_setzero_ps();
-        if (pairs)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(row) + i),
-                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(value), 16)));
-        else if (round)
-            _mm512_storeu_si512(static_cast<float*>(row) + i,
-                                _mm512_and_si512(round_to_bf16(value), _mm512_set1_epi32(int(0xFFFF0000))));
-        else
-            _mm512_storeu_ps(static_cast<float*>(row) + i, value);
+        const __m512i bits =
+            round ? _mm512_and_si512(round_to_bf16(value), _mm512_set1_epi32(int(0xFFFF0000))) : _mm512_castps_si512(value);
+        _mm512_storeu_si512(to + 4 * i, bits);
     }
 }
 
 bool supported(const CpuFeatures& f) { return f.avx512 && f.avx512_vbmi2 && f.avx512_vnni && f.gfni; }
 
+uint64_t row_bytes(const BlobView& w, int64_t activation_group) {
+    const bool integer = w.segment && activation_group != 0, pairs = !w.segment && bf16_pairs(activation_group);
+    return (integer ? 1 : pairs ? 2 : 4) * w.k_pad;
+}
+
 }  // namespace
 
-const Kernel avx512_kernel = {"avx512", max_rows, 4, supported, prepare, multiply};
+const Kernel avx512_kernel = {"avx512", max_rows, supported, row_bytes, prepare, multiply};
 
 }  // namespace ov_ext::sparse_matmul
