@@ -191,7 +191,7 @@ void add_integers(const Step& step, const uint8_t* b, uint64_t segments, uint64_
 template <Kind kind, bool dense>
 void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
                     float* out) {
-    constexpr uint64_t mask_bytes = kind == Kind::bf16 ? 4 : 8, tiles_per_chunk = kind == Kind::bf16 ? 16 : 8;
+    constexpr uint64_t tiles_per_chunk = kind == Kind::bf16 ? 16 : 8;
     alignas(64) uint8_t scratch[tiles_per_chunk * 4 * tile_bytes];
     const uint64_t segments = kind == Kind::bf16 ? 0 : w.k_pad / w.segment;
     const uint64_t tiles_per_segment = kind == Kind::bf16 ? 1 : w.segment / 64;
@@ -200,8 +200,7 @@ void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uin
         _mm512_storeu_ps(out + i, _mm512_setzero_ps());
     for (uint64_t chunk = first; chunk < last; chunk++) {
         const uint64_t tile = chunk * tiles_per_chunk, tiles = w.tiles - tile < tiles_per_chunk ? w.tiles - tile : tiles_per_chunk;
-        const uint8_t* run = w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk));
-        Stream<kind, dense> stream{dense ? nullptr : w.masks + (block * w.tiles + tile) * 64 * mask_bytes, run, run};
+        Stream<kind, dense> stream(w, block, chunk);
         const uint8_t* b = b_tiles(stream, tiles, scratch);
         Scales scales;
         if constexpr (kind != Kind::bf16) {

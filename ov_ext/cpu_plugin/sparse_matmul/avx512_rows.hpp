@@ -1,5 +1,9 @@
-// Decoding weights with AVX-512: what avx512.cpp and amx.cpp share. Everything is in an anonymous namespace: each of the two files is
-// compiled with its own flags and keeps its own copy.
+// Rows of the format in AVX-512 registers: what the AVX-512 and AMX kernels share. Included by files compiled with these instructions
+// only; everything is in an anonymous namespace, so that no other object file can pick it up.
+//
+// One row of the format is one register. Decoding a row costs one load of a mask, one of values, one expand (2 of the 3 cycles that port 5
+// of Intel cores spends on a row, the third is the move to a mask register) and, for int4, one gf2p8affineqb that cuts out a nibble and
+// extends its sign.
 #pragma once
 
 #include <immintrin.h>
@@ -18,8 +22,6 @@ INLINE T load(const void* p) {
     return value;
 }
 
-// ------------------------------------------------------------------------------------------------- decoding rows
-
 // 8x8 bit matrices for gf2p8affineqb (byte i of the matrix gives output bit 7 - i): sign-extended low and high nibble.
 constexpr uint64_t low_nibble = 0x0102040808080808, high_nibble = 0x1020408080808080;
 
@@ -30,6 +32,13 @@ struct Stream {
     const uint8_t* values;  // bf16, int8: the run; int4: cursor of the even rows
     const uint8_t* odd;     // int4: cursor of the odd rows
 
+    INLINE Stream(const BlobView& w, uint64_t block, uint64_t chunk)
+        : masks(dense ? nullptr
+                      : w.masks + (block * w.tiles + chunk * w.tiles_per_chunk) * 64 * (kind == Kind::bf16 ? sizeof(uint32_t) : sizeof(uint64_t))),
+          values(w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk))),
+          odd(values) {}
+
+    // Rows with even and with odd r alternate.
     template <int parity>
     INLINE __m512i next() {
         const uint8_t*& at = kind == Kind::int4 && parity ? odd : values;
@@ -40,22 +49,24 @@ struct Stream {
             at += 64;
             return row;
         }
-        // The barrier keeps load and expand apart: their fused form is slower on every CPU measured.
+        // The barriers keep load and expand apart (their fused form is slower on every CPU measured), and the mask in one load.
         __asm__("" : "+v"(row));
         if (kind == Kind::bf16) {
-            const uint32_t mask = load<uint32_t>(masks);
+            uint32_t mask = load<uint32_t>(masks);
+            __asm__("" : "+r"(mask));
             masks += 4;
             at += 2 * __builtin_popcount(mask);
             return _mm512_maskz_expand_epi16(mask, row);
         }
-        const uint64_t mask = load<uint64_t>(masks);
+        uint64_t mask = load<uint64_t>(masks);
+        __asm__("" : "+r"(mask));
         masks += 8;
         at += __builtin_popcountll(mask);
         return _mm512_maskz_expand_epi8(mask, row);
     }
 
     // Called every four rows, which consume two lines of values at half density (int4: one). Hardware prefetching alone stops at every
-    // page; these distances were 1.2 times faster for bf16 and int8 than one line at 1536.
+    // page. What lies ahead is the next chunk's run, or the next block's.
     INLINE void prefetch() const {
         const char* ahead = reinterpret_cast<const char*>(values) + 2048;
         _mm_prefetch(ahead, _MM_HINT_T0);
@@ -66,6 +77,7 @@ struct Stream {
     }
 };
 
+// Weight scales of one panel in one segment.
 INLINE __m512 scales_of(const BlobView& w, uint64_t block, uint64_t segment, int panel) {
     const uint64_t groups = w.group ? w.k_pad / w.group : 1, group = w.group ? segment : 0;
     const uint64_t i = (block * groups + group) * 64 + uint64_t(panel) * 16;
