@@ -43,6 +43,7 @@ uint32_t crc32(const uint8_t* data, size_t bytes) {  // the polynomial and bit o
 Header header_of(const PlainWeight& p) {
     if (p.n < 1 || p.k < 1 || p.n >> 31 || p.k >> 31)
         fail("N and K must lie in 1..2^31-1, got N = " + number(p.n) + ", K = " + number(p.k));
+    require(!(p.n * p.k >> 47), "a matrix that no memory holds cannot be packed");
     if (p.kind == Kind::bf16 ? p.group != 0 : p.group != 0 && p.group != 64 && p.group != 128)
         fail("scale groups are 64, 128 or 0, got " + number(p.group));
     require((p.scales != nullptr) == (p.kind != Kind::bf16), "integer kinds need scales, bf16 has none");

@@ -199,19 +199,21 @@ void check_products(const Plain& w, const uint8_t* blob, size_t bytes, const Cal
             reinterpret_cast<float*>(in.data)[i] = x[i];
     const auto expected = fits ? spw1::multiply(w, x, rows, call.activation_group) : spw1::Product{};
     for (const std::string& kernel : kernels()) {
-        const int error = ov_ext_matmul(in.data, call.is_bf16, rows, blob, bytes, call.activation_group, kernel.c_str(),
+        const uint64_t count = kernel == "reference" ? std::min<uint64_t>(rows, 2) : rows;  // slow, and alike for every row
+        const int error = ov_ext_matmul(in.data, call.is_bf16, count, blob, bytes, call.activation_group, kernel.c_str(),
                                         call.threads, 0, out.data);
         expect(error == !fits, kernel + (error ? std::string(": ") + ov_ext_last_error() : ": took an activation group that does not fit"));
-        for (uint64_t i = 0; fits && i < rows * w.n; i++) {
+        for (uint64_t i = 0; fits && i < count * w.n; i++) {
             const float y = call.is_bf16 ? spw1::from_bits(uint32_t(reinterpret_cast<const uint16_t*>(out.data)[i]) << 16)
                                          : reinterpret_cast<const float*>(out.data)[i];
             double value = expected.y[i], bound = expected.bound[i];
             if (integer && call.is_bf16)
                 value = spw1::from_bits(uint32_t(spw1::round_to_bf16(float(value))) << 16);
             else if (call.is_bf16)
-                bound += std::isfinite(value) ? std::ldexp(std::fabs(value), -8) : 0;
-            expect(same(y, value, bound), kernel + ": output " + std::to_string(i) + " is " + std::to_string(y) + ", not " +
-                                              std::to_string(value) + " within " + std::to_string(bound));
+                bound += std::isfinite(value) ? std::ldexp(std::fabs(value) + bound, -8) : 0;
+            if (!same(y, value, bound))
+                found(kernel + ": output " + std::to_string(i) + " is " + std::to_string(y) + ", not " + std::to_string(value) +
+                      " within " + std::to_string(bound));
         }
     }
 }

@@ -154,6 +154,12 @@ void lie_about_size(Bytes& blob, Random& random) {
     for (const auto& [offset, value] : entries)
         set(blob, offset, uint64_t(value));
     set(blob, 56, n * k);
+    if (g.val < 1 << 14 && random.one_in(2)) {  // and all the sections, empty: valid if the sizes are
+        blob.resize(uint64_t(g.val) + 64);
+        std::fill(blob.begin() + 128, blob.end(), 0);
+        set(blob, 56, flags & 16 ? n * k : 0);
+        set(blob, size_field, blob.size());
+    }
 }
 
 // An offset inside a section, or 0.
@@ -167,22 +173,62 @@ uint64_t inside(const Bytes& blob, Random& random) {
     return start < end ? start + random.below(end - start) : 0;
 }
 
+// Malformed in one rule only: everything else is consistent.
+Bytes almost_valid(Plain w, Random& random) {
+    const uint64_t choice = random.below(4);
+    if (choice == 0) {  // a zero that is stored
+        const uint64_t at = random.below(w.values.size());
+        w.values[at] = w.kind == spw1::bf16 && random.one_in(2) ? 0x8000 : 0;
+        return spw1::encode(w, at);
+    }
+    Bytes blob = spw1::encode(w);
+    if (choice == 1) {  // padding that is not empty: the matrix claims to be a little smaller than it is
+        uint64_t& side = random.one_in(2) ? w.n : w.k;
+        side -= std::min(side - 1, random.below(3));
+        set(blob, 16, w.n);
+        set(blob, 24, w.k);
+        if (w.dense)
+            set(blob, 56, w.n * w.k);
+        return blob;
+    }
+    const uint64_t entries = (get(blob, 32) / 64) * ((get(blob, 40) + 511) / 512), entry = 1 + random.below(entries);
+    const uint64_t end = get(blob, val_field) + get(blob, get(blob, dir_field) + 8 * entry);
+    if (choice == 2) {  // a gap behind a run
+        blob.insert(blob.begin() + int64_t(end), 64, 0);
+        for (uint64_t i = entry; i <= entries; i++)
+            set(blob, get(blob, dir_field) + 8 * i, get(blob, get(blob, dir_field) + 8 * i) + 64);
+        set(blob, size_field, blob.size());
+    } else {  // an unused byte or nibble near the end of a run
+        for (uint64_t at = end - 1, i = random.below(64); at >= get(blob, val_field) && i; at--, i--)
+            if (!(blob[at] & 15) || !(blob[at] >> 4)) {
+                blob[at] |= blob[at] & 15 ? 0x30 : 0x03;
+                break;
+            }
+    }
+    return blob;
+}
+
 void damage(Bytes& blob, Random& random) {
     switch (random.below(9)) {
         case 0: {
             const Field field = fields[random.below(sizeof(fields) / sizeof(*fields))];
             const uint64_t now = get(blob, field.offset, field.width);
-            const uint64_t changed[] = {now ^ 1ull << random.below(8 * field.width), now + 64, now - 64, now + 1, now - 1,
+            const uint64_t changed[] = {now ^ 1ull << random.below(random.one_in(2) ? 6 : 8 * field.width), now + 64, now - 64, now + 1, now - 1,
                                         some_size(random)};
             set(blob, field.offset, changed[random.below(6)], field.width);
             break;
         }
         case 1: lie_about_size(blob, random); break;
-        case 2: {  // a directory entry: to another offset, or past its neighbours
-            const uint64_t entries = (get(blob, 32) / 64) * ((get(blob, 40) + 511) / 512) + 1;
-            const uint64_t at = get(blob, dir_field) + 8 * random.below(std::max<uint64_t>(1, std::min<uint64_t>(entries, 1 << 16)));
+        case 2: {  // a directory entry, or a run of them: to another offset, past its neighbours
+            constexpr uint64_t most = 1 << 10;  // the header may say anything
+            const uint64_t chunks = std::min((get(blob, 40) + 511) / 512, most), blocks = std::min(get(blob, 32) / 64, most);
+            const uint64_t entries = blocks * chunks + 1;
+            const uint64_t at = get(blob, dir_field) + 8 * random.below(entries);
             const uint64_t now = get(blob, at), changed[] = {now + 1, now - 1, now + 64, now - 64, 0, some_size(random)};
-            set(blob, at, changed[random.below(6)]);
+            const uint64_t value = changed[random.below(6)];
+            set(blob, at, value);
+            for (uint64_t i = 1, more = random.one_in(2) ? random.below(chunks + 2) : 0; i < more; i++)  // the lengths stay right
+                set(blob, at + 8 * i, get(blob, at + 8 * i) + value - now);
             break;
         }
         case 3: case 4:  // one bit, mostly of a mask or a value
@@ -251,6 +297,8 @@ void mutate(Bytes& input, Random& random) {
         for (uint64_t edits = 1 + random.below(8); edits; edits--)
             edit(changed, random);
         blob = spw1::encode(changed);
+    } else if (weight && random.one_in(4)) {
+        blob = almost_valid(*weight, random);
     } else {
         for (uint64_t changes = 1 + random.below(3); changes; changes--)
             damage(blob, random);

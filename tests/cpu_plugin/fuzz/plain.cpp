@@ -231,7 +231,7 @@ std::optional<Plain> decode(const uint8_t* blob, size_t bytes) {
     }
 }
 
-std::vector<uint8_t> encode(const Plain& w) {
+std::vector<uint8_t> encode(const Plain& w, std::optional<uint64_t> stored) {
     const Geometry g(w.kind, w.dense, w.f32_scales, w.has_bias, w.n, w.k, w.group);
     const unsigned elements = unsigned(16 * g.row_k), mask_width = w.kind == bf16 ? 4 : 8;
     std::vector<uint8_t> blob(uint64_t(g.val));
@@ -244,7 +244,7 @@ std::vector<uint8_t> encode(const Plain& w) {
                 for (unsigned e = 0; e < elements; e++) {
                     const uint64_t n = n0 + e / g.row_k, k = k0 + e % g.row_k;
                     const int32_t value = n < w.n && k < w.k ? w.values[n * w.k + k] : 0;
-                    if (!w.dense && !(w.kind == bf16 ? value & 0x7FFF : value))
+                    if (!w.dense && !(w.kind == bf16 ? value & 0x7FFF : value) && !(n < w.n && k < w.k && n * w.k + k == stored))
                         continue;
                     mask |= 1ull << e;
                     auto& to = run[w.kind == int4 ? odd : 0];

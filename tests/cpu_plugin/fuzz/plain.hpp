@@ -36,7 +36,8 @@ struct Geometry {
 
 // What format.md calls a valid blob, decoded; nothing for every other byte string.
 std::optional<Plain> decode(const uint8_t* blob, size_t bytes);
-std::vector<uint8_t> encode(const Plain& weight);
+// `stored` names an element (row-major) that is stored although it is zero: malformed when sparse, and in nothing else.
+std::vector<uint8_t> encode(const Plain& weight, std::optional<uint64_t> stored = {});
 
 // y[rows, n]. Integer activations: the exact float32 result that format.md asks for, bound 0. Otherwise the product in float64 and a
 // bound on the error of any order of float32 additions; an infinite bound where float32 may overflow.
