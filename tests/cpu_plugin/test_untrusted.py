@@ -1,4 +1,4 @@
-"""Sizes and bytes from strangers: an error, in time and memory that the blob itself pays for, and nothing worse afterwards."""
+"""Sizes and bytes from strangers: an error, in time and memory that the blob itself pays for, and nothing worse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ov-ext pack` ended by a signal while it writes: OUT is the old folder or the complete new one, never half of either."""
+"""`ov-ext pack` ended by a signal while it writes: OUT is the old folder or the complete new one, never half."""
 
 from __future__ import annotations
 
