@@ -70,7 +70,7 @@ Plain some_weight(Random& random) {
 
 // Another size; what both have in common stays.
 void resize(Plain& w, uint64_t n, uint64_t k, Random& random) {
-    if (!n || !k || n * k > max_weights)
+    if (n - 1 >= max_weights || k - 1 >= max_weights || n * k > max_weights)  // below 1 as well: they are unsigned
         return;
     Plain other = w;
     other.n = n, other.k = k;
