@@ -26,14 +26,16 @@ def afl(seconds: int, findings: Path) -> int:
     program = build("ov_ext_fuzz", "fuzz-afl", "afl-clang-fast++", engine=True) / "fuzz" / "ov_ext_fuzz"
     mutator, seeds, out = program.with_name("mutator.so"), findings / "seeds-afl", findings / "afl"
     sources = [HERE / name for name in ("engine.cpp", "mutate.cpp", "plain.cpp")]
-    # Not sanitized: it is loaded into afl-fuzz. LLVMFuzzerTestOneInput beside it is never called there.
+    # Not sanitized: it is loaded into afl-fuzz.
     subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", *sources, "-o", mutator], check=True)
     seeds.mkdir(exist_ok=True)
     (seeds / "any").write_text("x")  # the mutator starts from blobs of its own
     settings = {
         "AFL_CUSTOM_MUTATOR_LIBRARY": str(mutator),
         "AFL_CUSTOM_MUTATOR_ONLY": "1",
-        **dict.fromkeys(("AFL_SKIP_CPUFREQ", "AFL_NO_UI", "AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES"), "1"),
+        **dict.fromkeys(
+            ("AFL_AUTORESUME", "AFL_SKIP_CPUFREQ", "AFL_NO_UI", "AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES"), "1"
+        ),
     }
     command = ["afl-fuzz", "-V", str(seconds), "-m", "none", "-t", "60000", "-i", seeds, "-o", out, "--", program]
     status = subprocess.run(command, env=os.environ | settings).returncode

@@ -3,11 +3,6 @@
 
 #include "harness.hpp"
 
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-    check(data, size);
-    return 0;
-}
-
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
     Random random{seed};
     std::vector<uint8_t> input(data, data + size);

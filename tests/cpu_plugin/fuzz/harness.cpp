@@ -242,5 +242,10 @@ bool check(const uint8_t* input, size_t size) {
     return weight.has_value();
 }
 
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {  // for the fuzzing engines
+    check(data, size);
+    return 0;
+}
+
 // Memory that a small file only claims to need is a finding.
 extern "C" const char* __asan_default_options() { return "max_allocation_size_mb=256"; }

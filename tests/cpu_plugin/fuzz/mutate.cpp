@@ -175,7 +175,7 @@ uint64_t inside(const Bytes& blob, Random& random) {
 
 // Malformed in one rule only: everything else is consistent.
 Bytes almost_valid(Plain w, Random& random) {
-    const uint64_t choice = random.below(4);
+    const uint64_t choice = random.below(5);
     if (choice == 0) {  // a zero that is stored
         const uint64_t at = random.below(w.values.size());
         w.values[at] = w.kind == spw1::bf16 && random.one_in(2) ? 0x8000 : 0;
@@ -191,9 +191,13 @@ Bytes almost_valid(Plain w, Random& random) {
             set(blob, 56, w.n * w.k);
         return blob;
     }
+    if (choice == 2) {  // scales per output and per group, or neither
+        set(blob, 12, get(blob, 12, 4) ^ 2u << random.below(2), 4);
+        return blob;
+    }
     const uint64_t entries = (get(blob, 32) / 64) * ((get(blob, 40) + 511) / 512), entry = 1 + random.below(entries);
     const uint64_t end = get(blob, val_field) + get(blob, get(blob, dir_field) + 8 * entry);
-    if (choice == 2) {  // a gap behind a run
+    if (choice == 3) {  // a gap behind a run
         blob.insert(blob.begin() + int64_t(end), 64, 0);
         for (uint64_t i = entry; i <= entries; i++)
             set(blob, get(blob, dir_field) + 8 * i, get(blob, get(blob, dir_field) + 8 * i) + 64);
