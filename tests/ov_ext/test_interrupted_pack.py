@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ def draft(out: Path) -> Path | None:
 
 
 def files_in(folder: Path | None) -> list[str]:
-    return [path.name for path in folder.rglob("*")] if folder and folder.exists() else []
+    """Names at any depth; os.walk does not mind folders that vanish meanwhile."""
+    return [name for _, _, names in os.walk(folder) for name in names] if folder else []
 
 
 # When to interrupt: is the moment there?
@@ -81,6 +83,7 @@ def test_no_half_folder(
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), errors  # it was interrupted
     after = contents(out) if out.exists() else None
     assert after == before or after == complete
