@@ -4,7 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CPP := $(shell find ov_ext/cpu_plugin -name '*.cpp' -o -name '*.hpp' -o -name CMakeLists.txt)
 
-.PHONY: demo test bench lint clean
+# How long `make fuzz` and `make soak` take, in seconds.
+FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 60
+
+.PHONY: demo test bench lint fuzz soak clean
 
 demo: $(VENV)/.built
 	$(BIN)/python samples/01_sparse_int4_llm.py
@@ -15,6 +19,13 @@ test: lint
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.matmul
 	$(BIN)/python -m benchmarks.decode
+
+# With libFuzzer (clang++) or AFL++ where installed, else with the fuzzer's own driver.
+fuzz: $(VENV)/.built
+	$(BIN)/python -m tests.cpu_plugin.fuzz --seconds $(FUZZ_SECONDS)
+
+soak: $(VENV)/.built
+	OV_EXT_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s tests/ov_ext/test_soak.py
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from rich.table import Table
 from ov_ext import runtime
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
-from ov_ext.folder import refuse_existing, whole_folder
+from ov_ext.folder import refuse_existing, whole_folder, write_whole
 from ov_ext.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.policy import PackReport, SparsePolicy
 
@@ -109,7 +109,7 @@ def pack(
     if not any(each.replaced for each in reports.values()):
         console.print("Nothing was packed: OUT is a copy of IN.")
     if report is not None:
-        report.write_text(json.dumps({name: each.to_dict() for name, each in reports.items()}, indent=2))
+        write_whole(report, json.dumps({name: each.to_dict() for name, each in reports.items()}, indent=2))
 
 
 @app.command()

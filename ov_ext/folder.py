@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,22 +28,18 @@ def whole_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterat
     out.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     draft, old = (out.with_name(f".{out.name}.{purpose}-{mark}") for purpose in ("new", "old"))
-    draft.mkdir()
     try:
+        draft.mkdir()
         yield draft
         refuse_existing(out, overwrite)  # it may have appeared meanwhile
         if out.exists():
             out.rename(old)
-        try:
-            draft.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
+        draft.rename(out)
     finally:
+        if old.exists() and not out.exists():  # an error or an interrupt between the two
+            old.rename(out)
         for leftover in (draft, old):
-            if out.exists() or leftover == draft:
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
@@ -59,3 +55,17 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         raise FolderExistsError(f"{out} exists. Choose another folder, or pass --overwrite (overwrite=True).")
     if not out.is_dir() or not any(out.glob("*.xml")):
         raise FolderExistsError(f"{out} exists and holds no OpenVINO model, so it is not overwritten. Remove it first.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that an interruption leaves the old file or the new one.
+
+    :param path: The file.
+    :param text: All of it.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

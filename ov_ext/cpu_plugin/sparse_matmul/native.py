@@ -125,7 +125,7 @@ def matmul(
     _call("ov_ext_describe", data, size, ctypes.byref(about))
     if x.ndim != 2 or x.shape[1] != about.k or x.dtype not in (np.float32, np.uint16):
         raise ValueError(f"x must be [M, {about.k}] float32 or uint16 (bf16), got {list(x.shape)} {x.dtype}.")
-    x = np.ascontiguousarray(x)
+    x = np.require(x, requirements=["C", "ALIGNED"])
     y = np.empty((x.shape[0], about.n), x.dtype)
     _call(
         "ov_ext_matmul",

@@ -46,6 +46,15 @@ void check_against_attributes(const BlobView& w, int64_t n, int64_t k, const std
     check_activation_group(w, activation_group);
 }
 
+// A region of interest may have gaps between its rows; kernels see pointers only.
+ov::Tensor contiguous(const ov::Tensor& tensor) {
+    if (tensor.is_continuous())
+        return tensor;
+    ov::Tensor copy(tensor.get_element_type(), tensor.get_shape());
+    tensor.copy_to(copy);
+    return copy;
+}
+
 }  // namespace
 
 void SparseMatMul::validate_and_infer_types() {
@@ -55,7 +64,8 @@ void SparseMatMul::validate_and_infer_types() {
                           "SparseMatMul takes f32 or bf16 activations, got ", type, ".");
     NODE_VALIDATION_CHECK(this, get_input_element_type(1) == ov::element::u8 && get_input_partial_shape(1).rank().compatible(1),
                           "The blob must be a one-dimensional u8 tensor.");
-    NODE_VALIDATION_CHECK(this, m_n >= 1 && m_k >= 1, "Attributes n and k must be positive.");
+    NODE_VALIDATION_CHECK(this, m_n >= 1 && m_k >= 1 && !(m_n >> 31) && !(m_k >> 31), "Attributes n and k must lie in 1..2^31-1, got ",
+                          m_n, " and ", m_k, ".");
     NODE_VALIDATION_CHECK(this, m_epilogue.empty(), "Unknown epilogue '", m_epilogue, "': this release knows none.");
     const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1));
     if (constant) {
@@ -98,17 +108,18 @@ bool SparseMatMul::visit_attributes(ov::AttributeVisitor& visitor) {
 }
 
 bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-    const ov::Tensor &x = inputs[0], &blob = inputs[1];
+    const ov::Tensor x = contiguous(inputs[0]);
+    const ov::Tensor& blob = inputs[1];
     ov::Shape shape = x.get_shape();
     const bool is_bf16 = x.get_element_type() == ov::element::bf16;
     OPENVINO_ASSERT(is_bf16 || x.get_element_type() == ov::element::f32, get_friendly_name(), ": f32 or bf16 activations needed, got ",
                     x.get_element_type());
     OPENVINO_ASSERT(!shape.empty() && shape.back() == size_t(m_k), get_friendly_name(), ": the last axis of x must be ", m_k, ", got ",
                     shape);
+    OPENVINO_ASSERT(blob.is_continuous(), get_friendly_name(), ": the blob must be contiguous");
     const auto* bytes = static_cast<const uint8_t*>(blob.data());
     const size_t rows = x.get_size() / shape.back();
     shape.back() = size_t(m_n);
-    outputs[0].set_shape(shape);
     try {
         const BlobView w = parse(bytes, blob.get_byte_size());
         const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(1));
@@ -118,6 +129,8 @@ bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
             if (is_constant)
                 m_verdicts->add(get_input_node_shared_ptr(1), bytes, blob.get_byte_size());
         }
+        outputs[0].set_shape(shape);  // not before the blob has proven that n is real
+        OPENVINO_ASSERT(outputs[0].is_continuous(), get_friendly_name(), ": the output must be contiguous");
         matmul(w, select_kernel(w, m_activation_group, rows), x.data(), is_bf16, rows, m_activation_group, outputs[0].data());
     } catch (const InvalidBlob& error) {
         OPENVINO_THROW("SparseMatMul '", get_friendly_name(), "': ", error.what());

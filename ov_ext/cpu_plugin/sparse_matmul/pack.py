@@ -14,6 +14,7 @@ HEADER = struct.Struct("<IHHBBBBIQQQQIIQQQQQQQQQ")
 KINDS = {"bf16": 1, "int8": 2, "int4": 3}
 ROW_K = {"bf16": 2, "int8": 4, "int4": 4}
 BLOCK_N, CHUNK_K, ALIGN = 64, 512, 64
+MAX_SIDE = 2**31 - 1
 BIAS, COLUMN_SCALES, GROUP_SCALES, DENSE, F32_SCALES = 1, 2, 4, 16, 32
 
 
@@ -44,6 +45,8 @@ class Weight:
                 f"got {self.values.dtype} of shape {list(self.values.shape)}."
             )
         n, k = self.values.shape
+        if max(n, k) > MAX_SIDE:  # before anything that takes time or memory
+            raise ValueError(f"N and K must lie in 1..2^31-1, got N = {n}, K = {k}.")
         if self.kind == "int4" and (self.values.min() < -8 or self.values.max() > 7):
             raise ValueError("int4 codes must lie in -8..7.")
         if self.group not in ((0,) if self.kind == "bf16" else (0, 64, 128)):

@@ -43,15 +43,16 @@ uint32_t crc32(const uint8_t* data, size_t bytes) {  // the polynomial and bit o
 Header header_of(const PlainWeight& p) {
     if (p.n < 1 || p.k < 1 || p.n >> 31 || p.k >> 31)
         fail("N and K must lie in 1..2^31-1, got N = " + number(p.n) + ", K = " + number(p.k));
+    require(!(p.n * p.k >> 47), "a matrix that no memory holds cannot be packed");
     if (p.kind == Kind::bf16 ? p.group != 0 : p.group != 0 && p.group != 64 && p.group != 128)
         fail("scale groups are 64, 128 or 0, got " + number(p.group));
     require((p.scales != nullptr) == (p.kind != Kind::bf16), "integer kinds need scales, bf16 has none");
     Header h{};
     h.magic = magic, h.version = format_version, h.header_bytes = sizeof(Header);
     h.kind = uint8_t(p.kind), h.row_k = uint8_t(row_inputs(p.kind)), h.panel_n = 16, h.block_panels = 4;
-    h.flags = (p.bias ? bias_flag : 0) | (p.dense ? dense_flag : 0);
+    h.flags = (p.bias ? uint32_t(bias_flag) : 0) | (p.dense ? uint32_t(dense_flag) : 0);
     if (p.kind != Kind::bf16)
-        h.flags |= (p.group ? group_scales : column_scales) | (p.scales_f32 ? f32_scales : 0);
+        h.flags |= uint32_t(p.group ? group_scales : column_scales) | (p.scales_f32 ? uint32_t(f32_scales) : 0);
     h.n = p.n, h.k = p.k, h.n_pad = round_up(p.n, block_n), h.k_pad = padded_inputs(p.kind, p.k, p.group);
     h.group = uint32_t(p.group), h.chunk_k = chunk_k;
     return h;
