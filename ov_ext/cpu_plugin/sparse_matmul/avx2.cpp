@@ -515,13 +515,14 @@ void quantize(const BlobView& w, const void* x, bool x_is_bf16, uint64_t group, 
     }
 }
 
-void prepare(const BlobView& w, const void* x, bool x_is_bf16, int64_t activation_group, void* row, float* scales) {
-    if (w.segment && activation_group != 0) {
-        quantize(w, x, x_is_bf16, activation_group < 0 ? w.k_pad : uint64_t(activation_group), offset_by_128(dot_of(w.kind, true)),
-                 static_cast<uint8_t*>(row), scales);
+void prepare(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t row) {
+    uint8_t* const to = static_cast<uint8_t*>(a.data) + row * a.stride;
+    if (a.integer) {
+        quantize(w, x, x_is_bf16, a.group < 0 ? w.k_pad : uint64_t(a.group), offset_by_128(dot_of(w.kind, true)), to,
+                 a.scales + row * (w.k_pad / w.segment));
         return;
     }
-    const bool round = !w.segment && activation_group != 0;
+    const bool round = !w.segment && a.group != 0;
     for (uint64_t i = 0; i < w.k_pad; i += 8) {
         __m256 value = i < w.k ? load_x(x, x_is_bf16, i, w.k) : _mm256_setzero_ps();
         if (round) {  // to bf16, to nearest, ties to even; NaN stays NaN
@@ -531,16 +532,18 @@ void prepare(const BlobView& w, const void* x, bool x_is_bf16, int64_t activatio
                                                      _mm256_set1_epi32(int(0xFFFF0000)));
             value = _mm256_blendv_ps(floats(rounded), value, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
         }
-        _mm256_storeu_ps(static_cast<float*>(row) + i, value);
+        _mm256_storeu_ps(reinterpret_cast<float*>(to) + i, value);
     }
 }
+
+uint64_t row_bytes(const BlobView& w, int64_t activation_group) { return (w.segment && activation_group != 0 ? 1 : 4) * w.k_pad; }
 
 }  // namespace
 
 #if defined(__AVXVNNI__)
-const Kernel avx2_vnni_kernel = {"avx2_vnni", max_rows, 4, [](const CpuFeatures& f) { return f.avx_vnni; }, prepare, multiply};
+const Kernel avx2_vnni_kernel = {"avx2_vnni", max_rows, [](const CpuFeatures& f) { return f.avx_vnni; }, row_bytes, prepare, multiply};
 #else
-const Kernel avx2_kernel = {"avx2", max_rows, 4, [](const CpuFeatures& f) { return f.avx2; }, prepare, multiply};
+const Kernel avx2_kernel = {"avx2", max_rows, [](const CpuFeatures& f) { return f.avx2; }, row_bytes, prepare, multiply};
 #endif
 
 }  // namespace ov_ext::sparse_matmul

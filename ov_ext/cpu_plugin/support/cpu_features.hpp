@@ -18,7 +18,8 @@ struct CpuFeatures {
 
 const CpuFeatures& cpu_features();
 
-// Linux hands out AMX tile state per process, on request. True when it was granted; false (never an error) elsewhere.
+// Linux hands out AMX tile state per process, on request. True when it was granted, false elsewhere. A refusal on a CPU that has AMX
+// is reported on stderr, once.
 bool amx_permission();
 
 }  // namespace ov_ext
