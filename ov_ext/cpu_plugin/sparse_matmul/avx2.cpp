@@ -293,6 +293,8 @@ INLINE void add_row(const AnyRow& row, const uint8_t* x, uint64_t stride, typena
                     sum[m][half] = _mm256_add_epi32(sum[m][half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
                 }
 #endif
+                // Compilers like to add the products of several rows first, or to load ahead, and then run out of registers.
+                __asm__("" : "+x"(sum[m][half]));
             }
         }
     }
