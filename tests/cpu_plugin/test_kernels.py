@@ -213,6 +213,39 @@ def test_every_int4_code_and_extreme_int8_codes(kernel: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kind, lowest, highest", [("int8", -128, 127), ("int4", -8, 7)])
+def test_the_largest_sums_do_not_saturate(kernel: str, kind: str, lowest: int, highest: int) -> None:
+    """Neighbouring products of equal sign are the largest sums that 16-bit steps on the way could meet."""
+    rng = np.random.default_rng(8)
+    columns = [np.full(512, lowest), np.full(512, highest), np.tile([lowest, highest], 256)]
+    columns += [rng.choice([lowest, highest], 512) for _ in range(14)]
+    values = np.array(columns, np.int8)
+    signs = [np.ones(512), -np.ones(512), *np.sign(values[2:4]), *rng.choice([-1, 1], (7, 512))]
+    q = 127 * np.array(signs, np.int64)
+    expected = (q @ values.T.astype(np.int64)).astype(np.float32)  # below 2^24: exact
+    for dense in (False, True):
+        blob = native.pack(Weight(kind, values, np.ones((17, 1), np.float32), 0), dense)
+        assert np.array_equal(native.matmul(q.astype(np.float32), blob, isa=kernel), expected)
+
+
+@pytest.mark.parametrize("kind, group", KIND_GROUPS)
+def test_avx2_adds_floats_in_the_order_of_the_reference(kind: str, group: int) -> None:
+    blob = native.pack(make_weight(kind, 70, 700, group=group, bias=True))
+    x = np.random.default_rng(9).standard_normal((9, 700)).astype(np.float32)
+    expected = native.matmul(x, blob, activation_group=0, isa="reference")
+    names = [name for name in KERNELS if name.startswith("avx2")]
+    if not names:
+        pytest.skip("this CPU has no AVX2")
+    for name in names:
+        assert np.array_equal(native.matmul(x, blob, activation_group=0, isa=name), expected)
+
+
+def test_a_kernel_is_offered_when_the_cpu_has_its_instructions() -> None:
+    features = native.cpu_info()["features"]
+    assert ("avx2" in KERNELS) == features["avx2"] and ("avx2_vnni" in KERNELS) == features["avx_vnni"]
+    assert features["avx2"] or not features["avx_vnni"]
+
+
 def test_concurrent_callers_get_the_same_bits(kernel: str) -> None:
     blob = native.pack(make_weight("int4", 500, 700, group=128))
     x = np.random.default_rng(7).standard_normal((3, 700)).astype(np.float32)

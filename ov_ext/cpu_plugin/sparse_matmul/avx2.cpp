@@ -79,11 +79,8 @@ constexpr ShuffleTables make_tables() {
 }
 alignas(64) constexpr ShuffleTables tables = make_tables();
 
-// Entry of a table for the mask byte that starts at bit `at`. A rotation, because it is one instruction (rorx) where a shift is two.
-INLINE __m128i entry(const uint8_t (&table)[256][16], uint64_t mask, int at) {
-    const int by = (at + 60) % 64;
-    return load128(&table[0][0] + ((mask >> by | mask << (64 - by)) & 0xFF0));
-}
+// Table entry at an offset in bytes.
+INLINE __m128i entry(const uint8_t (&table)[256][16], uint16_t offset) { return load128(&table[0][0] + offset); }
 
 // One row: outputs 0..7 and 8..15 of a panel, row_k inputs each.
 struct Row {
@@ -105,8 +102,19 @@ struct Stream {
     const uint8_t* values;  // bf16, int8: the run; int4: cursor of the even rows
     const uint8_t* odd;     // int4: cursor of the odd rows
 
+    static constexpr int mask_bytes = kind == Kind::bf16 ? 4 : 8;  // of a row
+
+    // Offsets of the table entries of the next 16 rows. A load each is less work than cutting every byte out of a mask.
+    INLINE void look_up(uint16_t* offsets) const {
+        if (!dense)
+            for (int i = 0; i < 16 * mask_bytes; i += 16)
+                _mm256_store_si256(reinterpret_cast<__m256i*>(offsets + i),
+                                   _mm256_slli_epi16(_mm256_cvtepu8_epi16(load128(masks + i)), 4));
+    }
+
+    // offsets: of this row.
     template <int parity>
-    INLINE Row next() {
+    INLINE Row next(const uint16_t* offsets) {
         const uint8_t*& at = kind == Kind::int4 && parity ? odd : values;
         Row row;
         if constexpr (dense) {
@@ -116,10 +124,11 @@ struct Stream {
             const uint32_t mask = load<uint32_t>(masks);
             masks += 4;
             for (int half = 0; half < 2; half++) {
-                const uint64_t m = mask >> (16 * half);
                 const uint8_t* from = at + (half ? 2 * __builtin_popcount(mask & 0xFFFF) : 0);
-                row.half[half] = _mm256_shuffle_epi8(join(load128(from), load128(from + 2 * __builtin_popcount(m & 0xFF))),
-                                                     join(entry(tables.words, m, 0), entry(tables.words, m, 8)));
+                const uint8_t* middle = at + 2 * __builtin_popcount(mask & (half ? 0xFFFFFF : 0xFF));
+                row.half[half] =
+                    _mm256_shuffle_epi8(join(load128(from), load128(middle)), join(entry(tables.words, offsets[2 * half]),
+                                                                                   entry(tables.words, offsets[2 * half + 1])));
             }
             at += 2 * __builtin_popcount(mask);
         } else {
@@ -129,9 +138,9 @@ struct Stream {
             for (int half = 0; half < 2; half++) {
                 const uint8_t* from = half ? second : at;
                 const uint8_t* middle = half ? at + __builtin_popcountll(mask << 16) : at + __builtin_popcount(mask & 0xFFFF);
-                const int bit = 32 * half;
-                const __m256i shuffle = _mm256_add_epi8(join(entry(tables.low, mask, bit), entry(tables.low, mask, bit + 16)),
-                                                        join(entry(tables.high, mask, bit + 8), entry(tables.high, mask, bit + 24)));
+                const uint16_t* of = offsets + 4 * half;
+                const __m256i shuffle = _mm256_add_epi8(join(entry(tables.low, of[0]), entry(tables.low, of[2])),
+                                                        join(entry(tables.high, of[1]), entry(tables.high, of[3])));
                 row.half[half] = _mm256_shuffle_epi8(extended<parity>(join(load128(from), load128(middle))), shuffle);
             }
             at += __builtin_popcountll(mask);
@@ -154,9 +163,10 @@ struct Stream {
 
     static INLINE __m256 weight(const Row& row, int half, int j) { return weights<kind, dot>(row.half[half], j); }
 
-    // Called every two rows.
+    // Called every four rows, which consume four lines of values, half of that at half density or as int4.
     INLINE void prefetch() const {
-        _mm_prefetch(reinterpret_cast<const char*>(values) + 2048, _MM_HINT_T0);
+        for (int line = 0; line < (dense ? 4 : 2) / (kind == Kind::int4 ? 2 : 1); line++)
+            _mm_prefetch(reinterpret_cast<const char*>(values) + 2048 + 64 * line, _MM_HINT_T0);
         if (!dense)
             _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
     }
@@ -167,11 +177,13 @@ struct ExpandedBytes {
     const uint8_t* at;
 
     template <int>
-    INLINE Row next() {
+    INLINE Row next(const uint16_t*) {
         const Row row = {{load256(at), load256(at + 32)}};
         at += 64;
         return row;
     }
+    static constexpr int mask_bytes = 0;
+    INLINE void look_up(uint16_t*) const {}
     INLINE void prefetch() const {}
 };
 
@@ -180,7 +192,7 @@ struct ExpandedFloats {
     const uint8_t* at;
 
     template <int>
-    INLINE const uint8_t* next() {
+    INLINE const uint8_t* next(const uint16_t*) {
         const uint8_t* row = at;
         at += 64 * row_k;
         return row;
@@ -188,6 +200,8 @@ struct ExpandedFloats {
     static INLINE __m256 weight(const uint8_t* row, int half, int j) {
         return _mm256_loadu_ps(reinterpret_cast<const float*>(row) + 16 * j + 8 * half);
     }
+    static constexpr int mask_bytes = 0;
+    INLINE void look_up(uint16_t*) const {}
     INLINE void prefetch() const {}
 };
 
@@ -218,10 +232,15 @@ void expand(Stream<kind, dense, dot>& source, uint64_t tiles, uint8_t* to) {
         }
     };
     Rows rows = source;
-    for (uint64_t r = 0; r < 64 * tiles; r += 2) {
-        rows.prefetch();
-        put(rows.template next<0>());
-        put(rows.template next<1>());
+    alignas(32) uint16_t offsets[16 * Rows::mask_bytes];
+    for (uint64_t panel = 0; panel < 4 * tiles; panel++) {
+        rows.look_up(offsets);
+        for (int r = 0; r < 16; r += 2) {
+            if (r % 4 == 0)
+                rows.prefetch();
+            put(rows.template next<0>(offsets + r * Rows::mask_bytes));
+            put(rows.template next<1>(offsets + (r + 1) * Rows::mask_bytes));
+        }
     }
     source = rows;
 }
@@ -274,6 +293,8 @@ INLINE void add_row(const AnyRow& row, const uint8_t* x, uint64_t stride, typena
                     sum[m][half] = _mm256_add_epi32(sum[m][half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
                 }
 #endif
+                // Compilers like to add the products of several rows first, or to load ahead, and then run out of registers.
+                __asm__("" : "+x"(sum[m][half]));
             }
         }
     }
@@ -286,19 +307,24 @@ __attribute__((noinline)) void multiply_tiles(Source& source, uint64_t tiles, co
     constexpr uint64_t x_row = row_k * (dot == Dot::f32 ? 4 : 1);
     constexpr int run = dot == Dot::narrow ? 8 : 16;  // rows until the registers must be emptied
     Source rows = source;
+    alignas(32) uint16_t offsets[16 * Source::mask_bytes + 1];
     for (uint64_t tile = 0; tile < tiles; tile++, x += 16 * x_row)
-        for (int panel = 0; panel < 4; panel++)
+        for (int panel = 0; panel < 4; panel++) {
+            rows.look_up(offsets);
             for (int r = 0; r < 16; r += run) {
                 typename S::Scalar* at = sums + 16 * panel;
                 typename S::Register sum[M][2];
                 for (int m = 0; m < M; m++)
                     for (int half = 0; half < 2; half++)
                         sum[m][half] = dot == Dot::narrow ? typename S::Register{} : S::load(at + 64 * m + 8 * half);
-                const uint8_t* x_at = x + uint64_t(r) * x_row;
-                for (int i = 0; i < run; i += 2, x_at += 2 * x_row) {
+                for (int i = r; i < r + run; i += 4) {
+                    const uint8_t* x_at = x + uint64_t(i) * x_row;
+                    const uint16_t* of = offsets + i * Source::mask_bytes;
                     rows.prefetch();
-                    add_row<dot, row_k, Source>(rows.template next<0>(), x_at, stride, sum);
-                    add_row<dot, row_k, Source>(rows.template next<1>(), x_at + x_row, stride, sum);
+                    add_row<dot, row_k, Source>(rows.template next<0>(of), x_at, stride, sum);
+                    add_row<dot, row_k, Source>(rows.template next<1>(of + Source::mask_bytes), x_at + x_row, stride, sum);
+                    add_row<dot, row_k, Source>(rows.template next<0>(of + 2 * Source::mask_bytes), x_at + 2 * x_row, stride, sum);
+                    add_row<dot, row_k, Source>(rows.template next<1>(of + 3 * Source::mask_bytes), x_at + 3 * x_row, stride, sum);
                 }
                 for (int m = 0; m < M; m++)
                     for (int half = 0; half < 2; half++) {
@@ -308,6 +334,7 @@ __attribute__((noinline)) void multiply_tiles(Source& source, uint64_t tiles, co
                         S::store(at + 64 * m + 8 * half, sum[m][half]);
                     }
             }
+        }
     source = rows;
 }
 
