@@ -97,9 +97,9 @@ INLINE const uint8_t* b_tiles(Stream<kind, dense>& stream, uint64_t tiles, uint8
     for (uint64_t panel = 0; panel < 4 * tiles; panel++)
 #pragma GCC unroll 8
         for (int r = 0; r < 16; r += 2) {
-            if (r % 4 == 0)
-                stream.prefetch();
+            stream.prefetch(r);
             _mm512_store_si512(to, stream.template next<0>());
+            stream.prefetch(r + 1);
             _mm512_store_si512(to + 64, stream.template next<1>());
             to += 128;
         }

@@ -1,8 +1,10 @@
 // AVX-512 (Ice Lake, Zen 4 and later): F, BW, DQ, VL, VBMI2 (vpexpand), VNNI (vpdpbusd), GFNI.
 //
-// Up to 8 rows of x use each row of weights the moment it is decoded. More rows share a decoded copy of a part of a chunk in the L1 cache.
+// Up to 4 rows of x use each row of weights the moment it is decoded. More rows share a decoded copy of a chunk on the stack.
 // Both add in the same order, so a row of x gives the same bits in any company. bf16 weights are multiplied as f32: vdpbf16ps takes twice
 // the time of the two multiply-adds that it replaces on Intel cores.
+#include <utility>
+
 #include "../support/cpu_features.hpp"
 #include "avx512_activations.hpp"
 #include "avx512_rows.hpp"
@@ -47,153 +49,261 @@ INLINE __m512 as_float(__m512i row, int j) {
         return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(row, _mm_cvtsi32_si128(24 - 8 * j)), 24));
 }
 
-// ------------------------------------------------------------------------------------------------- the end of a segment
-
-// What the offset of 128 added to the sum of a segment.
-INLINE __m512i offset_of(const BlobView& w, uint64_t block, uint64_t segment, int panel) {
-    const auto* at = w.compensation + 2 * ((block * (w.k_pad / w.segment) + segment) * 64 + uint64_t(panel) * 16);
-    return _mm512_slli_epi32(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))), 7);
+// sum += products, in the register of the sum: compilers move each of many sums to another register and back.
+INLINE void multiply_add(__m512i& sum, __m512i activations, __m512i weights) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(activations), "v"(weights));
 }
 
-// ------------------------------------------------------------------------------------------------- few rows of x
+#define INLINED __attribute__((always_inline))
 
-// Sixteen rows of one panel times M rows of activations, `stride` bytes apart, added to sums.
-template <Kind kind, bool dense, Input input, int M>
-INLINE void add_panel(Stream<kind, dense>& stream, const uint8_t* x, uint64_t stride, typename Register<input>::type (&sums)[M][lanes<input>]) {
-    constexpr uint64_t x_row = (kind == Kind::bf16 ? 2 : 4) * (input == Input::u8 ? 1 : 4);
-    // Two bases and two strides reach 8 rows by addressing modes. Left alone, compilers keep an address for each element on the stack.
-    const uint8_t *base = x, *upper = x + 4 * stride;
-    uint64_t stride3 = 3 * stride;
-    __asm__("" : "+r"(base), "+r"(stride));
-    if (M > 3)
-        __asm__("" : "+r"(stride3));
-    if (M > 4)
-        __asm__("" : "+r"(upper));
-    const auto at = [&](int m, uint64_t i) __attribute__((always_inline)) {
-        return (m < 4 ? base : upper) + (m % 4 == 3 ? stride3 : uint64_t(m % 4) * stride) + i;
-    };
-    if constexpr (input == Input::u8) {
-        constexpr int parts = M == 1 ? 4 : M <= 4 ? 2 : 1;  // hides the latency of vpdpbusd
-        __m512i sum[M][parts];
-        for (int m = 0; m < M; m++) {
-            sum[m][0] = sums[m][0];
-            for (int i = 1; i < parts; i++)
-                sum[m][i] = _mm512_setzero_si512();
-        }
-        const auto add = [&](__m512i row, int r) __attribute__((always_inline)) {
-            for (int m = 0; m < M; m++)
-                sum[m][r % parts] = _mm512_dpbusd_epi32(sum[m][r % parts], broadcast(at(m, uint64_t(r) * x_row)), row);
-        };
-#pragma GCC unroll 8
-        for (int r = 0; r < 16; r += 2) {
-            if (r % 4 == 0)
-                stream.prefetch();
-            add(stream.template next<0>(), r);
-            add(stream.template next<1>(), r + 1);
-        }
-        for (int m = 0; m < M; m++)
-            sums[m][0] = parts == 4   ? _mm512_add_epi32(_mm512_add_epi32(sum[m][0], sum[m][1]), _mm512_add_epi32(sum[m][2], sum[m][3]))
-                         : parts == 2 ? _mm512_add_epi32(sum[m][0], sum[m][1])
-                                      : sum[m][0];
-    } else {
-        __m512 sum[M][2];
-        for (int m = 0; m < M; m++)
-            sum[m][0] = sums[m][0], sum[m][1] = sums[m][1];
-        const auto add = [&](__m512i row, int r) __attribute__((always_inline)) {
-            constexpr int inputs = kind == Kind::bf16 ? 2 : 4;
-            for (int j = 0; j < inputs; j++) {
-                const __m512 w = as_float<kind>(row, j);
-                for (int m = 0; m < M; m++)
-                    sum[m][j % 2] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(at(m, uint64_t(r) * x_row + 4 * uint64_t(j)))), w, sum[m][j % 2]);
-            }
-        };
-#pragma GCC unroll 8
-        for (int r = 0; r < 16; r += 2) {
-            if (r % 4 == 0)
-                stream.prefetch();
-            add(stream.template next<0>(), r);
-            add(stream.template next<1>(), r + 1);
-        }
-        for (int m = 0; m < M; m++)
-            sums[m][0] = sum[m][0], sums[m][1] = sum[m][1];
+// Calls f with the constants 0 ... count - 1: arrays that it indexes stay in registers, which compilers do not manage with a loop.
+template <class F, int... i>
+INLINE void each_of(std::integer_sequence<int, i...>, const F& f) {
+    (f(std::integral_constant<int, i>()), ...);
+}
+template <int count, class F>
+INLINE void each(const F& f) {
+    each_of(std::make_integer_sequence<int, count>(), f);
+}
+
+// Up to 6 rows of activations, `stride` bytes apart, in three registers: addressing modes reach all of them. Left alone, compilers keep an
+// address for each element on the stack, so a new Rows is made wherever a loop begins.
+struct Rows {
+    const uint8_t *low, *high;  // rows 0 and 3
+    uint64_t stride;
+
+    INLINE Rows(const uint8_t* x, uint64_t stride) : low(x), high(x + 3 * stride), stride(stride) {
+        __asm__("" : "+r"(this->low), "+r"(this->high), "+r"(this->stride));
     }
-}
+    INLINE void advance(uint64_t bytes) { low += bytes, high += bytes; }
+    INLINE const uint8_t* at(int m, uint64_t offset) const { return (m < 3 ? low : high) + uint64_t(m % 3) * stride + offset; }
+};
 
-template <Kind kind, bool dense, Input input, int M>
-void multiply_rows(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, float* out) {
-    using R = typename Register<input>::type;
-    constexpr uint64_t row_k = kind == Kind::bf16 ? 2 : 4, x_tile = 16 * row_k * (input == Input::u8 ? 1 : 4);
-    const uint64_t tiles_per_segment = kind == Kind::bf16 ? w.tiles_per_chunk : w.segment / 64;
-    const uint64_t segments = kind == Kind::bf16 ? 0 : w.k_pad / w.segment;
-    const uint8_t* x = static_cast<const uint8_t*>(a.data) + row * a.stride;
-    const float* x_scales = input == Input::u8 ? a.scales + row * segments : nullptr;
+// ------------------------------------------------------------------------------------------------- sums of a chunk
 
-    for (int i = 0; i < 4 * M; i++)
-        _mm512_storeu_ps(out + 16 * i, _mm512_setzero_ps());
-    for (uint64_t chunk = first; chunk < last; chunk++) {
-        const uint64_t begin = chunk * w.tiles_per_chunk, end = begin + w.tiles_per_chunk < w.tiles ? begin + w.tiles_per_chunk : w.tiles;
-        Stream<kind, dense> stream(w, block, chunk);
-        __m512 totals[4][M];  // of this chunk
-        for (int p = 0; p < 4; p++)
+// What a chunk consists of, for a kind of weights and of activations.
+template <Kind kind, Input input>
+struct Part {
+    static constexpr uint64_t row_k = kind == Kind::bf16 ? 2 : 4, x_row = row_k * (input == Input::u8 ? 1 : 4), x_tile = 16 * x_row;
+    const BlobView& w;
+    uint64_t block, begin, end;  // tiles
+    uint64_t tiles_per_segment, segments;
+    const uint8_t* x;            // row 0
+    const float* x_scales;
+    uint64_t stride;
+
+    INLINE Part(const BlobView& w, const Activations& a, uint64_t block, uint64_t chunk, uint64_t row)
+        : w(w),
+          block(block),
+          begin(chunk * w.tiles_per_chunk),
+          end(begin + w.tiles_per_chunk < w.tiles ? begin + w.tiles_per_chunk : w.tiles),
+          tiles_per_segment(kind == Kind::bf16 ? w.tiles_per_chunk : w.segment / 64),
+          segments(kind == Kind::bf16 ? 0 : w.k_pad / w.segment),
+          x(static_cast<const uint8_t*>(a.data) + row * a.stride),
+          x_scales(input == Input::u8 ? a.scales + row * segments : nullptr),
+          stride(a.stride) {}
+
+    // Adds the products of this chunk to out[M][64], for `panels` panels from `first` on. add(tile, sums) adds those of a tile.
+    template <int M, int panels, class Add>
+    INLINE void multiply(int first, float* out, const Add& add) const {
+        using R = typename Register<input>::type;
+        __m512 totals[panels][M];
+        for (int p = 0; p < panels; p++)
             for (int m = 0; m < M; m++)
                 totals[p][m] = _mm512_setzero_ps();
         for (uint64_t tile = begin; tile < end;) {
-            R sums[4][M][lanes<input>];
-            for (int p = 0; p < 4; p++)
+            const uint64_t segment = tile / tiles_per_segment;
+            const uint64_t segment_end = tile + tiles_per_segment < end ? tile + tiles_per_segment : end;
+            R sums[panels][M][lanes<input>];
+            for (int p = 0; p < panels; p++)
                 for (int m = 0; m < M; m++)
                     for (int i = 0; i < lanes<input>; i++)
                         sums[p][m][i] = R{};
-            const uint64_t segment_end = tile + tiles_per_segment < end ? tile + tiles_per_segment : end;
-            for (; tile < segment_end; tile++) {
-#pragma GCC unroll 1
-                for (int p = 0; p < 4; p++)
-                    add_panel<kind, dense, input, M>(stream, x + tile * x_tile, a.stride, sums[p]);
-            }
-            for (int p = 0; p < 4; p++) {
+            for (; tile < segment_end; tile++)
+                add(tile, sums);
+            for (int p = 0; p < panels; p++)
                 if constexpr (kind == Kind::bf16) {
                     for (int m = 0; m < M; m++)
                         totals[p][m] = _mm512_add_ps(sums[p][m][0], sums[p][m][1]);  // a chunk is one segment
-                } else {
-                    const uint64_t s = tile / tiles_per_segment - 1;
-                    const __m512 scale = scales_of(w, block, s, p);
+                } else if constexpr (input == Input::u8) {
+                    const __m512 scale = scales_of(w, block, segment, first + p);
+                    const __m512i offset = offset_of(w, block, segment, first + p);
                     for (int m = 0; m < M; m++)
-                        if constexpr (input == Input::u8)
-                            totals[p][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[p][m][0], offset_of(w, block, s, p))),
-                                                         _mm512_mul_ps(_mm512_set1_ps(x_scales[uint64_t(m) * segments + s]), scale),
-                                                         totals[p][m]);
-                        else
-                            totals[p][m] = _mm512_fmadd_ps(_mm512_add_ps(sums[p][m][0], sums[p][m][1]), scale, totals[p][m]);
+                        totals[p][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[p][m][0], offset)),
+                                                       _mm512_mul_ps(_mm512_set1_ps(x_scales[uint64_t(m) * segments + segment]), scale),
+                                                       totals[p][m]);
+                } else {
+                    const __m512 scale = scales_of(w, block, segment, first + p);
+                    for (int m = 0; m < M; m++)
+                        totals[p][m] = _mm512_fmadd_ps(_mm512_add_ps(sums[p][m][0], sums[p][m][1]), scale, totals[p][m]);
                 }
-            }
         }
         for (int m = 0; m < M; m++)
-            for (int p = 0; p < 4; p++) {
-                float* at = out + m * 64 + p * 16;
+            for (int p = 0; p < panels; p++) {
+                float* at = out + m * 64 + (first + p) * 16;
                 _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), totals[p][m]));
             }
     }
+};
+
+// ------------------------------------------------------------------------------------------------- up to 4 rows of x
+
+// Sixteen rows of one panel, each multiplied the moment it is decoded.
+template <Kind kind, bool dense, Input input, int M>
+INLINE void add_panel(Stream<kind, dense>& stream, const Rows& x, typename Register<input>::type (&sums)[M][lanes<input>]) {
+    constexpr uint64_t x_row = Part<kind, input>::x_row;
+    // As many accumulators as hide the latency. The order of integer additions does not matter.
+    constexpr int parts = input == Input::f32 ? 2 : M == 1 ? 4 : 2;
+    typename Register<input>::type sum[M][parts] = {};
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < lanes<input>; i++)
+            sum[m][i] = sums[m][i];
+    const auto add = [&](__m512i row, int r) INLINED {
+        if constexpr (input == Input::u8) {
+            for (int m = 0; m < M; m++)
+                sum[m][r % parts] = _mm512_dpbusd_epi32(sum[m][r % parts], broadcast(x.at(m, uint64_t(r) * x_row)), row);
+        } else {
+            for (int j = 0; j < int(Part<kind, input>::row_k); j++) {
+                const __m512 weights = as_float<kind>(row, j);
+                for (int m = 0; m < M; m++) {
+                    const float* at = reinterpret_cast<const float*>(x.at(m, uint64_t(r) * x_row)) + j;
+                    sum[m][j % 2] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(at)), weights, sum[m][j % 2]);
+                }
+            }
+        }
+    };
+#pragma GCC unroll 8
+    for (int r = 0; r < 16; r += 2) {
+        stream.prefetch(r);
+        add(stream.template next<0>(), r);
+        stream.prefetch(r + 1);
+        add(stream.template next<1>(), r + 1);
+    }
+    for (int m = 0; m < M; m++)
+        if constexpr (input == Input::u8) {
+            for (int i = 1; i < parts; i++)
+                sum[m][0] = _mm512_add_epi32(sum[m][0], sum[m][i]);
+            sums[m][0] = sum[m][0];
+        } else {
+            sums[m][0] = sum[m][0], sums[m][1] = sum[m][1];
+        }
 }
 
-using RowsFunction = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, float*);
-constexpr int max_rows = 8;
+template <Kind kind, bool dense, Input input, int M>
+void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t,
+                  float* out) {
+    for (uint64_t chunk = first; chunk < last; chunk++) {
+        Stream<kind, dense> stream(w, block, chunk);
+        const Part<kind, input> part(w, a, block, chunk, row);
+        part.template multiply<M, 4>(0, out, [&](uint64_t tile, auto& sums) INLINED {
+#pragma GCC unroll 1
+            for (int p = 0; p < 4; p++)
+                add_panel<kind, dense, input, M>(stream, Rows(part.x + tile * part.x_tile, part.stride), sums[p]);
+        });
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- more rows of x
+
+// M rows of x times a decoded chunk. A row of weights, once loaded, meets M rows of x, and an activation meets `panels` panels: as many
+// accumulators as fit the registers.
+template <Kind kind, Input input, int M>
+void multiply_decoded(const Part<kind, input>& part, const uint8_t* decoded, float* out) {
+    using R = typename Register<input>::type;
+    constexpr int panels = input == Input::u8 ? 4 : 2;
+    constexpr uint64_t x_row = Part<kind, input>::x_row;
+    for (int first = 0; first < 4; first += panels)
+        part.template multiply<M, panels>(first, out, [&](uint64_t tile, auto& sums) INLINED {
+            const uint8_t* rows = decoded + (tile - part.begin) * 4096 + uint64_t(first) * 1024;
+            Rows x(part.x + tile * part.x_tile, part.stride);
+            R sum[panels][M][lanes<input>];
+            each<panels>([&](auto p) INLINED {
+                each<M>([&](auto m) INLINED { each<lanes<input>>([&](auto i) INLINED { sum[p][m][i] = sums[p][m][i]; }); });
+            });
+#pragma GCC unroll 4
+            for (int r = 0; r < 16; r++, rows += 64, x.advance(x_row)) {
+                __m512i row[panels];
+                each<panels>([&](auto p) INLINED { row[p] = _mm512_load_si512(rows + p * 1024); });
+                if constexpr (input == Input::u8) {
+                    each<M>([&](auto m) INLINED {
+                        const __m512i activations = broadcast(x.at(m, 0));
+                        each<panels>([&](auto p) INLINED { multiply_add(sum[p][m][0], activations, row[p]); });
+                    });
+                } else {
+                    each<int(Part<kind, input>::row_k)>([&](auto j) INLINED {
+                        __m512 weights[panels];
+                        each<panels>([&](auto p) INLINED { weights[p] = as_float<kind>(row[p], j); });
+                        each<M>([&](auto m) INLINED {
+                            const __m512 activation = _mm512_castsi512_ps(broadcast(x.at(m, 4 * uint64_t(j))));
+                            each<panels>([&](auto p) INLINED {
+                                sum[p][m][j % 2] = _mm512_fmadd_ps(activation, weights[p], sum[p][m][j % 2]);
+                            });
+                        });
+                    });
+                }
+            }
+            each<panels>([&](auto p) INLINED {
+                each<M>([&](auto m) INLINED { each<lanes<input>>([&](auto i) INLINED { sums[p][m][i] = sum[p][m][i]; }); });
+            });
+        });
+}
+
+// Each chunk is decoded once for all rows.
+template <Kind kind, bool dense, Input input>
+void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
+                   float* out) {
+    alignas(64) uint8_t decoded[512 / Part<kind, input>::row_k * 4 * 64];
+    for (uint64_t chunk = first; chunk < last; chunk++) {
+        Stream<kind, dense> stream(w, block, chunk);
+        Part<kind, input> part(w, a, block, chunk, row);
+        uint8_t* at = decoded;
+        for (uint64_t panel = 4 * part.begin; panel < 4 * part.end; panel++)
+#pragma GCC unroll 8
+            for (int r = 0; r < 16; r += 2, at += 128) {
+                stream.prefetch(r);
+                _mm512_store_si512(at, stream.template next<0>());
+                stream.prefetch(r + 1);
+                _mm512_store_si512(at + 64, stream.template next<1>());
+            }
+        for (uint64_t done = 0; done < rows; done += 6) {
+            float* to = out + done * 64;
+            switch (rows - done) {
+                case 1: multiply_decoded<kind, input, 1>(part, decoded, to); break;
+                case 2: multiply_decoded<kind, input, 2>(part, decoded, to); break;
+                case 3: multiply_decoded<kind, input, 3>(part, decoded, to); break;
+                case 4: multiply_decoded<kind, input, 4>(part, decoded, to); break;
+                case 5: multiply_decoded<kind, input, 5>(part, decoded, to); break;
+                default: multiply_decoded<kind, input, 6>(part, decoded, to); break;
+            }
+            part.x += 6 * part.stride;
+            if (input == Input::u8)
+                part.x_scales += 6 * part.segments;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- choice
+
+using Function = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, float*);
+constexpr uint64_t max_rows = 256;
 
 template <Kind kind, bool dense, Input input>
-RowsFunction by_rows(uint64_t rows) {
+Function by_rows(uint64_t rows) {
     switch (rows) {
-        case 1: return multiply_rows<kind, dense, input, 1>;
-        case 2: return multiply_rows<kind, dense, input, 2>;
-        case 3: return multiply_rows<kind, dense, input, 3>;
-        case 4: return multiply_rows<kind, dense, input, 4>;
-        default: return multiply_rows<kind, dense, input, 8>;
+        case 1: return multiply_few<kind, dense, input, 1>;
+        case 2: return multiply_few<kind, dense, input, 2>;
+        case 3: return multiply_few<kind, dense, input, 3>;
+        case 4: return multiply_few<kind, dense, input, 4>;
+        default: return multiply_many<kind, dense, input>;
     }
 }
 
 template <Kind kind, Input input>
-RowsFunction choose(bool dense, uint64_t rows) {
+Function choose(bool dense, uint64_t rows) {
     return dense ? by_rows<kind, true, input>(rows) : by_rows<kind, false, input>(rows);
 }
 
-RowsFunction choose(const BlobView& w, const Activations& a, uint64_t rows) {
+Function choose(const BlobView& w, const Activations& a, uint64_t rows) {
     if (w.kind == Kind::bf16)
         return choose<Kind::bf16, Input::f32>(w.dense, rows);
     if (w.kind == Kind::int8)
@@ -203,11 +313,9 @@ RowsFunction choose(const BlobView& w, const Activations& a, uint64_t rows) {
 
 void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
               float* out) {
-    while (rows) {
-        const uint64_t some = rows >= 8 ? 8 : rows > 4 ? 4 : rows;
-        choose(w, a, some)(w, a, block, first, last, row, out);
-        row += some, rows -= some, out += some * 64;
-    }
+    for (uint64_t i = 0; i < 4 * rows; i++)
+        _mm512_storeu_ps(out + 16 * i, _mm512_setzero_ps());
+    choose(w, a, rows)(w, a, block, first, last, row, rows, out);
 }
 
 // ------------------------------------------------------------------------------------------------- activations

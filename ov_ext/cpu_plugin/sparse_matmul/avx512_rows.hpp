@@ -33,8 +33,7 @@ struct Stream {
     const uint8_t* odd;     // int4: cursor of the odd rows
 
     INLINE Stream(const BlobView& w, uint64_t block, uint64_t chunk)
-        : masks(dense ? nullptr
-                      : w.masks + (block * w.tiles + chunk * w.tiles_per_chunk) * 64 * (kind == Kind::bf16 ? sizeof(uint32_t) : sizeof(uint64_t))),
+        : masks(dense ? nullptr : w.masks + (block * w.tiles + chunk * w.tiles_per_chunk) * 64 * (kind == Kind::bf16 ? 4 : 8)),
           values(w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk))),
           odd(values) {}
 
@@ -65,25 +64,36 @@ struct Stream {
         return _mm512_maskz_expand_epi8(mask, row);
     }
 
-    // Called every four rows, which consume two lines of values at half density (int4: one). Hardware prefetching alone stops at every
-    // page. What lies ahead is the next chunk's run, or the next block's.
-    INLINE void prefetch() const {
-        const char* ahead = reinterpret_cast<const char*>(values) + 2048;
-        _mm_prefetch(ahead, _MM_HINT_T0);
-        if (kind != Kind::int4)
-            _mm_prefetch(ahead + 64, _MM_HINT_T0);
-        if (!dense)
-            _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
+    // Called before row r of a panel. Hardware prefetching stops at every page; what lies ahead of a chunk's end is the next chunk's run.
+    INLINE void prefetch(int r) const {
+        const auto* value = reinterpret_cast<const char*>(values);
+        if (dense) {  // bound by memory alone: early, and into L2, because the line buffers of L1 are few
+            if (kind != Kind::int4 || r % 2 == 0)
+                _mm_prefetch(value + 4096, _MM_HINT_T1);
+            return;
+        }
+        if (r % 4 == 0) {  // four rows consume two lines of values at half density (int4: one)
+            _mm_prefetch(value + 2048, _MM_HINT_T0);
+            if (kind != Kind::int4)
+                _mm_prefetch(value + 2048 + 64, _MM_HINT_T0);
+        }
+        if (r % (kind == Kind::bf16 ? 16 : 8) == 0)
+            _mm_prefetch(reinterpret_cast<const char*>(masks) + (kind == Kind::bf16 ? 512 : 1024), _MM_HINT_T0);
     }
 };
 
-// Weight scales of one panel in one segment.
 INLINE __m512 scales_of(const BlobView& w, uint64_t block, uint64_t segment, int panel) {
     const uint64_t groups = w.group ? w.k_pad / w.group : 1, group = w.group ? segment : 0;
     const uint64_t i = (block * groups + group) * 64 + uint64_t(panel) * 16;
     if (w.scales_f32)
         return _mm512_loadu_ps(w.scales + 4 * i);
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.scales + 2 * i)));
+}
+
+// What the offset of 128 added to the sum of a segment.
+INLINE __m512i offset_of(const BlobView& w, uint64_t block, uint64_t segment, int panel) {
+    const auto* at = w.compensation + 2 * ((block * (w.k_pad / w.segment) + segment) * 64 + uint64_t(panel) * 16);
+    return _mm512_slli_epi32(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))), 7);
 }
 
 }  // namespace
