@@ -23,6 +23,7 @@ from benchmarks.comparison import (
     Race,
     absent,
     bandwidth_buffer,
+    checked,
     rows_of_table,
     running,
 )
@@ -54,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     :raises WrongResult: An engine computes something else; nothing is timed then.
     :raises UnfairComparison: An engine does not run what it should.
     """
-    return measure(_parser().parse_args(arguments))
+    records = measure(_parser().parse_args(arguments))
+    show(title(records), rows_of_table(records), _COLUMNS)
+    return records
 
 
 def measure(options: argparse.Namespace) -> list[Record]:
@@ -83,12 +86,16 @@ def measure(options: argparse.Namespace) -> list[Record]:
             models = Models(shape, options.sparse_head, options.seed, options.work_dir, say)
             entrants = models.entrants(kind, options.sparsity, settings)
             tokens = 3 if options.quick else options.tokens
-            records += [record | constant for record in time_decoders(entrants, models, options.prompt, tokens, race)]
+            measured = time_decoders(entrants, models, options.prompt, tokens, race)
+            records += [record | {"beside": kind} | constant for record in measured]
             if options.json:
                 write_json(options.json, records)  # an interrupted run keeps what it has
-    title = f"A token with {shape.layers} decoder layers after {options.prompt}, {constant['kernel']}"
-    show(f"{title}, {settings.thread_count} threads", rows_of_table(records), _COLUMNS)
     return records
+
+
+def title(records: Sequence[Record]) -> str:
+    """:return: Heading of a table of these records."""
+    return "One token with {decoder_layers} decoder layers, {kernel}, {threads} threads".format_map(records[0])
 
 
 class Models:
@@ -177,7 +184,7 @@ def time_decoders(entrants: Sequence[Entrant], models: Models, prompt: int, toke
     records = [record | {"rows": 1} for record in absent(entrants)]
     with running(entrants, models.say) as engines:
         models.say("checking")
-        check(engines, models, prompt)
+        records += [record | {"rows": 1} for record in check(engines, models, prompt)]
         models.say("decoding")
         prompts: dict[Entrant, list[float]] = {entrant: [] for entrant in engines}
 
@@ -206,17 +213,19 @@ def time_decoders(entrants: Sequence[Entrant], models: Models, prompt: int, toke
     return records
 
 
-def check(engines: dict[Entrant, Engine], models: Models, prompt: int) -> None:
+def check(engines: dict[Entrant, Engine], models: Models, prompt: int) -> list[Record]:
     """Compare logits after the prompt and after one more token with those of stock OpenVINO with equal weights.
 
-    :param engines: The engines.
+    :param engines: The engines; see :func:`benchmarks.comparison.checked`.
     :param models: Their models.
     :param prompt: Tokens of the prompt.
+    :return: A record for each engine that was taken out.
     :raises WrongResult: An engine computes something else.
     """
     linears = len(matmul_names(models.shape)) + 1
     expected: dict[tuple[str, float], tuple[np.ndarray, np.ndarray]] = {}
-    for entrant, engine in engines.items():
+
+    def compare(entrant: Entrant, engine: Engine) -> None:
         weights = entrant.kind, entrant.sparsity
         if weights not in expected:
             if entrant.engine == STOCK:
@@ -227,6 +236,8 @@ def check(engines: dict[Entrant, Engine], models: Models, prompt: int) -> None:
                     expected[weights] = alone[stock].call("logits", prompt)
         for reference, y in zip(expected[weights], engine.call("logits", prompt), strict=True):
             check_network(entrant.name, reference, y, linears)
+
+    return checked(engines, compare)
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """The linear layers of a decoder in each framework: what `benchmarks.matmul` and `benchmarks.prefill` time.
 
-Every engine computes :func:`benchmarks.llama.network` from equal weights, and is compared with numpy before it is timed.
+Every engine computes :func:`benchmarks.llama.network` from equal weights and is compared with numpy before it is timed.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from benchmarks.comparison import (
     Race,
     absent,
     bandwidth_buffer,
+    checked,
     rows_of_table,
     running,
 )
@@ -39,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     :raises WrongResult: An engine computes something else; nothing is timed then.
     :raises UnfairComparison: An engine does not run what it should.
     """
-    return measure(_parser().parse_args(arguments))
+    options = _parser().parse_args(arguments)
+    records = measure(options)
+    show(title(records), rows_of_table(records), ({"layer": "layer"} if options.layers else {}) | COLUMNS)
+    return records
 
 
 def measure(options: argparse.Namespace) -> list[Record]:
@@ -69,13 +73,15 @@ def measure(options: argparse.Namespace) -> list[Record]:
                 say = partial(_describe, progress, task, f"{kind}, {part}")
                 entrants = linear_entrants(shape, kind, options.sparsity, part, settings, options.seed)
                 for record in time_linears(entrants, options.rows, options.calls, race, say):
-                    records.append(record | {"layer": part} | constant)
+                    records.append(record | {"layer": part, "beside": kind} | constant)
                 if options.json:
                     write_json(options.json, records)  # an interrupted run keeps what it has
-    columns = ({"layer": "layer"} if options.layers else {}) | COLUMNS
-    title = f"Linear layers of {shape.layers} decoder layers, {constant['kernel']}, {settings.thread_count} threads"
-    show(title, rows_of_table(records), columns)
     return records
+
+
+def title(records: Sequence[Record]) -> str:
+    """:return: Heading of a table of these records."""
+    return "Linear layers of {decoder_layers} decoder layers, {kernel}, {threads} threads".format_map(records[0])
 
 
 def _describe(progress: Progress, task: object, what: str, text: str) -> None:
@@ -160,8 +166,8 @@ def time_linears(
     with running(entrants, say) as engines:
         for rows in rows_list:
             say(f"checking {rows} rows")
-            for engine in engines.values():
-                engine.call("check", rows)
+            failed = checked(engines, lambda entrant, engine, rows=rows: engine.call("check", rows))
+            records += [record | {"rows": rows} for record in failed]
             about = {entrant: engine.call("about") for entrant, engine in engines.items()}
             say(f"timing {rows} rows")
             turns = {e: partial(engine.call, "seconds", rows, calls) for e, engine in engines.items()}
