@@ -147,7 +147,8 @@ class Race:
 
         :param turns: The engines.
         :param weight_bytes: What each reads in a timed call.
-        :return: What was measured of each. ``fastest`` marks one setting of each group; ratios are times of stock's
+        :return: What was measured of each. ``fastest`` marks one setting of each group; ``ms_min`` and
+            ``ms_max`` are medians of rounds, never single calls; ratios are times of stock's
             fastest setting / the engine's time: ``ratio`` against stock of the same kind, ``ratio_int4`` against INT4.
         """
         bandwidths: list[float] = []
@@ -166,6 +167,8 @@ class Race:
             record: Record = {
                 "fastest": entrant == best[entrant.group],
                 "ms": float(np.median(times)) * 1e3,
+                "ms_min": float(np.median(times, axis=1).min()) * 1e3,
+                "ms_max": float(np.median(times, axis=1).max()) * 1e3,
                 "gbps": float(weight_bytes[entrant] / np.median(times) / 1e9),
                 "bandwidth_gbps": float(np.median(bandwidths)),
                 "bandwidth_min": float(np.min(bandwidths)),
@@ -196,7 +199,7 @@ def absent(entrants: Sequence[Entrant]) -> list[Record]:
 
 
 def rows_of_table(records: Sequence[Record]) -> list[Record]:
-    """:return: The fastest setting of each engine, with ranges as text. Stock INT4 is there once, not beside each kind."""
+    """:return: The fastest setting of each engine, ranges as text. Stock INT4 is there once, not beside each kind."""
     rows = []
     for record in records:
         if record["fastest"] and record["kind"] == record["beside"]:

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     :raises WrongResult: An engine computes something else; nothing is timed then.
     :raises UnfairComparison: An engine does not run what it should.
     """
-    records = measure(_parser().parse_args(arguments))
+    records = measure(parser().parse_args(arguments))
     show(title(records), rows_of_table(records), _COLUMNS)
     return records
 
@@ -253,11 +253,12 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add_work_dir(parser)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    add_decoding(parser)
-    add_shared(parser)
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """:return: Of this program's command line."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    add_decoding(result)
+    add_shared(result)
+    return result
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from benchmarks.comparison import (
     rows_of_table,
     running,
 )
+from benchmarks.engines import Engine
 from benchmarks.linears import OnnxLinears, OpenVinoLinears, TorchLinears
 from benchmarks.llama import ALL, LLAMA_1B, TINY, LlamaShape, RandomLlama, linear_model
 from benchmarks.options import add_shared, fraction, positive
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     :raises WrongResult: An engine computes something else; nothing is timed then.
     :raises UnfairComparison: An engine does not run what it should.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     records = measure(options)
     show(title(records), rows_of_table(records), ({"layer": "layer"} if options.layers else {}) | COLUMNS)
     return records
@@ -66,9 +67,9 @@ def measure(options: argparse.Namespace) -> list[Record]:
         )
         task = progress.add_task("", total=len(options.kinds) * len(parts) * len(options.rows) * race.rounds)
         for kind in options.kinds:
-            for sparsity in options.sparsity:
-                progress.update(task, description=f"{kind}, {sparsity:.0%} zeros: checking each layer")
-                check_each_linear(RandomLlama(shape, kind, sparsity, seed=options.seed), settings, max(options.rows))
+            progress.update(task, description=f"{kind}: checking each layer")
+            llama = RandomLlama(shape, kind, options.sparsity[0], seed=options.seed)
+            check_each_linear(llama, settings, max(options.rows))  # other shares are checked as whole networks
             for part in parts:
                 say = partial(_describe, progress, task, f"{kind}, {part}")
                 entrants = linear_entrants(shape, kind, options.sparsity, part, settings, options.seed)
@@ -166,7 +167,7 @@ def time_linears(
     with running(entrants, say) as engines:
         for rows in rows_list:
             say(f"checking {rows} rows")
-            failed = checked(engines, lambda entrant, engine, rows=rows: engine.call("check", rows))
+            failed = checked(engines, partial(_check, rows))
             records += [record | {"rows": rows} for record in failed]
             about = {entrant: engine.call("about") for entrant, engine in engines.items()}
             say(f"timing {rows} rows")
@@ -176,6 +177,10 @@ def time_linears(
                 rate = {"weights_per_ns": about[entrant]["weight_count"] * rows / record["ms"] / 1e6}
                 records.append(entrant.fields() | {"rows": rows} | record | rate | about[entrant])
     return records
+
+
+def _check(rows: int, entrant: Entrant, engine: Engine) -> None:
+    engine.call("check", rows)
 
 
 def add_linears(parser: argparse.ArgumentParser, rows: list[int], depth: int, rounds: int, calls: int) -> None:
@@ -195,11 +200,12 @@ def add_linears(parser: argparse.ArgumentParser, rows: list[int], depth: int, ro
     parser.add_argument("--calls", type=positive, default=calls, help="calls of each engine in a round")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.matmul", description=__doc__)
-    add_linears(parser, rows=[1], depth=LLAMA_1B.layers, rounds=15, calls=5)
-    add_shared(parser)
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """:return: Of this program's command line."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks.matmul", description=__doc__)
+    add_linears(result, rows=[1], depth=LLAMA_1B.layers, rounds=15, calls=5)
+    add_shared(result)
+    return result
 
 
 if __name__ == "__main__":
