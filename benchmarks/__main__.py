@@ -26,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     :return: The records.
     """
     options = _parser().parse_args(arguments)
-    shared = ["--kinds", *options.kinds, "--threads", str(options.threads), "--seed", str(options.seed)]
-    shared += (["--precision", options.precision] if options.precision else []) + ["--quick"] * options.quick
-    shared += ["--depth", str(options.depth)]
+    shared = ["--kinds", *options.kinds, "--seed", str(options.seed), "--depth", str(options.depth)]
+    shared += ["--precision", options.precision] + ["--quick"] * options.quick
+    shared += ["--threads", str(options.threads)] if options.threads else []
     linears = matmul.measure(
         matmul.parser().parse_args([*shared, "--rounds", "8", "--rows", *_ROWS, "--sparsity", *_SPARSITIES])
     )

@@ -80,7 +80,7 @@ def _draw_roof(axes: Any, records: Sequence[Record]) -> None:
         for record in ours:
             at = bytes_of[id(record)], record["weights_per_ns"]
             axes.annotate(
-                *(f"{record['sparsity']:.0%}", at), xytext=(0, -14), textcoords="offset points", ha="center",
+                *(f"{record['sparsity']:.0%}", at), xytext=(8, -3), textcoords="offset points", ha="left",
                 fontsize=7.5, color=_COLORS[OURS],
             )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="bytes a weight that one token reads")
