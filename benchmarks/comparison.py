@@ -77,7 +77,8 @@ class Entrant:
     def missing(self) -> str:
         """What to install for it; "" when nothing is missing."""
         packages = PACKAGES.get(self.engine, ())
-        return "" if all(find_spec(name) for name in packages) else "not installed: pip install 'nncf-ext[bench]'"
+        extra = "llama-cpp" if self.engine == "llama.cpp" else "bench"
+        return "" if all(map(find_spec, packages)) else f"not installed: pip install 'nncf-ext[{extra}]'"
 
     def fields(self) -> Record:
         """:return: What identifies it in a record."""

@@ -1,4 +1,4 @@
-"""Engines live in processes of their own that run only when called, and none outlives its program, however that ends."""
+"""Engines live in processes of their own that run only when called. None outlives its program, however that ends."""
 
 from __future__ import annotations
 

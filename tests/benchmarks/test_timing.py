@@ -1,4 +1,4 @@
-"""Turns rotate and reverse, ratios are other time / our time and paired by round, bandwidth is measured in each round."""
+"""Turns rotate and reverse; ratios are other time / our time, paired by round; each round has its bandwidth."""
 
 from __future__ import annotations
 
