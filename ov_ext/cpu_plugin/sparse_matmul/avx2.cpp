@@ -1,5 +1,9 @@
-// AVX2 with FMA and F16C (Haswell, Zen and later). There is no expand instruction: eight mask bits select a byte shuffle that spreads
-// eight values over eight lanes. Integer activations are s16: the u8 by s8 product of AVX2 (vpmaddubsw) saturates, vpmaddwd does not.
+// AVX2 with FMA and F16C (Haswell, Zen and later); compiled a second time with AVX-VNNI (Alder Lake, Sierra Forest, Zen 5 and later).
+//
+// There is no expand instruction: eight mask bits look up a byte shuffle that spreads packed values over their lanes. One row of the
+// format is two registers, 8 outputs each. Up to `widest` rows of x are multiplied straight from the decoded registers; for more, a
+// segment is decoded once to memory that fits the first-level cache. Sums are kept in one order for any number of rows, so a
+// row's bits do not depend on its company.
 #include <immintrin.h>
 
 #include "../support/cpu_features.hpp"
@@ -17,115 +21,314 @@ INLINE T load(const void* p) {
     return value;
 }
 
+INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+INLINE __m256 floats(__m256i bits) { return _mm256_castsi256_ps(bits); }
+INLINE __m256i join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
+
+// How a row is multiplied. Every way is exact for integers: vpmaddubsw saturates a sum of two products at 16 bits, so it is only given
+// products that fit.
+enum class Dot {
+    f32,     // activations stay floating point
+    vnni,    // u8 activations, offset by 128: vpdpbusd
+    signs,   // int8 without VNNI: |w| times s8 activations that took over w's sign, at most 2 * 128 * 127
+    narrow,  // int4 without VNNI: u8 activations, offset by 128; a sum of 16 products is at most 16 * 255 * 8 = 32640
+};
+
+constexpr Dot dot_of(Kind kind, bool integer) {
+#if defined(__AVXVNNI__)
+    return integer && kind != Kind::bf16 ? Dot::vnni : Dot::f32;
+#else
+    return !integer || kind == Kind::bf16 ? Dot::f32 : kind == Kind::int4 ? Dot::narrow : Dot::signs;
+#endif
+}
+
+constexpr bool offset_by_128(Dot dot) { return dot == Dot::vnni || dot == Dot::narrow; }
+
+// Cutting a nibble out is cheapest when it stays in the high half of its byte: 16 times the weight. Only narrow sums have no room.
+constexpr int extra_bits(Kind kind, Dot dot) { return kind == Kind::int4 && dot != Dot::narrow ? 4 : 0; }
+
+// Rows of x for which there are accumulators (two registers a row) beside the operands of the dot product, in 16 registers.
+constexpr int widest_of(Dot dot) { return dot == Dot::signs ? 4 : 6; }
+
 // ------------------------------------------------------------------------------------------------- decoding rows
 
+// Shuffles for 16 lanes from 16 packed values on. Bytes need two mask bytes: the lanes of the second one start where the values of the
+// first one end, so shuffle = low[first] + high[second]. A clear bit gives a lane with its top bit set, which a shuffle makes zero.
 struct ShuffleTables {
-    uint8_t bytes[256][8];   // lane i takes value number (set bits below i), or zero when bit i is clear
+    uint8_t low[256][16];   // shuffle of lanes 0..7 | number of set bits, eight times
+    uint8_t high[256][16];  // zeros | the same shuffle for lanes 8..15
     uint8_t words[256][16];
 };
 
 constexpr ShuffleTables make_tables() {
     ShuffleTables t{};
-    for (int mask = 0; mask < 256; mask++)
-        for (int lane = 0, value = 0; lane < 8; lane++) {
+    for (int mask = 0; mask < 256; mask++) {
+        int value = 0;
+        for (int lane = 0; lane < 8; lane++) {
             const bool set = mask >> lane & 1;
-            t.bytes[mask][lane] = set ? uint8_t(value) : 0x80;
+            t.low[mask][lane] = t.high[mask][8 + lane] = set ? uint8_t(value) : 0x80;
             t.words[mask][2 * lane] = set ? uint8_t(2 * value) : 0x80;
             t.words[mask][2 * lane + 1] = set ? uint8_t(2 * value + 1) : 0x80;
             value += set;
         }
+        for (int lane = 8; lane < 16; lane++)
+            t.low[mask][lane] = uint8_t(value);
+    }
     return t;
 }
-constexpr ShuffleTables tables = make_tables();
+alignas(64) constexpr ShuffleTables tables = make_tables();
 
-INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+// Entry of a table for the mask byte that starts at bit `at`. A rotation, because it is one instruction (rorx) where a shift is two.
+INLINE __m128i entry(const uint8_t (&table)[256][16], uint64_t mask, int at) {
+    const int by = (at + 60) % 64;
+    return load128(&table[0][0] + ((mask >> by | mask << (64 - by)) & 0xFF0));
+}
 
-// Walks the masks and values of a chunk. next() writes one row as 64 dense bytes.
-template <Kind kind, bool dense>
+// One row: outputs 0..7 and 8..15 of a panel, row_k inputs each.
+struct Row {
+    __m256i half[2];
+};
+
+// Input j of the row as floats.
+template <Kind kind, Dot dot>
+INLINE __m256 weights(__m256i half, int j) {
+    if (kind == Kind::bf16)
+        return floats(j ? _mm256_and_si256(half, _mm256_set1_epi32(int(0xFFFF0000))) : _mm256_slli_epi32(half, 16));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(half, 24 - 8 * j), 24 + extra_bits(kind, dot)));
+}
+
+// Walks the masks and values of a chunk.
+template <Kind kind, bool dense, Dot dot>
 struct Stream {
     const uint8_t* masks;
     const uint8_t* values;  // bf16, int8: the run; int4: cursor of the even rows
     const uint8_t* odd;     // int4: cursor of the odd rows
 
-    INLINE void next(int parity, uint8_t* row) {
+    template <int parity>
+    INLINE Row next() {
         const uint8_t*& at = kind == Kind::int4 && parity ? odd : values;
-        if constexpr (dense && kind != Kind::int4) {
-            __builtin_memcpy(row, at, 64);
+        Row row;
+        if constexpr (dense) {
+            row = {{extended<parity>(load256(at)), extended<parity>(load256(at + 32))}};
             at += 64;
         } else if constexpr (kind == Kind::bf16) {
-            for (int i = 0; i < 4; i++) {
-                const uint8_t mask = *masks++;
-                const __m128i spread = _mm_shuffle_epi8(load128(at), load128(tables.words[mask]));
-                _mm_store_si128(reinterpret_cast<__m128i*>(row + 16 * i), spread);
-                at += 2 * __builtin_popcount(mask);
+            const uint32_t mask = load<uint32_t>(masks);
+            masks += 4;
+            for (int half = 0; half < 2; half++) {
+                const uint64_t m = mask >> (16 * half);
+                const uint8_t* from = at + (half ? 2 * __builtin_popcount(mask & 0xFFFF) : 0);
+                row.half[half] = _mm256_shuffle_epi8(join(load128(from), load128(from + 2 * __builtin_popcount(m & 0xFF))),
+                                                     join(entry(tables.words, m, 0), entry(tables.words, m, 8)));
             }
+            at += 2 * __builtin_popcount(mask);
         } else {
-            for (int i = 0; i < 8; i++) {
-                __m128i some = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
-                if constexpr (kind == Kind::int4) {  // code -> sign-extended byte, by table
-                    const __m128i extended = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-                    const __m128i code = _mm_and_si128(parity ? _mm_srli_epi16(some, 4) : some, _mm_set1_epi8(15));
-                    some = _mm_shuffle_epi8(extended, code);
+            const uint64_t mask = load<uint64_t>(masks);
+            masks += 8;
+            const uint8_t* second = at + __builtin_popcount(uint32_t(mask));
+            for (int half = 0; half < 2; half++) {
+                const uint8_t* from = half ? second : at;
+                const uint8_t* middle = half ? at + __builtin_popcountll(mask << 16) : at + __builtin_popcount(mask & 0xFFFF);
+                const int bit = 32 * half;
+                const __m256i shuffle = _mm256_add_epi8(join(entry(tables.low, mask, bit), entry(tables.low, mask, bit + 16)),
+                                                        join(entry(tables.high, mask, bit + 8), entry(tables.high, mask, bit + 24)));
+                row.half[half] = _mm256_shuffle_epi8(extended<parity>(join(load128(from), load128(middle))), shuffle);
+            }
+            at += __builtin_popcountll(mask);
+        }
+        return row;
+    }
+
+    // The weights in packed values: int4 are cut out of their bytes.
+    template <int parity>
+    static INLINE __m256i extended(__m256i packed) {
+        if constexpr (kind != Kind::int4)
+            return packed;
+        if constexpr (extra_bits(kind, dot) != 0)
+            return _mm256_and_si256(parity ? packed : _mm256_slli_epi16(packed, 4), _mm256_set1_epi8(int8_t(0xF0)));
+        const __m256i by_code = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1,  //
+                                                 0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+        return _mm256_shuffle_epi8(by_code,
+                                   _mm256_and_si256(parity ? _mm256_srli_epi16(packed, 4) : packed, _mm256_set1_epi8(15)));
+    }
+
+    static INLINE __m256 weight(const Row& row, int half, int j) { return weights<kind, dot>(row.half[half], j); }
+
+    // Called every two rows.
+    INLINE void prefetch() const {
+        _mm_prefetch(reinterpret_cast<const char*>(values) + 2048, _MM_HINT_T0);
+        if (!dense)
+            _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
+    }
+};
+
+// Rows that expand() has decoded: bytes as they come out of a Stream, or all inputs as floats.
+struct ExpandedBytes {
+    const uint8_t* at;
+
+    template <int>
+    INLINE Row next() {
+        const Row row = {{load256(at), load256(at + 32)}};
+        at += 64;
+        return row;
+    }
+    INLINE void prefetch() const {}
+};
+
+template <int row_k>
+struct ExpandedFloats {
+    const uint8_t* at;
+
+    template <int>
+    INLINE const uint8_t* next() {
+        const uint8_t* row = at;
+        at += 64 * row_k;
+        return row;
+    }
+    static INLINE __m256 weight(const uint8_t* row, int half, int j) {
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(row) + 16 * j + 8 * half);
+    }
+    INLINE void prefetch() const {}
+};
+
+template <Dot dot, int row_k>
+struct ExpandedRows {
+    using type = ExpandedBytes;
+};
+template <int row_k>
+struct ExpandedRows<Dot::f32, row_k> {
+    using type = ExpandedFloats<row_k>;
+};
+
+// Decodes `tiles` tiles to memory.
+template <Kind kind, bool dense, Dot dot>
+void expand(Stream<kind, dense, dot>& source, uint64_t tiles, uint8_t* to) {
+    using Rows = Stream<kind, dense, dot>;
+    constexpr int row_k = kind == Kind::bf16 ? 2 : 4;
+    const auto put = [&](const Row& row) __attribute__((always_inline)) {
+        if constexpr (dot == Dot::f32) {
+            for (int j = 0; j < row_k; j++)
+                for (int half = 0; half < 2; half++)
+                    _mm256_store_ps(reinterpret_cast<float*>(to) + 16 * j + 8 * half, Rows::weight(row, half, j));
+            to += 64 * row_k;
+        } else {
+            for (int half = 0; half < 2; half++)
+                _mm256_store_si256(reinterpret_cast<__m256i*>(to) + half, row.half[half]);
+            to += 64;
+        }
+    };
+    Rows rows = source;
+    for (uint64_t r = 0; r < 64 * tiles; r += 2) {
+        rows.prefetch();
+        put(rows.template next<0>());
+        put(rows.template next<1>());
+    }
+    source = rows;
+}
+
+// ------------------------------------------------------------------------------------------------- products
+
+template <Dot dot>
+struct Sum {
+    using Scalar = int32_t;
+    using Register = __m256i;
+    static INLINE Register load(const Scalar* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+    static INLINE void store(Scalar* p, Register v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
+};
+template <>
+struct Sum<Dot::f32> {
+    using Scalar = float;
+    using Register = __m256;
+    static INLINE Register load(const Scalar* p) { return _mm256_load_ps(p); }
+    static INLINE void store(Scalar* p, Register v) { _mm256_store_ps(p, v); }
+};
+
+// Adds the products of one decoded row with M rows of x, `stride` bytes apart.
+template <Dot dot, int row_k, class Source, class AnyRow, int M>
+INLINE void add_row(const AnyRow& row, const uint8_t* x, uint64_t stride, typename Sum<dot>::Register (&sum)[M][2]) {
+    if constexpr (dot == Dot::f32) {
+        for (int j = 0; j < row_k; j++) {
+            const __m256 w[2] = {Source::weight(row, 0, j), Source::weight(row, 1, j)};
+            for (int m = 0; m < M; m++) {
+                const __m256 activation = _mm256_set1_ps(load<float>(x + uint64_t(m) * stride + 4 * j));
+                for (int half = 0; half < 2; half++)
+                    sum[m][half] = _mm256_fmadd_ps(activation, w[half], sum[m][half]);
+            }
+        }
+    } else {
+        __m256i magnitude[2];
+        if constexpr (dot == Dot::signs)
+            for (int half = 0; half < 2; half++)
+                magnitude[half] = _mm256_abs_epi8(row.half[half]);
+        for (int m = 0; m < M; m++) {
+            const __m256i activations = _mm256_set1_epi32(load<int32_t>(x + uint64_t(m) * stride));
+            for (int half = 0; half < 2; half++) {
+                const __m256i w = row.half[half];
+#if defined(__AVXVNNI__)
+                sum[m][half] = _mm256_dpbusd_avx_epi32(sum[m][half], activations, w);
+#else
+                if constexpr (dot == Dot::narrow) {
+                    sum[m][half] = _mm256_add_epi16(sum[m][half], _mm256_maddubs_epi16(activations, w));
+                } else {
+                    const __m256i pairs = _mm256_maddubs_epi16(magnitude[half], _mm256_sign_epi8(activations, w));
+                    sum[m][half] = _mm256_add_epi32(sum[m][half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
                 }
-                const uint8_t mask = dense ? 255 : *masks++;
-                if (!dense)
-                    some = _mm_shuffle_epi8(some, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(tables.bytes[mask])));
-                _mm_storel_epi64(reinterpret_cast<__m128i*>(row + 8 * i), some);
-                at += __builtin_popcount(mask);
+#endif
             }
         }
     }
-};
+}
 
-// ------------------------------------------------------------------------------------------------- one panel
-
-INLINE __m256 floats(__m256i bits) { return _mm256_castsi256_ps(bits); }
-INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-// Integer sums of 16 outputs: sums[i] holds outputs 4i..4i+3 as pairs (inputs 0+1, inputs 2+3).
-struct IntegerPanel {
-    __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-
-    INLINE void add(const uint8_t* row, const uint8_t* x) {  // x: 4 s16
-        const __m256i activations = _mm256_set1_epi64x(load<int64_t>(x));
-        for (int i = 0; i < 4; i++)
-            sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(_mm256_cvtepi8_epi16(load128(row + 16 * i)), activations));
-    }
-
-    INLINE void add_to(int32_t* totals) const {  // totals[16]
-        for (int i = 0; i < 4; i++) {
-            const __m256i paired = _mm256_hadd_epi32(sums[i], sums[i]);  // 0 1 0 1 | 2 3 2 3
-            const __m128i four = _mm_unpacklo_epi64(_mm256_castsi256_si128(paired), _mm256_extracti128_si256(paired, 1));
-            auto* at = reinterpret_cast<__m128i*>(totals + 4 * i);
-            _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), four));
-        }
-    }
-};
-
-template <Kind kind>
-struct FloatPanel {
-    __m256 sums[2][2] = {{_mm256_setzero_ps(), _mm256_setzero_ps()}, {_mm256_setzero_ps(), _mm256_setzero_ps()}};
-
-    INLINE void add(const uint8_t* row, const uint8_t* x) {  // x: row_k floats
-        for (int half = 0; half < 2; half++) {
-            const __m256i bits = load256(row + 32 * half);  // 8 outputs
-            for (int j = 0; j < (kind == Kind::bf16 ? 2 : 4); j++) {
-                __m256 w;
-                if constexpr (kind == Kind::bf16)
-                    w = floats(j ? _mm256_and_si256(bits, _mm256_set1_epi32(int(0xFFFF0000))) : _mm256_slli_epi32(bits, 16));
-                else
-                    w = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sll_epi32(bits, _mm_cvtsi32_si128(24 - 8 * j)), 24));
-                sums[half][j & 1] = _mm256_fmadd_ps(_mm256_set1_ps(load<float>(x + 4 * j)), w, sums[half][j & 1]);
+// Adds the products of `tiles` tiles with M rows of x to sums[M][64]. Not inlined: its loop needs all registers.
+template <Dot dot, int row_k, int M, class Source>
+__attribute__((noinline)) void multiply_tiles(Source& source, uint64_t tiles, const uint8_t* x, uint64_t stride, typename Sum<dot>::Scalar* sums) {
+    using S = Sum<dot>;
+    constexpr uint64_t x_row = row_k * (dot == Dot::f32 ? 4 : 1);
+    constexpr int run = dot == Dot::narrow ? 8 : 16;  // rows until the registers must be emptied
+    Source rows = source;
+    for (uint64_t tile = 0; tile < tiles; tile++, x += 16 * x_row)
+        for (int panel = 0; panel < 4; panel++)
+            for (int r = 0; r < 16; r += run) {
+                typename S::Scalar* at = sums + 16 * panel;
+                typename S::Register sum[M][2];
+                for (int m = 0; m < M; m++)
+                    for (int half = 0; half < 2; half++)
+                        sum[m][half] = dot == Dot::narrow ? typename S::Register{} : S::load(at + 64 * m + 8 * half);
+                const uint8_t* x_at = x + uint64_t(r) * x_row;
+                for (int i = 0; i < run; i += 2, x_at += 2 * x_row) {
+                    rows.prefetch();
+                    add_row<dot, row_k, Source>(rows.template next<0>(), x_at, stride, sum);
+                    add_row<dot, row_k, Source>(rows.template next<1>(), x_at + x_row, stride, sum);
+                }
+                for (int m = 0; m < M; m++)
+                    for (int half = 0; half < 2; half++) {
+                        if constexpr (dot == Dot::narrow)
+                            sum[m][half] = _mm256_add_epi32(S::load(at + 64 * m + 8 * half),
+                                                            _mm256_madd_epi16(sum[m][half], _mm256_set1_epi16(1)));
+                        S::store(at + 64 * m + 8 * half, sum[m][half]);
+                    }
             }
-        }
-    }
+    source = rows;
+}
 
-    INLINE void add_to(float* totals) const {
-        for (int half = 0; half < 2; half++)
-            _mm256_storeu_ps(totals + 8 * half, _mm256_add_ps(_mm256_loadu_ps(totals + 8 * half),
-                                                              _mm256_add_ps(sums[half][0], sums[half][1])));
+template <Dot dot, int row_k, class Source>
+void multiply_tiles(uint64_t rows, Source& source, uint64_t tiles, const uint8_t* x, uint64_t stride,
+                    typename Sum<dot>::Scalar* sums) {
+    static_assert(widest_of(dot) <= 6, "a case for every number of rows");
+    switch (rows) {
+        case 1: return multiply_tiles<dot, row_k, 1>(source, tiles, x, stride, sums);
+        case 2: return multiply_tiles<dot, row_k, 2>(source, tiles, x, stride, sums);
+        case 3: return multiply_tiles<dot, row_k, 3>(source, tiles, x, stride, sums);
+        case 4: return multiply_tiles<dot, row_k, 4>(source, tiles, x, stride, sums);
+        default: break;
     }
-};
+    if constexpr (widest_of(dot) > 4) {
+        if (rows == 5)
+            multiply_tiles<dot, row_k, 5>(source, tiles, x, stride, sums);
+        else
+            multiply_tiles<dot, row_k, 6>(source, tiles, x, stride, sums);
+    }
+}
 
 // ------------------------------------------------------------------------------------------------- one block
 
@@ -136,95 +339,102 @@ INLINE __m256 scales_of(const BlobView& w, uint64_t block, uint64_t segment, int
                         : _mm256_cvtph_ps(load128(w.scales + 2 * i));
 }
 
-constexpr int max_rows = 2;
-
-template <Kind kind, bool dense, bool integer, int M>
-void multiply_rows(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, float* out) {
-    constexpr uint64_t row_k = kind == Kind::bf16 ? 2 : 4, x_row = row_k * (integer ? 2 : 4);
-    constexpr uint64_t mask_bytes = kind == Kind::bf16 ? 4 : 8, tiles_per_chunk = 512 / (16 * row_k);
-    const uint64_t tiles_per_segment = kind == Kind::bf16 ? tiles_per_chunk : w.segment / 64;
-    const uint64_t segments = kind == Kind::bf16 ? 0 : w.k_pad / w.segment;
-    const uint8_t* x = static_cast<const uint8_t*>(a.data) + row * a.stride;
-    const float* x_scales = integer ? a.scales + row * segments : nullptr;
-
-    for (int i = 0; i < 8 * M; i++)
-        _mm256_storeu_ps(out + 8 * i, _mm256_setzero_ps());
-    for (uint64_t chunk = first; chunk < last; chunk++) {
-        const uint64_t begin = chunk * tiles_per_chunk, end = begin + tiles_per_chunk < w.tiles ? begin + tiles_per_chunk : w.tiles;
-        const uint8_t* run = w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk));
-        Stream<kind, dense> stream{dense ? nullptr : w.masks + (block * w.tiles + begin) * 64 * mask_bytes, run, run};
-        alignas(32) float sums[M][64] = {};
-        for (uint64_t tile = begin; tile < end;) {
-            alignas(32) int32_t integers[M][64] = {};
-            alignas(32) float reals[M][64] = {};
-            const uint64_t segment_end = tile + tiles_per_segment < end ? tile + tiles_per_segment : end;
-            for (; tile < segment_end; tile++)
-                for (int p = 0; p < 4; p++) {
-                    IntegerPanel integer_panel[M];
-                    FloatPanel<kind> float_panel[M];
-                    alignas(32) uint8_t decoded[64];
-                    for (int r = 0; r < 16; r++) {
-                        stream.next(r & 1, decoded);
-                        const uint8_t* x_at = x + (tile * 16 + uint64_t(r)) * x_row;
-                        for (int m = 0; m < M; m++) {
-                            if constexpr (integer)
-                                integer_panel[m].add(decoded, x_at + uint64_t(m) * a.stride);
-                            else
-                                float_panel[m].add(decoded, x_at + uint64_t(m) * a.stride);
-                        }
-                    }
-                    for (int m = 0; m < M; m++) {
-                        if constexpr (integer)
-                            integer_panel[m].add_to(integers[m] + 16 * p);
-                        else
-                            float_panel[m].add_to(reals[m] + 16 * p);
-                    }
-                }
-            const uint64_t s = kind == Kind::bf16 ? 0 : tile / tiles_per_segment - 1;
-            for (int m = 0; m < M; m++)
-                for (int i = 0; i < 8; i++) {
-                    const __m256 sum = _mm256_load_ps(sums[m] + 8 * i);
-                    __m256 next;
-                    if constexpr (kind == Kind::bf16) {
-                        next = _mm256_load_ps(reals[m] + 8 * i);  // a chunk is one segment
-                    } else {
-                        const __m256 scale = scales_of(w, block, s, i);
-                        if constexpr (integer)
-                            next = _mm256_fmadd_ps(_mm256_cvtepi32_ps(load256(integers[m] + 8 * i)),
-                                                   _mm256_mul_ps(_mm256_set1_ps(x_scales[uint64_t(m) * segments + s]), scale), sum);
-                        else
-                            next = _mm256_fmadd_ps(_mm256_load_ps(reals[m] + 8 * i), scale, sum);
-                    }
-                    _mm256_store_ps(sums[m] + 8 * i, next);
-                }
-        }
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < 8; i++) {
-                float* at = out + m * 64 + 8 * i;
-                _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), _mm256_load_ps(sums[m] + 8 * i)));
+// Scales the sums of one segment, partial[rows][64], and adds them to those of the chunk. x_scales: of the first row and this segment.
+template <Kind kind, Dot dot>
+void add_segment(const BlobView& w, uint64_t block, uint64_t segment, const typename Sum<dot>::Scalar* partial, const float* x_scales,
+                 uint64_t rows, float* sums) {
+    const uint64_t segments = w.k_pad / w.segment;
+    for (int i = 0; i < 8; i++) {
+        const __m256 scale = scales_of(w, block, segment, i);
+        const uint8_t* comp = w.compensation + 2 * ((block * segments + segment) * 64 + 8 * uint64_t(i));
+        const __m256i offset = _mm256_slli_epi32(_mm256_cvtepi16_epi32(load128(comp)), 7);
+        for (uint64_t m = 0; m < rows; m++) {
+            const uint64_t at = 64 * m + 8 * uint64_t(i);
+            __m256 value, factor = scale;
+            if constexpr (dot == Dot::f32) {
+                value = Sum<dot>::load(partial + at);
+            } else {
+                __m256i sum = _mm256_srai_epi32(Sum<dot>::load(partial + at), extra_bits(kind, dot));
+                if (offset_by_128(dot))
+                    sum = _mm256_sub_epi32(sum, offset);
+                value = _mm256_cvtepi32_ps(sum);
+                factor = _mm256_mul_ps(_mm256_set1_ps(x_scales[m * segments]), scale);
             }
+            _mm256_store_ps(sums + at, _mm256_fmadd_ps(value, factor, _mm256_load_ps(sums + at)));
+        }
     }
 }
 
-using RowsFunction = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, float*);
+constexpr uint64_t max_rows = 64;
+
+template <Kind kind, bool dense, bool integer>
+void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row,
+                    uint64_t rows, float* out) {
+    constexpr Dot dot = dot_of(kind, integer);
+    constexpr uint64_t row_k = kind == Kind::bf16 ? 2 : 4, mask_bytes = 2 * row_k, tiles_per_chunk = 512 / (16 * row_k);
+    constexpr uint64_t widest = widest_of(dot), most_tiles = kind == Kind::bf16 ? 1 : 2;
+    using Scalar = typename Sum<dot>::Scalar;
+    using Expanded = typename ExpandedRows<dot, row_k>::type;
+    const bool direct = rows <= widest;
+    // What is decoded at a time: a segment; bf16 has none.
+    const uint64_t step = kind != Kind::bf16 ? w.segment / 64 : direct ? tiles_per_chunk : most_tiles;
+    const uint64_t segments = kind == Kind::bf16 ? 0 : w.k_pad / w.segment;
+    const float* x_scales = integer ? a.scales + row * segments : nullptr;
+    alignas(64) uint8_t expanded[most_tiles * 64 * 64 * (dot == Dot::f32 ? row_k : 1)];
+    alignas(64) float sums[max_rows * 64];  // of one chunk
+
+    __builtin_memset(out, 0, rows * 64 * sizeof(float));
+    for (uint64_t chunk = first; chunk < last; chunk++) {
+        const uint64_t begin = chunk * tiles_per_chunk, end = begin + tiles_per_chunk < w.tiles ? begin + tiles_per_chunk : w.tiles;
+        const uint8_t* run = w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk));
+        Stream<kind, dense, dot> stream{dense ? nullptr : w.masks + (block * w.tiles + begin) * 64 * mask_bytes, run, run};
+        __builtin_memset(sums, 0, rows * 64 * sizeof(float));
+        for (uint64_t tile = begin; tile < end; tile += step) {
+            const uint64_t tiles = tile + step < end ? step : end - tile;
+            if (!direct)
+                expand(stream, tiles, expanded);
+            for (uint64_t m = 0, some; m < rows; m += some) {
+                const uint64_t left = rows - m, passes = (left + widest - 1) / widest;
+                some = (left + passes - 1) / passes;
+                const uint8_t* x = static_cast<const uint8_t*>(a.data) + (row + m) * a.stride + tile * 16 * row_k * (integer ? 1 : 4);
+                const auto multiply = [&](Scalar* to) {
+                    if (direct)
+                        return multiply_tiles<dot, row_k>(some, stream, tiles, x, a.stride, to);
+                    Expanded source{expanded};
+                    multiply_tiles<dot, row_k>(some, source, tiles, x, a.stride, to);
+                };
+                if constexpr (kind == Kind::bf16) {
+                    multiply(sums + 64 * m);
+                } else {
+                    alignas(64) Scalar partial[widest * 64] = {};
+                    multiply(partial);
+                    const uint64_t segment = tile / step;
+                    add_segment<kind, dot>(w, block, segment, partial, x_scales + m * segments + segment, some, sums + 64 * m);
+                }
+            }
+        }
+        for (uint64_t i = 0; i < rows * 64; i += 8)
+            _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), _mm256_load_ps(sums + i)));
+    }
+}
+
+using BlockFunction = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, float*);
 
 template <Kind kind, bool integer>
-RowsFunction choose(bool dense, uint64_t rows) {
-    if (dense)
-        return rows == 1 ? multiply_rows<kind, true, integer, 1> : multiply_rows<kind, true, integer, 2>;
-    return rows == 1 ? multiply_rows<kind, false, integer, 1> : multiply_rows<kind, false, integer, 2>;
+BlockFunction choose(bool dense) {
+    return dense ? multiply_block<kind, true, integer> : multiply_block<kind, false, integer>;
 }
 
 void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
               float* out) {
-    RowsFunction function;
+    BlockFunction function;
     if (w.kind == Kind::bf16)
-        function = choose<Kind::bf16, false>(w.dense, rows);
+        function = choose<Kind::bf16, false>(w.dense);
     else if (w.kind == Kind::int8)
-        function = a.integer ? choose<Kind::int8, true>(w.dense, rows) : choose<Kind::int8, false>(w.dense, rows);
+        function = a.integer ? choose<Kind::int8, true>(w.dense) : choose<Kind::int8, false>(w.dense);
     else
-        function = a.integer ? choose<Kind::int4, true>(w.dense, rows) : choose<Kind::int4, false>(w.dense, rows);
-    function(w, a, block, first, last, row, out);
+        function = a.integer ? choose<Kind::int4, true>(w.dense) : choose<Kind::int4, false>(w.dense);
+    function(w, a, block, first, last, row, rows, out);
 }
 
 // ------------------------------------------------------------------------------------------------- activations
@@ -253,7 +463,8 @@ INLINE uint32_t largest_of(__m256i v) {
 }
 
 // Same rule, same bits as the reference kernel's quantization.
-void quantize(const BlobView& w, const void* x, bool x_is_bf16, uint64_t group, int16_t* row, float* scales) {
+void quantize(const BlobView& w, const void* x, bool x_is_bf16, uint64_t group, bool offset, uint8_t* row,
+              float* scales) {
     for (uint64_t start = 0; start < w.k_pad; start += group) {
         const uint64_t padded_end = start + group < w.k_pad ? start + group : w.k_pad;
         const uint64_t end = padded_end < w.k ? padded_end : w.k;
@@ -270,20 +481,23 @@ void quantize(const BlobView& w, const void* x, bool x_is_bf16, uint64_t group, 
             __m256i q = _mm256_setzero_si256();
             if (i < end && inverse != 0.0f)
                 q = _mm256_cvtps_epi32(_mm256_mul_ps(load_x(x, x_is_bf16, i, end), _mm256_set1_ps(inverse)));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i),
-                             _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1)));
+            const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+            const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(offset ? int8_t(0x80) : int8_t(0)));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(row + i), bytes);
         }
         for (uint64_t s = start / w.segment; s * w.segment < padded_end; s++)
             scales[s] = factor;
     }
 }
 
-void prepare(const BlobView& w, const void* x, bool x_is_bf16, int64_t activation_group, void* row, float* scales) {
-    if (w.segment && activation_group != 0) {
-        quantize(w, x, x_is_bf16, activation_group < 0 ? w.k_pad : uint64_t(activation_group), static_cast<int16_t*>(row), scales);
+void prepare(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t row) {
+    uint8_t* const to = static_cast<uint8_t*>(a.data) + row * a.stride;
+    if (a.integer) {
+        quantize(w, x, x_is_bf16, a.group < 0 ? w.k_pad : uint64_t(a.group), offset_by_128(dot_of(w.kind, true)), to,
+                 a.scales + row * (w.k_pad / w.segment));
         return;
     }
-    const bool round = !w.segment && activation_group != 0;
+    const bool round = !w.segment && a.group != 0;
     for (uint64_t i = 0; i < w.k_pad; i += 8) {
         __m256 value = i < w.k ? load_x(x, x_is_bf16, i, w.k) : _mm256_setzero_ps();
         if (round) {  // to bf16, to nearest, ties to even; NaN stays NaN
@@ -293,14 +507,18 @@ void prepare(const BlobView& w, const void* x, bool x_is_bf16, int64_t activatio
                                                      _mm256_set1_epi32(int(0xFFFF0000)));
             value = _mm256_blendv_ps(floats(rounded), value, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
         }
-        _mm256_storeu_ps(static_cast<float*>(row) + i, value);
+        _mm256_storeu_ps(reinterpret_cast<float*>(to) + i, value);
     }
 }
 
-bool supported(const CpuFeatures& f) { return f.avx2; }
+uint64_t row_bytes(const BlobView& w, int64_t activation_group) { return (w.segment && activation_group != 0 ? 1 : 4) * w.k_pad; }
 
 }  // namespace
 
-const Kernel avx2_kernel = {"avx2", max_rows, 4, supported, prepare, multiply};
+#if defined(__AVXVNNI__)
+const Kernel avx2_vnni_kernel = {"avx2_vnni", max_rows, [](const CpuFeatures& f) { return f.avx_vnni; }, row_bytes, prepare, multiply};
+#else
+const Kernel avx2_kernel = {"avx2", max_rows, [](const CpuFeatures& f) { return f.avx2; }, row_bytes, prepare, multiply};
+#endif
 
 }  // namespace ov_ext::sparse_matmul

@@ -85,7 +85,7 @@ OV_EXT_API int ov_ext_matmul(const void* x, int x_is_bf16, uint64_t rows, const 
     return guarded([&] {
         const BlobView w = parse(blob, bytes);
         check_activation_group(w, activation_group);
-        const Kernel& kernel = isa ? kernel_by_name(isa) : selected_kernel();
+        const Kernel& kernel = select_kernel(w, activation_group, rows, isa ? &kernel_by_name(isa) : nullptr);
         auto run = [&] {
             if (!checked)
                 validate_content(w);
@@ -108,22 +108,36 @@ OV_EXT_API int ov_ext_read_bandwidth(uint64_t bytes, int threads, int repeats, d
     });
 }
 
-// Writes one JSON object: features of the CPU, AMX permission, kernels best first, the selected one.
+// Writes one JSON object: features of the CPU, AMX permission, kernels best first, and which of them runs: for each kind of weight
+// the numbers of rows from which another one takes over, with quantized (bf16: rounded) activations.
 OV_EXT_API int ov_ext_cpu_info(char* json, uint64_t capacity) {
     return guarded([&] {
         const auto& f = ov_ext::cpu_features();
         const auto flag = [](bool v) { return v ? "true" : "false"; };
         std::string text = "{\"features\": {";
         const std::pair<const char*, bool> features[] = {
-            {"avx2", f.avx2},           {"avx512", f.avx512}, {"avx512_vbmi2", f.avx512_vbmi2}, {"avx512_vnni", f.avx512_vnni},
-            {"avx512_bf16", f.avx512_bf16}, {"gfni", f.gfni},     {"amx_tile", f.amx_tile},         {"amx_bf16", f.amx_bf16},
-            {"amx_int8", f.amx_int8}};
+            {"avx2", f.avx2},           {"avx_vnni", f.avx_vnni}, {"avx512", f.avx512},     {"avx512_vbmi2", f.avx512_vbmi2},
+            {"avx512_vnni", f.avx512_vnni}, {"avx512_bf16", f.avx512_bf16}, {"gfni", f.gfni}, {"amx_tile", f.amx_tile},
+            {"amx_bf16", f.amx_bf16}, {"amx_int8", f.amx_int8}};
         for (const auto& [name, value] : features)
             text += std::string(text.back() == '{' ? "" : ", ") + "\"" + name + "\": " + flag(value);
         text += std::string("}, \"amx_permission\": ") + flag(ov_ext::amx_permission()) + ", \"kernels\": [";
         for (const Kernel* kernel : available_kernels())
             text += std::string(text.back() == '[' ? "" : ", ") + "\"" + kernel->name + "\"";
-        text += std::string("], \"selected\": \"") + selected_kernel().name + "\"}";
+        text += "], \"choice\": {";
+        for (const Kind kind : {Kind::bf16, Kind::int8, Kind::int4}) {
+            text += std::string(text.back() == '{' ? "" : ", ") + "\"" + kind_name(kind) + "\": [";
+            BlobView w{};
+            w.kind = kind, w.k_pad = 512, w.segment = kind == Kind::bf16 ? 0 : 128;
+            const Kernel* before = nullptr;
+            for (uint64_t rows = 1; rows <= 1024; rows++)
+                if (const Kernel* kernel = &select_kernel(w, 128, rows); kernel != before) {
+                    text += std::string(before ? ", [" : "[") + std::to_string(rows) + ", \"" + kernel->name + "\"]";
+                    before = kernel;
+                }
+            text += "]";
+        }
+        text += "}}";
         if (text.size() + 1 > capacity)
             throw InvalidBlob("buffer too small");
         std::memcpy(json, text.c_str(), text.size() + 1);

@@ -13,11 +13,14 @@
 namespace ov_ext::sparse_matmul {
 namespace {
 
-// Rows of x prepared at a time: bounds scratch memory (64 rows of 16384 inputs are 4 MiB) and re-reads of the weights.
-constexpr uint64_t strip_rows = 64;
+// Rows of x prepared at a time: as many as stay in a level-2 cache, within limits. All of them share one expansion of a weight.
+constexpr uint64_t strip_bytes = 1 << 20, min_strip_rows = 128, max_strip_rows = 512, strip_step = 32;
 // Up to this many rows, work is split along K as well when there are too few blocks to feed the threads.
 constexpr uint64_t split_k_max_rows = 16;
-constexpr uint64_t blocks_per_thread_wanted = 4;
+constexpr uint64_t units_per_thread_wanted = 4;
+
+// Rows from which the AMX kernel is faster than the AVX-512 kernel, measured on a Xeon with both.
+constexpr uint64_t amx_min_rows(Kind kind) { return kind == Kind::bf16 ? 8 : 8; }
 
 // Scratch that survives between calls on a thread. A lease, not a plain thread_local: while a thread waits inside a parallel loop,
 // TBB may let it run another operation, which must not get the same memory.
@@ -84,19 +87,31 @@ void store(const BlobView& w, uint64_t block, const float* sums, uint64_t row, v
         std::memcpy(static_cast<float*>(y) + at, result, 4 * columns);
 }
 
-void multiply_strip(const BlobView& w, const Kernel& kernel, const Activations& a, uint64_t rows, void* y, bool is_bf16,
-                    uint64_t first_row) {
-    const uint64_t max_rows = kernel.max_rows;
-    if (w.blocks >= blocks_per_thread_wanted * uint64_t(max_threads()) || w.chunks == 1 || rows > split_k_max_rows) {
-        parallel_ranges(w.blocks, [&](uint64_t begin, uint64_t end) {
-            alignas(64) float sums[8 * block_n];
-            for (uint64_t block = begin; block < end; block++)
-                for (uint64_t row = 0; row < rows; row += max_rows) {
-                    const uint64_t some = std::min(max_rows, rows - row);
-                    kernel.multiply(w, a, block, 0, w.chunks, row, some, sums);
+// What multiply_strip multiplies with: activations [rows, k_pad] that are rows first_row... of x.
+struct Strip {
+    Activations a;
+    uint64_t first_row, rows;
+};
+
+void multiply_strip(const BlobView& w, const Kernel& kernel, const Strip& strip, void* y, bool is_bf16) {
+    const uint64_t rows = strip.rows, max_rows = std::min(kernel.max_rows, rows);
+    const uint64_t wanted = units_per_thread_wanted * uint64_t(max_threads());
+    if (w.blocks >= wanted || w.chunks == 1 || rows > split_k_max_rows) {
+        // Units are (rows, block): rows are split further only when there are too few blocks.
+        const uint64_t parts = std::min((wanted + w.blocks - 1) / w.blocks, (rows + strip_step - 1) / strip_step);
+        const uint64_t part = round_up((rows + parts - 1) / parts, strip_step);
+        parallel_ranges((rows + part - 1) / part * w.blocks, [&](uint64_t begin, uint64_t end) {
+            Scratch scratch(max_rows * block_n * 4);
+            auto* sums = reinterpret_cast<float*>(scratch.data());
+            for (uint64_t unit = begin; unit < end; unit++) {
+                const uint64_t block = unit % w.blocks, first = unit / w.blocks * part, last = std::min(first + part, rows);
+                for (uint64_t row = first; row < last; row += max_rows) {
+                    const uint64_t some = std::min(max_rows, last - row);
+                    kernel.multiply(w, strip.a, block, 0, w.chunks, row, some, sums);
                     for (uint64_t i = 0; i < some; i++)
-                        store(w, block, sums + i * block_n, first_row + row + i, y, is_bf16);
+                        store(w, block, sums + i * block_n, strip.first_row + row + i, y, is_bf16);
                 }
+            }
         });
         return;
     }
@@ -106,7 +121,7 @@ void multiply_strip(const BlobView& w, const Kernel& kernel, const Activations& 
     parallel_ranges(w.blocks * w.chunks, [&](uint64_t begin, uint64_t end) {
         for (uint64_t unit = begin; unit < end; unit++)
             for (uint64_t row = 0; row < rows; row += max_rows)
-                kernel.multiply(w, a, unit / w.chunks, unit % w.chunks, unit % w.chunks + 1, row, std::min(max_rows, rows - row),
+                kernel.multiply(w, strip.a, unit / w.chunks, unit % w.chunks, unit % w.chunks + 1, row, std::min(max_rows, rows - row),
                                 sums + (unit * rows + row) * block_n);
     });
     for (uint64_t block = 0; block < w.blocks; block++)
@@ -115,22 +130,21 @@ void multiply_strip(const BlobView& w, const Kernel& kernel, const Activations& 
             for (uint64_t chunk = 1; chunk < w.chunks; chunk++)
                 for (uint64_t c = 0; c < block_n; c++)
                     total[c] += total[chunk * rows * block_n + c];
-            store(w, block, total, first_row + row, y, is_bf16);
+            store(w, block, total, strip.first_row + row, y, is_bf16);
         }
 }
 
-const Kernel& choose() {
+const Kernel* named_by_user() {
     const char* wanted = std::getenv("OV_EXT_ISA");
-    return wanted && *wanted ? kernel_by_name(wanted) : *available_kernels().front();
+    return wanted && *wanted ? &kernel_by_name(wanted) : nullptr;
 }
 
 }  // namespace
 
 std::vector<const Kernel*> available_kernels() {
-    // Best first. The AMX kernel takes its place at the head, from a measured number of rows upward.
-    static const Kernel* const all[] = {
+    static const Kernel* const all[] = {  // best first
 #if defined(__x86_64__)
-        &avx512_kernel, &avx2_kernel,
+        &amx_kernel, &avx512_kernel, &avx2_vnni_kernel, &avx2_kernel,
 #endif
         &reference_kernel};
     std::vector<const Kernel*> result;
@@ -150,9 +164,20 @@ const Kernel& kernel_by_name(const std::string& name) {
     throw InvalidBlob("kernel '" + name + "' (OV_EXT_ISA) is not available on this CPU: " + known + " are");
 }
 
-const Kernel& selected_kernel() {
-    static const Kernel& kernel = choose();
-    return kernel;
+const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_t rows, const Kernel* wanted) {
+    static const Kernel* const by_user = named_by_user();
+    static const std::vector<const Kernel*> available = available_kernels();
+    if (!wanted)
+        wanted = by_user;
+    auto kernel = std::find(available.begin(), available.end(), wanted);
+    if (kernel == available.end()) {  // nobody insists
+        kernel = available.begin();
+        if (*kernel == &amx_kernel && rows < amx_min_rows(w.kind))
+            kernel++;
+    }
+    while (!(*kernel)->row_bytes(w, activation_group))  // the reference kernel, the last one, takes everything
+        kernel++;
+    return **kernel;
 }
 
 void check_activation_group(const BlobView& w, int64_t group) {
@@ -164,27 +189,28 @@ void check_activation_group(const BlobView& w, int64_t group) {
 }
 
 void matmul(const BlobView& w, const Kernel& kernel, const void* x, bool is_bf16, uint64_t rows, int64_t activation_group, void* y) {
-    const uint64_t element = is_bf16 ? 2 : 4;
-    const uint64_t segments = w.segment ? w.k_pad / w.segment : 0, strip = std::min(rows, strip_rows);
-    Activations a{};
+    const uint64_t element = is_bf16 ? 2 : 4, segments = w.segment ? w.k_pad / w.segment : 0;
+    Strip strip{};
+    Activations& a = strip.a;
     a.integer = w.segment && activation_group != 0;
     a.group = activation_group;
-    a.stride = w.k_pad * kernel.element_bytes;
-    Scratch scratch(strip * (a.stride + 4 * segments) + 64);
+    a.stride = kernel.row_bytes(w, activation_group);
+    const uint64_t fitting = std::clamp(strip_bytes / a.stride / strip_step * strip_step, min_strip_rows, max_strip_rows);
+    const uint64_t room = round_up(std::min(rows, fitting), 16);
+    Scratch scratch(room * (a.stride + 4 * segments) + 64);
     a.data = scratch.data();
-    a.scales = reinterpret_cast<float*>(scratch.data() + strip * a.stride);
-    for (uint64_t first = 0; first < rows; first += strip_rows) {
-        const uint64_t count = std::min(strip_rows, rows - first);
+    a.scales = reinterpret_cast<float*>(scratch.data() + room * a.stride);
+    for (strip.first_row = 0; strip.first_row < rows; strip.first_row += strip.rows) {
+        strip.rows = std::min(fitting, rows - strip.first_row);
         const auto prepare = [&](uint64_t begin, uint64_t end) {
             for (uint64_t row = begin; row < end; row++)
-                kernel.prepare(w, static_cast<const uint8_t*>(x) + (first + row) * w.k * element, is_bf16, activation_group,
-                               static_cast<uint8_t*>(a.data) + row * a.stride, a.scales + row * segments);
+                kernel.prepare(w, static_cast<const uint8_t*>(x) + (strip.first_row + row) * w.k * element, is_bf16, a, row);
         };
-        if (count < 8)  // a parallel region costs more than preparing a few rows
-            prepare(0, count);
+        if (strip.rows < 8)  // a parallel region costs more than preparing a few rows
+            prepare(0, strip.rows);
         else
-            parallel_ranges(count, prepare);
-        multiply_strip(w, kernel, a, count, y, is_bf16, first);
+            parallel_ranges(strip.rows, prepare);
+        multiply_strip(w, kernel, strip, y, is_bf16);
     }
 }
 

@@ -27,7 +27,7 @@ struct BlobView {
     const uint8_t *directory, *masks, *values, *scales, *compensation, *bias;
 };
 
-// Activations as one kernel wants them. `data` rows are `stride` bytes apart.
+// Activations as one kernel wants them. A row takes `stride` bytes; the memory holds a multiple of 16 rows.
 struct Activations {
     void* data;
     float* scales;             // [rows, k_pad / segment], one factor per row and segment; integer activations only
@@ -39,12 +39,14 @@ struct Activations {
 struct Kernel {
     const char* name;
     uint64_t max_rows;         // rows of x that one call of multiply takes
-    uint64_t element_bytes;    // of a prepared activation, integer or floating point, at most
     bool (*supported)(const CpuFeatures&);
 
-    // Writes one row of x (k values, f32 or bf16 bits) in this kernel's form: `row` of k_pad elements and, for integer activations,
-    // `scales` of k_pad / segment factors. activation_group: inputs per activation scale, 0 = floating point, -1 = the whole row.
-    void (*prepare)(const BlobView& w, const void* x, bool x_is_bf16, int64_t activation_group, void* row, float* scales);
+    // Bytes of a prepared row of activations; 0 when the kernel has no code for this weight with such activations.
+    uint64_t (*row_bytes)(const BlobView& w, int64_t activation_group);
+
+    // Writes one row of x (k values, f32 or bf16 bits) as row `row` of the activations, in this kernel's form: k_pad elements and, for
+    // integer activations, k_pad / segment factors.
+    void (*prepare)(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t row);
 
     // out[rows][64] = sum over chunks [first, last) of block `block`, rows [row, row + rows) of the activations, rows <= max_rows.
     void (*multiply)(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row,
@@ -54,7 +56,9 @@ struct Kernel {
 extern const Kernel reference_kernel;
 #if defined(__x86_64__)
 extern const Kernel avx2_kernel;
+extern const Kernel avx2_vnni_kernel;  // avx2.cpp compiled with AVX-VNNI
 extern const Kernel avx512_kernel;
+extern const Kernel amx_kernel;
 #endif
 
 }  // namespace ov_ext::sparse_matmul

@@ -150,7 +150,13 @@ def read_bandwidth(size: int = 512 << 20, threads: int = 0, repeats: int = 7) ->
 
 
 def cpu_info() -> dict[str, Any]:
-    """:return: ``features`` (name: bool), ``amx_permission``, ``kernels`` (best first), ``selected``, ``override``."""
+    """What this CPU offers and what runs on it.
+
+    :return: ``features`` (name: bool), ``amx_permission``, ``kernels`` (best first), ``choice`` (for each value kind a
+        list of [number of rows from which it runs, kernel]), ``selected`` (the kernel of one row), ``override``
+        (OV_EXT_ISA or None).
+    """
     text = ctypes.create_string_buffer(4096)
     _call("ov_ext_cpu_info", text, ctypes.c_uint64(len(text)))
-    return json.loads(text.value) | {"override": os.environ.get("OV_EXT_ISA") or None}
+    info = json.loads(text.value)
+    return info | {"selected": info["choice"]["int4"][0][1], "override": os.environ.get("OV_EXT_ISA") or None}

@@ -118,7 +118,7 @@ bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
             if (is_constant)
                 m_verdicts->add(get_input_node_shared_ptr(1), bytes, blob.get_byte_size());
         }
-        matmul(w, selected_kernel(), x.data(), is_bf16, rows, m_activation_group, outputs[0].data());
+        matmul(w, select_kernel(w, m_activation_group, rows), x.data(), is_bf16, rows, m_activation_group, outputs[0].data());
     } catch (const InvalidBlob& error) {
         OPENVINO_THROW("SparseMatMul '", get_friendly_name(), "': ", error.what());
     }

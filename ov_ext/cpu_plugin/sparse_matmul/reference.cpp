@@ -66,15 +66,19 @@ void quantize(const BlobView& w, const void* x, bool x_is_bf16, uint64_t group, 
     }
 }
 
-void prepare(const BlobView& w, const void* x, bool x_is_bf16, int64_t activation_group, void* row, float* scales) {
-    if (w.segment && activation_group != 0) {
-        quantize(w, x, x_is_bf16, activation_group < 0 ? w.k_pad : uint64_t(activation_group), static_cast<int32_t*>(row), scales);
+uint64_t row_bytes(const BlobView& w, int64_t) { return 4 * w.k_pad; }
+
+void prepare(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t row) {
+    uint8_t* const to = static_cast<uint8_t*>(a.data) + row * a.stride;
+    if (a.integer) {
+        quantize(w, x, x_is_bf16, a.group < 0 ? w.k_pad : uint64_t(a.group), reinterpret_cast<int32_t*>(to),
+                 a.scales + row * (w.k_pad / w.segment));
         return;
     }
-    float* out = static_cast<float*>(row);
+    float* out = reinterpret_cast<float*>(to);
     for (uint64_t i = 0; i < w.k_pad; i++) {
         const float value = i < w.k ? activation(x, x_is_bf16, i) : 0.0f;
-        out[i] = w.segment || activation_group == 0 ? value : round_to_bf16(value);
+        out[i] = w.segment || a.group == 0 ? value : round_to_bf16(value);
     }
 }
 
@@ -157,6 +161,6 @@ void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t 
 
 }  // namespace
 
-const Kernel reference_kernel = {"reference", 1, 4, [](const CpuFeatures&) { return true; }, prepare, multiply};
+const Kernel reference_kernel = {"reference", 1, [](const CpuFeatures&) { return true; }, row_bytes, prepare, multiply};
 
 }  // namespace ov_ext::sparse_matmul

@@ -5,6 +5,7 @@ namespace ov_ext {
 
 struct CpuFeatures {
     bool avx2 = false;          // with FMA and F16C, and the OS saves YMM state
+    bool avx_vnni = false;      // vpdpbusd on YMM registers, without AVX-512
     bool avx512 = false;        // F, BW, DQ, VL, and the OS saves ZMM state
     bool avx512_vbmi2 = false;  // vpexpandb / vpexpandw
     bool avx512_vnni = false;   // vpdpbusd
@@ -17,7 +18,8 @@ struct CpuFeatures {
 
 const CpuFeatures& cpu_features();
 
-// Linux hands out AMX tile state per process, on request. True when it was granted; false (never an error) elsewhere.
+// Linux hands out AMX tile state per process, on request. True when it was granted, false elsewhere. A refusal on a CPU that has AMX
+// is reported on stderr, once.
 bool amx_permission();
 
 }  // namespace ov_ext
