@@ -1,10 +1,10 @@
-"""The two arms of every comparison: a stock model and its packed twin, compiled with the same settings."""
+"""OpenVINO's two arms: a stock model that really runs compressed, and its packed twin with nothing left out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import openvino as ov
@@ -17,9 +17,6 @@ from ov_ext.policy import PackReport
 _LINEAR_TYPES = ("FullyConnected", "LLMMLP", "QKVProjection")
 _WEIGHT_TYPE = {"bf16": "bf16", "int8": "i8", "int4": "i4"}
 
-# Values of DYNAMIC_QUANTIZATION_GROUP_SIZE to try for each kind of stock weights; the fastest one counts.
-GROUPS = {"bf16": ("default",), "int8": ("default", "128"), "int4": ("default", "128")}
-
 
 class UnfairComparison(RuntimeError):
     """An arm does not run what it is meant to run, so its times would mean nothing."""
@@ -27,24 +24,49 @@ class UnfairComparison(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What both arms share.
+    """How OpenVINO runs a model.
 
     :param threads: INFERENCE_NUM_THREADS; 0 = every CPU this process may use.
     :param precision: INFERENCE_PRECISION_HINT: ``"bf16"``, ``"f32"``, or "" for the device's default.
+    :param group: DYNAMIC_QUANTIZATION_GROUP_SIZE, or "" for the device's default.
     """
 
     threads: int = 0
     precision: str = ""
+    group: str = ""
 
     @property
     def thread_count(self) -> int:
-        """Threads of each arm."""
+        """Threads of each engine."""
         return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def name(self) -> str:
+        """What differs from the device's defaults."""
+        return " ".join(filter(None, (self.precision, self.group and f"group {self.group}"))) or "default"
 
     def properties(self) -> dict[str, str]:
         """:return: OpenVINO properties."""
-        hint = {"INFERENCE_PRECISION_HINT": self.precision} if self.precision else {}
-        return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(self.thread_count), **hint}
+        own = {"INFERENCE_PRECISION_HINT": self.precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": self.group}
+        shared = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(self.thread_count)}
+        return shared | {key: value for key, value in own.items() if value}
+
+
+def candidates(base: Settings, kind: str, stock: bool) -> list[Settings]:
+    """Settings to try, of which the fastest counts, so that no default of OpenVINO decides a comparison.
+
+    Where the default hint is bf16, OpenVINO may multiply integer weights without quantizing activations; the f32 hint
+    brings its integer kernels back.
+
+    :param base: Threads, and a precision hint when the user asked for one.
+    :param kind: Kind of the weights.
+    :param stock: Whether the model has stock layers, which the group size of dynamic quantization concerns.
+    """
+    if kind == "bf16":
+        return [base]
+    default = core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    hints = [base] if base.precision or default == "f32" else [base, replace(base, precision="f32")]
+    return hints + ([replace(hints[-1], group="128")] if stock else [])
 
 
 def core() -> ov.Core:
@@ -66,20 +88,27 @@ def pack(model: ov.Model, sparse_head: bool = False) -> PackReport:
     return report
 
 
-def compile_model(model: ov.Model | Path, settings: Settings, group: str = "default") -> ov.CompiledModel:
-    """Compile one arm.
+def compile_model(model: ov.Model | Path, settings: Settings) -> ov.CompiledModel:
+    """Compile a model.
 
     :param model: Model, or path of its IR, which is then mapped into memory.
-    :param settings: What all arms share.
-    :param group: Key of :data:`GROUPS`: a DYNAMIC_QUANTIZATION_GROUP_SIZE.
+    :param settings: OpenVINO's.
     """
-    extra = {} if group == "default" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
-    return core().compile_model(model, "CPU", settings.properties() | extra)
+    return core().compile_model(model, "CPU", settings.properties())
 
 
-def precision(compiled: ov.CompiledModel) -> str:
-    """:return: Element type in which a compiled model computes by default."""
-    return str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+def properties(compiled: ov.CompiledModel) -> dict[str, str | int]:
+    """:return: What a record says about how a compiled model computes."""
+    return {
+        "precision": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
+        "dynamic_quantization_group": int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")),
+        "kv_cache_precision": compiled.get_property("KV_CACHE_PRECISION").get_type_name(),
+    }
+
+
+def load_plugin() -> None:
+    """Load the code of OpenVINO's CPU device."""
+    core().get_property("CPU", "FULL_DEVICE_NAME")
 
 
 def linear_primitives(compiled: ov.CompiledModel) -> dict[str, tuple[str, str, str]]:

@@ -1,44 +1,46 @@
-"""Decoding with a whole 1B Llama, sparse against stock OpenVINO: ``python -m benchmarks.decode --help``."""
+"""Decoding with a whole 1B Llama, beside stock OpenVINO and other engines: ``python -m benchmarks.decode --help``."""
 
 from __future__ import annotations
 
 import argparse
-import gc
-import logging
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.arms import GROUPS, Settings, check_compressed, compile_model, precision
+from benchmarks.arms import Settings, candidates, load_plugin
 from benchmarks.check import check_network
-from benchmarks.decoders import PROMPT_TOKENS, Decoder, OpenVinoDecoder, TorchDecoder, generation
-from benchmarks.ir_cache import SPARSE, SPARSE_HEAD, STOCK, ModelFiles, model_files
-from benchmarks.llama import HEAD, LLAMA_1B, TINY, RandomLlama, matmul_names
-from benchmarks.memory import measure
-from benchmarks.options import add_shared, fraction, positive
+from benchmarks.comparison import (
+    COLUMNS,
+    OURS,
+    STOCK,
+    Entrant,
+    Race,
+    absent,
+    bandwidth_buffer,
+    checked,
+    rows_of_table,
+    running,
+)
+from benchmarks.decoders import Generator, LlamaCppDecoder, TorchDecoder, load_openvino
+from benchmarks.engines import Engine
+from benchmarks.gguf_file import FORMATS
+from benchmarks.ir_cache import GGUF, SPARSE, SPARSE_HEAD, ModelFiles, gguf_files, model_files
+from benchmarks.ir_cache import STOCK as STOCK_FILE
+from benchmarks.llama import HEAD, LLAMA_1B, TINY, LlamaShape, RandomLlama, matmul_names
+from benchmarks.options import add_shared, add_work_dir, fraction, positive
 from benchmarks.results import Record, show, surroundings, write_json
-from benchmarks.timing import fastest, interleave, paired_ratio
+from benchmarks.timing import fastest, paired_ratio
+from benchmarks.weights import LABELS
 
-logger = logging.getLogger("ov_ext")
-
-TORCH = "torch"
-_COLUMNS = {
-    "variant": "variant",
-    "ms_per_token": "ms / token|.2f",
-    "tokens_per_s": "tokens / s|.1f",
-    "ratio_to_stock": "stock / this|.2f",
-    "ratio_min": "min|.2f",
-    "ratio_max": "max|.2f",
-    "prefill_ms": f"{PROMPT_TOKENS} tokens in ms|.0f",
-    "weights_mib": "weights MiB|.0f",
-    "gbps": "GB/s|.1f",
+_COLUMNS = COLUMNS | {
+    "prefill_ms": "prompt ms|.0f",
+    "prefill_ratio": "stock / this|.2f",
     "resident_mib": "resident MiB|.0f",
     "resident_anonymous_mib": "not file|.0f",
     "peak_mib": "peak|.0f",
@@ -50,220 +52,213 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
 
     :param arguments: Command line without the program; None: the process's own.
     :return: The records, as written to ``--json``.
-    :raises WrongResult: An arm computes something else; nothing is timed then.
-    :raises UnfairComparison: An arm does not run what it should.
+    :raises WrongResult: An engine computes something else; nothing is timed then.
+    :raises UnfairComparison: An engine does not run what it should.
     """
-    options = _parser().parse_args(arguments)
-    shape = TINY if options.quick else LLAMA_1B
-    settings = Settings(options.threads, options.precision)
-    constant, records = surroundings(settings), []
-    with_torch = "bf16" in options.kinds and find_spec("transformers") is not None and find_spec("torch") is not None
-    if "bf16" in options.kinds and not with_torch:
-        logger.warning("torch-bf16 is left out: torch or transformers is not installed.")
-    with Progress(console=Console(stderr=True)) as progress:
-        bench = Bench(
-            settings,
-            options.work_dir,
-            rounds=2 if options.quick else options.rounds,
-            tokens=3 if options.quick else options.tokens,
-            advance=lambda: progress.advance(task),
-            say=lambda text: progress.update(task, description=text),
-        )
-        task = progress.add_task("", total=len(options.kinds) * bench.rounds)
-        for kind in options.kinds:
-            llama = RandomLlama(shape, kind, options.sparsity, options.sparse_head, options.seed)
-            measured = bench.measure(llama, with_torch=with_torch and kind == "bf16")
-            records += [constant | record for record in measured]
-            if options.json:
-                write_json(options.json, records)  # an interrupted run keeps what it has
-    show(
-        f"Decoding with {shape.layers} layers, {options.sparsity:.0%} zeros, {constant['kernel']}, "
-        f"{settings.thread_count} threads",
-        records,
-        _COLUMNS,
-    )
+    records = measure(parser().parse_args(arguments))
+    show(title(records), rows_of_table(records), _COLUMNS)
     return records
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One variant in one setting.
+def measure(options: argparse.Namespace) -> list[Record]:
+    """Check and time whole models.
 
-    :param variant: ``stock``, ``sparse``, ``sparse+head`` or ``torch``.
-    :param group: Key of ``arms.GROUPS``; "" for torch.
-    :param properties: What a record says about its settings.
+    :param options: As :func:`add_decoding` and :func:`add_shared` parse them.
+    :return: A record for each engine in each setting.
     """
+    shape = TINY if options.quick else replace(LLAMA_1B, layers=options.depth)
+    settings = Settings(options.threads, options.precision)
+    constant = surroundings(settings) | {"decoder_layers": shape.layers}
+    records: list[Record] = []
+    with Progress(console=Console(stderr=True)) as progress:
+        race = Race(
+            rounds=2 if options.quick else options.rounds,
+            threads=settings.thread_count,
+            buffer=bandwidth_buffer(options.quick),
+            advance=lambda: progress.advance(task),
+        )
+        task = progress.add_task("", total=len(options.kinds) * race.rounds)
+        for kind in options.kinds:
 
-    variant: str
-    group: str
-    properties: Record
+            def say(text: str, kind: str = kind) -> None:
+                progress.update(task, description=f"{kind}: {text}")
+
+            models = Models(shape, options.sparse_head, options.seed, options.work_dir, say)
+            entrants = models.entrants(kind, options.sparsity, settings)
+            tokens = 3 if options.quick else options.tokens
+            measured = time_decoders(entrants, models, options.prompt, tokens, race)
+            records += [record | {"beside": kind} | constant for record in measured]
+            if options.json:
+                write_json(options.json, records)  # an interrupted run keeps what it has
+    return records
 
 
-class Timer:
-    """A turn of :func:`interleave`: the median step of one generation. Times of prompts are kept aside, in seconds."""
-
-    def __init__(self, decoder: Decoder, vocab: int, tokens: int) -> None:
-        self._decoder, self._vocab, self._tokens = decoder, vocab, tokens
-        self.prompts: list[float] = []
-
-    def __call__(self) -> float:
-        prompt, step = generation(self._decoder, self._vocab, self._tokens)
-        self.prompts.append(prompt)
-        return step
+def title(records: Sequence[Record]) -> str:
+    """:return: Heading of a table of these records."""
+    return "One token with {decoder_layers} decoder layers, {kernel}, {threads} threads".format_map(records[0])
 
 
-@dataclass(frozen=True)
-class Bench:
-    """How to time.
+class Models:
+    """The whole models of a run, on disk.
 
-    :param settings: What all arms share.
-    :param work_dir: Where IRs are kept.
-    :param rounds: Samples of each ratio.
-    :param tokens: Timed steps of an arm in a round.
-    :param advance: Called after every round.
+    :param shape: Sizes.
+    :param sparse_head: Zeros in lm_head, too, and one more engine of ours that makes use of them.
+    :param seed: Of the weights.
+    :param work_dir: Where they are kept.
     :param say: Told what happens now.
     """
 
-    settings: Settings
-    work_dir: Path
-    rounds: int
-    tokens: int
-    advance: Callable[[], None]
-    say: Callable[[str], None]
+    def __init__(
+        self, shape: LlamaShape, sparse_head: bool, seed: int, work_dir: Path, say: Callable[[str], None]
+    ) -> None:
+        self.shape, self.say = shape, say
+        self._sparse_head, self._seed, self._work_dir = sparse_head, seed, work_dir
 
-    def measure(self, llama: RandomLlama, with_torch: bool) -> list[Record]:
-        """Build, check and time the variants of one kind, then measure their memory.
+    def llama(self, kind: str, sparsity: float) -> RandomLlama:
+        """:return: Weights."""
+        return RandomLlama(self.shape, kind, sparsity, self._sparse_head, self._seed)
 
-        :param llama: The weights.
-        :param with_torch: Add PyTorch.
-        :return: A record for each variant, each in its fastest setting.
+    def files(self, kind: str, sparsity: float) -> ModelFiles:
+        """:return: The IRs of these weights."""
+        build = partial(self.say, f"building {kind}, {sparsity:.0%} zeros (kept in {self._work_dir})")
+        return model_files(self.llama(kind, sparsity), self._work_dir, build)
+
+    def openvino(self, kind: str, sparsity: float, arm: str, setting: Settings) -> Entrant:
+        """:return: One IR in one setting; ``arm`` is a key of :class:`ModelFiles`."""
+        files = self.files(kind, sparsity)
+        stock_layers = {STOCK_FILE: [*matmul_names(self.shape), HEAD], SPARSE: [HEAD], SPARSE_HEAD: []}[arm]
+        load = partial(load_openvino, files.paths[arm], setting, kind, stock_layers)
+        return Entrant(
+            engine={STOCK_FILE: STOCK, SPARSE: OURS, SPARSE_HEAD: f"{OURS}, lm_head too"}[arm],
+            kind=kind,
+            sparsity=sparsity,
+            make=partial(Generator, load, self.shape.vocab),
+            setting=setting.name,
+            weights=LABELS[kind],
+            weight_bytes=files.weight_bytes[arm],
+            prepare=load_plugin,
+        )
+
+    def entrants(self, kind: str, sparsities: Sequence[float], settings: Settings) -> list[Entrant]:
+        """Choose who takes part.
+
+        :param kind: Kind of the weights. Stock INT4 takes part anyway.
+        :param sparsities: Fractions of zeros: each is an engine of ours; the others read zeros like all weights.
+        :param settings: OpenVINO's threads and precision hint.
         """
-        kind = llama.kind
-        files = model_files(llama, self.work_dir, lambda: self.say(f"{kind}: building (kept in {self.work_dir})"))
-        self.say(f"{kind}: compiling")
-        decoders = self._decoders(llama, files, with_torch)
-        self.say(f"{kind}: checking")
-        check({f"{arm.variant} {arm.group}": decoder for arm, decoder in decoders}, llama)
-        self.say(f"{kind}: decoding")
-        timers = {str(i): Timer(decoder, llama.shape.vocab, self.tokens) for i, (_, decoder) in enumerate(decoders)}
-        seconds = interleave(dict(timers), self.rounds, 1, warmup=1, after_round=self.advance)
-        arms = {str(i): arm for i, (arm, _) in enumerate(decoders)}
-        prompts = {name: float(np.median(timer.prompts[1:])) for name, timer in timers.items()}
-        decoders.clear()
-        timers.clear()
-        gc.collect()  # the memory of each is measured in another process
-
-        variants = dict.fromkeys(arm.variant for arm in arms.values())
-        best = {v: fastest({n: s for n, s in seconds.items() if arms[n].variant == v}) for v in variants}
-        records = []
-        for variant, name in best.items():
-            self.say(f"{kind}: memory of {variant}")
-            step, ratio = float(np.median(seconds[name])), paired_ratio(seconds[best[STOCK]], seconds[name])
-            weight_bytes = files.weight_bytes[STOCK if variant == TORCH else variant]
-            head = "+head" if variant == SPARSE_HEAD else ""
-            record = {
-                "variant": f"{variant.removesuffix('+head')}-{kind}{head}",
-                "kind": kind,
-                "rows": 1,
-                "sparsity": llama.sparsity,
-                "lm_head": "sparse" if head else "dense",
-                "ms_per_token": step * 1e3,
-                "tokens_per_s": 1 / step,
-                "ratio_to_stock": ratio.median,
-                "ratio_min": ratio.low,
-                "ratio_max": ratio.high,
-                "prefill_ms": prompts[name] * 1e3,
-                "prompt_tokens": PROMPT_TOKENS,
-                "weights_mib": weight_bytes / 2**20,
-                "gbps": weight_bytes / step / 1e9,
-                "rounds": self.rounds,
-                "tokens": self.tokens,
-            }
-            records.append(record | arms[name].properties | self._memory(llama, files, arms[name]))
-        return records
-
-    def _memory(self, llama: RandomLlama, files: ModelFiles, arm: Arm) -> Record:
-        """:return: What one arm adds to a process of its own, in MiB."""
-        vocab = llama.shape.vocab
-        if arm.variant == TORCH:
-            load = partial(TorchDecoder, llama, self.settings.thread_count)
-            memory = measure(load, vocab, modules=("torch", "transformers"))
-        else:
-            memory = measure(partial(_load, files.paths[arm.variant], self.settings, arm.group), vocab)
-        return {
-            "resident_mib": memory.resident,
-            "resident_anonymous_mib": memory.anonymous,
-            "peak_mib": memory.peak,
-        }
-
-    def _decoders(self, llama: RandomLlama, files: ModelFiles, with_torch: bool) -> list[tuple[Arm, Decoder]]:
-        """:return: Every variant in every setting."""
-        decoders: list[tuple[Arm, Decoder]] = []
-        properties: Record
-        for variant, path in files.paths.items():
-            dense = {STOCK: [*matmul_names(llama.shape), HEAD], SPARSE: [HEAD]}.get(variant, [])
-            for group in GROUPS[llama.kind]:
-                compiled = compile_model(path, self.settings, group)
-                decoder = OpenVinoDecoder(compiled)
-                decoder.start(np.zeros((1, 1), np.int64))  # primitives are known after the first call
-                check_compressed(compiled, llama.kind, dense)
-                properties = {
-                    "dynamic_quantization_group": int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")),
-                    "kv_cache_precision": compiled.get_property("KV_CACHE_PRECISION").get_type_name(),
-                    "precision": precision(compiled),
-                }
-                if variant == STOCK:
-                    properties["kernel"] = None  # ours has no part in it
-                decoders.append((Arm(variant, group, properties), decoder))
-        if with_torch:
-            threads = self.settings.thread_count
-            properties = {
-                "kernel": None,
-                "settings": f"threads={threads}",
-                "kv_cache_precision": "bf16",
-                "precision": "bf16",
-            }
-            decoders.append((Arm(TORCH, "", properties), TorchDecoder(llama, threads)))
-        return decoders
+        first, threads = sparsities[0], settings.thread_count
+        arms = [(kind, first, STOCK_FILE)]
+        for sparsity in sparsities:
+            arms += [(kind, sparsity, SPARSE), *([(kind, sparsity, SPARSE_HEAD)] if self._sparse_head else [])]
+        if kind != "int4":
+            arms.append(("int4", first, STOCK_FILE))
+        entrants = [
+            self.openvino(*arm, setting) for arm in arms for setting in candidates(settings, arm[0], stock=True)
+        ]
+        llama = self.llama(kind, first)
+        if kind == "bf16":
+            make = partial(Generator, partial(TorchDecoder, llama, threads), self.shape.vocab)
+            prepare = partial(import_module, "transformers")
+            size = self.files(kind, first).weight_bytes[STOCK_FILE]
+            entrants.append(Entrant("PyTorch", kind, first, make, weight_bytes=size, prepare=prepare))
+        peer = Entrant("llama.cpp", kind, first, weights=FORMATS[kind])
+        if not peer.missing:
+            build = partial(self.say, f"writing {FORMATS[kind]} for llama.cpp (kept in {self._work_dir})")
+            files = gguf_files(llama, self._work_dir, build)
+            make = partial(Generator, partial(LlamaCppDecoder, files.paths[GGUF], threads), self.shape.vocab)
+            prepare = partial(import_module, "llama_cpp")
+            peer = replace(peer, make=make, weight_bytes=files.weight_bytes[GGUF], prepare=prepare)
+        return [*entrants, peer]
 
 
-def check(decoders: dict[str, Decoder], llama: RandomLlama) -> None:
-    """Compare logits after the prompt and after one more token with those of the first decoder.
+def time_decoders(entrants: Sequence[Entrant], models: Models, prompt: int, tokens: int, race: Race) -> list[Record]:
+    """Load, check and time engines.
 
-    :param decoders: By name, stock first.
-    :param llama: Their weights.
-    :raises WrongResult: A decoder computes something else.
+    :param entrants: Who takes part.
+    :param models: Their models.
+    :param prompt: Tokens of the prompt before each generation.
+    :param tokens: Timed steps of each engine in a round.
+    :param race: How to time.
+    :return: A record for each engine and setting.
     """
-    linears = llama.shape.layers * len(llama.shape.linears) + 1
-    prompt = np.arange(PROMPT_TOKENS, dtype=np.int64)[None] % llama.shape.vocab
-    logits = {name: (decoder.start(prompt).copy(), decoder.step(1).copy()) for name, decoder in decoders.items()}
-    for name, values in logits.items():
-        for reference, y in zip(next(iter(logits.values())), values, strict=True):
-            check_network(f"{name}, {llama.kind}", reference, y, linears)
+    records = [record | {"rows": 1} for record in absent(entrants)]
+    with running(entrants, models.say) as engines:
+        models.say("checking")
+        records += [record | {"rows": 1} for record in check(engines, models, prompt)]
+        models.say("decoding")
+        prompts: dict[Entrant, list[float]] = {entrant: [] for entrant in engines}
+
+        def turn(entrant: Entrant) -> list[float]:
+            seconds, steps = engines[entrant].call("generate", prompt, tokens)
+            prompts[entrant].append(seconds)
+            return steps
+
+        turns = {entrant: partial(turn, entrant) for entrant in engines}
+        measured = race.run(turns, {entrant: entrant.weight_bytes for entrant in engines})
+        prefill = {entrant: np.array(seconds)[:, None] for entrant, seconds in prompts.items()}
+        for entrant, record in measured.items():
+            stock = fastest({e: s for e, s in prefill.items() if (e.engine, e.kind) == (STOCK, entrant.kind)})
+            ratio = paired_ratio(prefill[stock], prefill[entrant])
+            record |= {
+                "rows": 1,
+                "tokens_per_s": 1e3 / record["ms"],
+                "prompt_tokens": prompt,
+                "prefill_ms": float(np.median(prefill[entrant])) * 1e3,
+                "prefill_ratio": ratio.median,
+                "prefill_ratio_min": ratio.low,
+                "prefill_ratio_max": ratio.high,
+            }
+            engine = engines[entrant]
+            records.append(entrant.fields() | record | engine.call("about") | engine.call("memory"))
+    return records
 
 
-def _load(path: Path, settings: Settings, group: str) -> Decoder:
-    return OpenVinoDecoder(compile_model(path, settings, group))
+def check(engines: dict[Entrant, Engine], models: Models, prompt: int) -> list[Record]:
+    """Compare logits after the prompt and after one more token with those of stock OpenVINO with equal weights.
+
+    :param engines: The engines; see :func:`benchmarks.comparison.checked`.
+    :param models: Their models.
+    :param prompt: Tokens of the prompt.
+    :return: A record for each engine that was taken out.
+    :raises WrongResult: An engine computes something else.
+    """
+    linears = len(matmul_names(models.shape)) + 1
+    expected: dict[tuple[str, float], tuple[np.ndarray, np.ndarray]] = {}
+
+    def compare(entrant: Entrant, engine: Engine) -> None:
+        weights = entrant.kind, entrant.sparsity
+        if weights not in expected:
+            if entrant.engine == STOCK:
+                expected[weights] = engine.call("logits", prompt)
+            else:  # nobody times stock with this share of zeros
+                stock = models.openvino(*weights, STOCK_FILE, Settings())
+                with running([stock], models.say) as alone:
+                    expected[weights] = alone[stock].call("logits", prompt)
+        for reference, y in zip(expected[weights], engine.call("logits", prompt), strict=True):
+            check_network(entrant.name, reference, y, linears)
+
+    return checked(engines, compare)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode", description="Decoding with a whole 1B Llama, ours against stock OpenVINO."
-    )
-    parser.add_argument("--sparsity", type=fraction, default=0.5, help="fraction of zeros in the linear layers")
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :func:`measure`."""
+    parser.add_argument("--sparsity", type=fraction, nargs="+", default=[0.5], help="fractions of zeros; 0: no mask")
     parser.add_argument(
-        "--sparse-head", action="store_true", help="zeros in lm_head, too, and a variant that uses them"
+        "--sparse-head", action="store_true", help="zeros in lm_head, too, and an engine that uses them"
     )
+    parser.add_argument("--prompt", type=positive, default=32, help="tokens of the prompt")
+    parser.add_argument("--depth", type=positive, default=LLAMA_1B.layers, help="decoder layers")
     parser.add_argument("--rounds", type=positive, default=8, help="samples of each ratio")
-    parser.add_argument("--tokens", type=positive, default=12, help="timed tokens of each variant in a round")
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "ov_ext_benchmarks",
-        help="folder that keeps the models between runs (6 GB)",
-    )
-    add_shared(parser)
-    return parser
+    parser.add_argument("--tokens", type=positive, default=12, help="timed tokens of each engine in a round")
+    add_work_dir(parser)
+
+
+def parser() -> argparse.ArgumentParser:
+    """:return: Of this program's command line."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    add_decoding(result)
+    add_shared(result)
+    return result
 
 
 if __name__ == "__main__":

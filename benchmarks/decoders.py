@@ -1,18 +1,22 @@
-"""The engines of the decode benchmark behind one interface: OpenVINO, and PyTorch through transformers."""
+"""Whole models behind one interface: OpenVINO, PyTorch through transformers, llama.cpp."""
 
 from __future__ import annotations
 
+import ctypes
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
+from benchmarks.arms import Settings, check_compressed, compile_model, properties
 from benchmarks.llama import EPSILON, ROPE_BASE, RandomLlama
 
-PROMPT_TOKENS = 32
-WARMUP_TOKENS = 2  # first steps after a prompt: caches and threads settle
+CONTEXT_TOKENS = 4096  # that llama.cpp allocates
+_WARMUP_TOKENS = 2  # first steps after a prompt: caches and threads settle
 
 
 class Decoder(ABC):
@@ -30,13 +34,20 @@ class Decoder(ABC):
     def step(self, token: int) -> np.ndarray:
         """:return: Logits after one more token, float32 ``[vocab]``."""
 
+    def about(self) -> dict[str, Any]:
+        """:return: Fields of the record: how it computes."""
+        return {}
+
 
 class OpenVinoDecoder(Decoder):
     """A stateful IR, as Optimum-Intel exports it."""
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
-        self._request = compiled.create_infer_request()
+        self._compiled, self._request = compiled, compiled.create_infer_request()
         self._length = 0
+
+    def about(self) -> dict[str, Any]:
+        return dict(properties(self._compiled))
 
     def start(self, ids: np.ndarray) -> np.ndarray:
         self._request.reset_state()
@@ -55,6 +66,22 @@ class OpenVinoDecoder(Decoder):
             "beam_idx": np.zeros(1, np.int32),
         }
         return self._request.infer(inputs, share_inputs=True, share_outputs=True)["logits"][0, -1]
+
+
+def load_openvino(path: Path, settings: Settings, kind: str, names: Sequence[str]) -> OpenVinoDecoder:
+    """Compile an IR, mapped from its file.
+
+    :param path: The IR.
+    :param settings: OpenVINO's.
+    :param kind: Kind of the weights.
+    :param names: Stock layers that must run in this form.
+    :raises UnfairComparison: One does not.
+    """
+    compiled = compile_model(path, settings)
+    decoder = OpenVinoDecoder(compiled)
+    decoder.start(np.zeros((1, 1), np.int64))  # primitives are known after the first call
+    check_compressed(compiled, kind, names)
+    return decoder
 
 
 class TorchDecoder(Decoder):
@@ -91,6 +118,9 @@ class TorchDecoder(Decoder):
         model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.bfloat16)
         self._torch, self._model = torch, model.eval()
         self._past: Any = None
+
+    def about(self) -> dict[str, Any]:
+        return {"precision": "bf16", "kv_cache_precision": "bf16"}
 
     def start(self, ids: np.ndarray) -> np.ndarray:
         self._past = None
@@ -129,20 +159,84 @@ def _bits(exact: np.ndarray) -> np.ndarray:
     return (exact.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def generation(decoder: Decoder, vocab: int, tokens: int) -> tuple[float, float]:
-    """Read a prompt, decode a fixed continuation, and take the times.
+class LlamaCppDecoder(Decoder):
+    """llama.cpp through llama-cpp-python's C functions, with its own defaults except the number of threads.
 
-    :param decoder: What to time.
-    :param vocab: Tokens come from 0..vocab-1.
-    :param tokens: Timed steps.
-    :return: Seconds of the prompt, and median seconds of a step.
+    :param path: A GGUF file.
+    :param threads: For prompts and for steps.
+    :raises ImportError: llama_cpp is missing.
+    :raises RuntimeError: llama.cpp refused the file, or failed.
     """
-    start = time.perf_counter()
-    decoder.start(np.arange(PROMPT_TOKENS, dtype=np.int64)[None] % vocab)
-    prompt = time.perf_counter() - start
-    seconds = []
-    for i in range(WARMUP_TOKENS + tokens):
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import llama_cpp
+
+        self._cpp = llama_cpp
+        # llama.cpp keeps no reference to Python objects: this one must live as long as it may log.
+        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p())
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot read {path}.")
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx, parameters.n_batch = CONTEXT_TOKENS, CONTEXT_TOKENS
+        parameters.n_threads = parameters.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(self._model, parameters)
+        self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+
+    def about(self) -> dict[str, Any]:
+        return {"kv_cache_precision": "f16", "llama_cpp": self._cpp.__version__}
+
+    def start(self, ids: np.ndarray) -> np.ndarray:
+        self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), True)
+        return self._decode(ids[0])
+
+    def step(self, token: int) -> np.ndarray:
+        return self._decode(np.array([token]))
+
+    def _decode(self, tokens: np.ndarray) -> np.ndarray:
+        ids = (self._cpp.llama_token * len(tokens))(*tokens.tolist())
+        status = self._cpp.llama_decode(self._context, self._cpp.llama_batch_get_one(ids, len(tokens)))
+        if status:
+            raise RuntimeError(f"llama_decode failed with status {status}.")
+        return np.ctypeslib.as_array(self._cpp.llama_get_logits_ith(self._context, -1), (self._vocab,))
+
+
+class Generator:
+    """A decoder as an engine: what `benchmarks.engines` runs in a process of its own.
+
+    :param load: Makes the decoder.
+    :param vocab: Tokens come from 0..vocab-1.
+    """
+
+    def __init__(self, load: Callable[[], Decoder], vocab: int) -> None:
+        self._decoder, self._vocab = load(), vocab
+
+    def about(self) -> dict[str, Any]:
+        """:return: Fields of the record."""
+        return self._decoder.about()
+
+    def logits(self, prompt: int) -> tuple[np.ndarray, np.ndarray]:
+        """:return: Logits after a prompt of so many tokens, and after one more token, float32 ``[vocab]``."""
+        return self._decoder.start(self._ids(prompt)).copy(), self._decoder.step(1).copy()
+
+    def generate(self, prompt: int, tokens: int) -> tuple[float, list[float]]:
+        """Read a prompt, decode a fixed continuation, and take the times.
+
+        :param prompt: Tokens of the prompt.
+        :param tokens: Timed steps; untimed ones come first.
+        :return: Seconds of the prompt, and of each step.
+        """
         start = time.perf_counter()
-        decoder.step((7 * i + 5) % vocab)
-        seconds.append(time.perf_counter() - start)
-    return prompt, float(np.median(seconds[WARMUP_TOKENS:]))
+        self._decoder.start(self._ids(prompt))
+        prompt_seconds = time.perf_counter() - start
+        seconds = []
+        for i in range(_WARMUP_TOKENS + tokens if tokens else 0):
+            start = time.perf_counter()
+            self._decoder.step((7 * i + 5) % self._vocab)
+            seconds.append(time.perf_counter() - start)
+        return prompt_seconds, seconds[_WARMUP_TOKENS:]
+
+    def _ids(self, tokens: int) -> np.ndarray:
+        return np.arange(tokens, dtype=np.int64)[None] % self._vocab

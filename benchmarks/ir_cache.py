@@ -1,4 +1,4 @@
-"""The IRs of the decode benchmark on disk: built once, a stock one and its packed twins."""
+"""Whole models on disk, built once: a stock IR, its packed twins, and a GGUF file with the same weights."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import openvino as ov
 
+from benchmarks import gguf_file, weights
 from benchmarks import llama as graphs
-from benchmarks import weights
 from benchmarks.arms import core, pack
 from benchmarks.llama import RandomLlama, decoder
 from ov_ext.cpu_plugin.sparse_matmul import pack as spw1
 
-STOCK, SPARSE, SPARSE_HEAD = "stock", "sparse", "sparse+head"
+STOCK, SPARSE, SPARSE_HEAD, GGUF = "stock", "sparse", "sparse+head", "gguf"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """IRs with equal weights.
+    """Files with equal weights.
 
     :param paths: By arm.
     :param weight_bytes: Bytes of all linear layers and lm_head, by arm: what decoding a token reads.
@@ -36,30 +38,48 @@ class ModelFiles:
 def model_files(llama: RandomLlama, work_dir: Path, on_build: Callable[[], None] = lambda: None) -> ModelFiles:
     """Find the IRs of a model, or write them.
 
-    A folder appears only when it is complete. Its name depends on the weights, on the source of the graphs and on the
-    packed format; folders of other versions stay until they are deleted by hand.
-
     :param llama: The weights.
-    :param work_dir: Where the folders lie; a 1B bf16 model takes 2.6 GB.
+    :param work_dir: Where they lie; a 1B bf16 model takes 2.6 GB.
     :param on_build: Called before a long build.
     """
     arms = [STOCK, SPARSE, *([SPARSE_HEAD] if llama.sparse_head else [])]
-    folder = work_dir / f"{llama.kind}-{_fingerprint(llama)}"
+    text = f"{llama} SPW1 {spw1.VERSION} OpenVINO {ov.get_version()}"
+    folder = work_dir / f"{llama.kind}-{_fingerprint(text, graphs, weights)}"
+    sizes = _kept(folder, partial(_build, llama, arms), on_build)
+    return ModelFiles({arm: folder / f"{arm}.xml" for arm in arms}, sizes)
+
+
+def gguf_files(llama: RandomLlama, work_dir: Path, on_build: Callable[[], None] = lambda: None) -> ModelFiles:
+    """The same for llama.cpp; the arm is :data:`GGUF`."""
+    folder = work_dir / f"gguf-{llama.kind}-{_fingerprint(str(llama), gguf_file, graphs, weights)}"
+    sizes = _kept(folder, lambda aside: {GGUF: gguf_file.write(llama, aside / "model.gguf")}, on_build)
+    return ModelFiles({GGUF: folder / "model.gguf"}, sizes)
+
+
+def _kept(folder: Path, build: Callable[[Path], dict[str, int]], on_build: Callable[[], None]) -> dict[str, int]:
+    """Build a folder unless it is there. It appears only when it is complete; folders of other versions stay until they
+    are deleted by hand.
+
+    :param folder: Named after everything it depends on.
+    :param build: Fills a folder.
+    :param on_build: Called before.
+    :return: What ``build`` returned: bytes by arm.
+    """
     if not folder.is_dir():
         on_build()
-        work_dir.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=work_dir, prefix=".building-"))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
         try:
-            _build(llama, aside, arms)
+            (aside / "weight_bytes").write_text("".join(f"{arm} {size}\n" for arm, size in build(aside).items()))
             os.replace(aside, folder)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
     sizes = (line.split() for line in (folder / "weight_bytes").read_text().splitlines())
-    return ModelFiles({arm: folder / f"{arm}.xml" for arm in arms}, {arm: int(size) for arm, size in sizes})
+    return {arm: int(size) for arm, size in sizes}
 
 
-def _build(llama: RandomLlama, folder: Path, arms: list[str]) -> None:
+def _build(llama: RandomLlama, arms: list[str], folder: Path) -> dict[str, int]:
     path = folder / f"{STOCK}.xml"
     ov.save_model(decoder(llama), path, compress_to_fp16=False)
     sizes: dict[str, int] = {}
@@ -68,10 +88,9 @@ def _build(llama: RandomLlama, folder: Path, arms: list[str]) -> None:
         report = pack(model, sparse_head=arm == SPARSE_HEAD)
         sizes |= {STOCK: report.bytes_before, arm: report.bytes_after}
         ov.save_model(model, folder / f"{arm}.xml", compress_to_fp16=False)
-    (folder / "weight_bytes").write_text("".join(f"{arm} {size}\n" for arm, size in sizes.items()))
+    return sizes
 
 
-def _fingerprint(llama: RandomLlama) -> str:
-    sources = [Path(str(module.__file__)).read_bytes() for module in (graphs, weights)]
-    text = f"{llama} SPW1 {spw1.VERSION} OpenVINO {ov.get_version()}"
-    return hashlib.sha256(b"".join([text.encode(), *sources])).hexdigest()[:16]
+def _fingerprint(text: str, *sources: ModuleType) -> str:
+    code = [Path(str(module.__file__)).read_bytes() for module in sources]
+    return hashlib.sha256(b"".join([text.encode(), *code])).hexdigest()[:16]

@@ -7,7 +7,10 @@ attention with a cache in variables.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import openvino as ov
@@ -19,6 +22,8 @@ from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
 
 EPSILON, ROPE_BASE = 1e-5, 10000.0
 HEAD = "lm_head"
+ALL = "all"
+T = TypeVar("T")
 _GAIN = {"o_proj": 0.25, "down_proj": 0.25}  # small branches keep the residual stream bounded, with and without norms
 
 
@@ -109,30 +114,47 @@ def linear_model(weight: Weight, name: str) -> ov.Model:
     return ov.Model([ops.result(linear(x.output(0), weight, name))], [x], name)
 
 
-def copies(llama: RandomLlama, name: str) -> ov.Model:
-    """One kind of linear layer, as often as the model has it: ``x [1, rows, K]`` to a result ``[1, rows, N]`` each.
+def network(
+    shape: LlamaShape,
+    part: str,
+    x: T,
+    linear: Callable[[T, int, str], T],
+    add: Callable[[T, T], T],
+    gated: Callable[[T, T], T],
+) -> list[T]:
+    """Linear layers without attention, norms and lm_head, in any framework.
 
-    :param llama: The weights.
-    :param name: Key of ``LlamaShape.linears``.
+    :param shape: Sizes.
+    :param part: ``"all"``: the layers in the order a decoder runs them; o_proj reads q. Or a key of
+        ``LlamaShape.linears``: this layer, as often as the model has it, each reading ``x``.
+    :param x: ``[..., K]`` of the first layer.
+    :param linear: Applies a layer, named by decoder layer and key.
+    :param add: Sum.
+    :param gated: ``silu(gate) * up`` of its two arguments.
+    :return: ``"all"``: the hidden state after the last layer, then k and v of every layer; else every layer's output.
     """
-    x = ops.parameter([1, -1, llama.shape.linears[name][1]], np.float32, name="x")
-    ports = [linear(x.output(0), llama.weight(i, name), f"{i}.{name}") for i in range(llama.shape.layers)]
-    return ov.Model([ops.result(port) for port in ports], [x], name)
-
-
-def stack(llama: RandomLlama) -> ov.Model:
-    """All linear layers in the order a decoder runs them, without attention, norms and lm_head.
-
-    ``x [1, rows, hidden]`` to the hidden state after the last layer, and k and v of every layer. o_proj reads q.
-    """
-    x = ops.parameter([1, -1, llama.shape.hidden], np.float32, name="x")
-    h, results = x.output(0), []
-    for i in range(llama.shape.layers):
-        q, k, v = (_layer(llama, i, name, h) for name in ("q_proj", "k_proj", "v_proj"))
+    if part != ALL:
+        return [linear(x, i, part) for i in range(shape.layers)]
+    h, results = x, []
+    for i in range(shape.layers):
+        q, k, v = (linear(h, i, name) for name in ("q_proj", "k_proj", "v_proj"))
         results += [k, v]
-        h = _sum(h, _layer(llama, i, "o_proj", q))
-        h = _sum(h, _mlp(llama, i, h))
-    return ov.Model([ops.result(port) for port in [h, *results]], [x], "stack")
+        h = add(h, linear(q, i, "o_proj"))
+        h = add(h, linear(gated(linear(h, i, "gate_proj"), linear(h, i, "up_proj")), i, "down_proj"))
+    return [h, *results]
+
+
+def matrices(shape: LlamaShape, part: str) -> list[tuple[int, str]]:
+    """:return: The layers of :func:`network` in the order of use: decoder layer and key."""
+    return [(i, name) for i in range(shape.layers) for name in shape.linears if part in (ALL, name)]
+
+
+def stack(llama: RandomLlama, part: str = ALL) -> ov.Model:
+    """:func:`network` as a model: ``x [1, rows, K]`` to results ``[1, rows, N]``."""
+    name = "q_proj" if part == ALL else part
+    x = ops.parameter([1, -1, llama.shape.linears[name][1]], np.float32, name="x")
+    outputs = network(llama.shape, part, x.output(0), partial(_layer, llama), _sum, _gated)
+    return ov.Model([ops.result(port) for port in outputs], [x], "stack")
 
 
 def decoder(llama: RandomLlama) -> ov.Model:
@@ -154,21 +176,22 @@ def decoder(llama: RandomLlama) -> ov.Model:
     attention = _Attention(shape, ids, mask, positions, beam)
     for i in range(shape.layers):
         normed = _rms_norm(h, llama.norm(2 * i))
-        q, k, v = (_layer(llama, i, name, normed) for name in ("q_proj", "k_proj", "v_proj"))
-        h = _sum(h, _layer(llama, i, "o_proj", attention(i, q, k, v)))
-        h = _sum(h, _mlp(llama, i, _rms_norm(h, llama.norm(2 * i + 1))))
+        q, k, v = (_layer(llama, normed, i, name) for name in ("q_proj", "k_proj", "v_proj"))
+        h = _sum(h, _layer(llama, attention(i, q, k, v), i, "o_proj"))
+        normed = _rms_norm(h, llama.norm(2 * i + 1))
+        gate, up = (_layer(llama, normed, i, name) for name in ("gate_proj", "up_proj"))
+        h = _sum(h, _layer(llama, _gated(gate, up), i, "down_proj"))
     logits = linear(_rms_norm(h, llama.norm(2 * shape.layers)), llama.head(), HEAD)
     logits.set_names({"logits"})
     return ov.Model([ops.result(logits)], attention.assigns, inputs, "decoder")
 
 
-def _layer(llama: RandomLlama, layer: int, name: str, x: Output) -> Output:
+def _layer(llama: RandomLlama, x: Output, layer: int, name: str) -> Output:
     return linear(x, llama.weight(layer, name), f"{layer}.{name}")
 
 
-def _mlp(llama: RandomLlama, layer: int, x: Output) -> Output:
-    gate, up = (_layer(llama, layer, name, x) for name in ("gate_proj", "up_proj"))
-    return _layer(llama, layer, "down_proj", ops.multiply(ops.swish(gate), up).output(0))
+def _gated(gate: Output, up: Output) -> Output:
+    return ops.multiply(ops.swish(gate), up).output(0)
 
 
 def _rms_norm(x: Output, weight: np.ndarray) -> Output:
@@ -246,9 +269,9 @@ class _Attention:
         return ops.reshape(many, _ints([0, shape.heads, -1, shape.head_dim]), True).output(0)
 
 
-def matmul_names(shape: LlamaShape) -> list[str]:
+def matmul_names(shape: LlamaShape, part: str = ALL) -> list[str]:
     """:return: Friendly names of the linear layers of :func:`stack` and :func:`decoder`, without lm_head."""
-    return [f"{i}.{name}" for i in range(shape.layers) for name in shape.linears]
+    return [f"{i}.{name}" for i, name in matrices(shape, part)]
 
 
 def _sum(a: Output, b: Output) -> Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from benchmarks.weights import KINDS
@@ -13,9 +14,20 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="value kinds of the weights")
     parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--threads", type=positive, default=0, help="default: all CPUs of this process")
-    parser.add_argument("--precision", choices=("", "bf16", "f32"), default="", help="default: the device's own")
+    parser.add_argument(
+        "--precision",
+        choices=("", "bf16", "f32"),
+        default="",
+        help="OpenVINO's precision hint; default: the faster one",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: shows only that it works")
+
+
+def add_work_dir(parser: argparse.ArgumentParser) -> None:
+    """Add where whole models are kept."""
+    folder = Path(tempfile.gettempdir()) / "ov_ext_benchmarks"
+    parser.add_argument("--work-dir", type=Path, default=folder, help="folder that keeps models between runs (11 GB)")
 
 
 def fraction(text: str) -> float:

@@ -1,18 +1,19 @@
-"""Time several arms in interleaved rounds, and compare them round by round.
+"""Time several engines in interleaved rounds, and compare them round by round.
 
 On a shared machine the speed of everything changes by up to a factor of two within minutes. What survives is the ratio
-of two arms timed in the same round; its median over rounds is what the benchmarks report.
+of two engines timed in the same round; its median over rounds is what the benchmarks report.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-Turn = Callable[[], float]  # runs an arm once and says how many seconds that took
+Turn = Callable[[], list[float]]  # runs an engine some times and says how many seconds each took
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -29,52 +30,32 @@ class Ratio:
     high: float
 
 
-def timed(run: Callable[[], object]) -> Turn:
-    """:return: A turn that is the wall time of one call."""
-
-    def turn() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return turn
-
-
 def interleave(
-    arms: Mapping[str, Turn],
+    turns: Mapping[K, Turn],
     rounds: int,
-    calls: int,
-    warmup: int = 2,
     before_round: Callable[[], None] | None = None,
     after_round: Callable[[], None] | None = None,
-) -> dict[str, np.ndarray]:
-    """Let arms take turns, one call each, in an order that rotates.
+) -> dict[K, np.ndarray]:
+    """Let engines take turns, in an order that rotates and reverses from round to round.
 
-    An arm's weights are read between two turns of every other arm, so they leave the cache as far as its size permits.
-
-    :param arms: The arms by name.
+    :param turns: The engines.
     :param rounds: Rounds; each is one sample of every ratio.
-    :param calls: Turns of every arm in a round.
-    :param warmup: Turns of every arm before the first round.
     :param before_round: Called at the start of every round, outside the times.
     :param after_round: Called at the end of every round: for a progress bar.
-    :return: Seconds ``[rounds, calls]`` by name.
+    :return: Seconds ``[rounds, calls]``.
     """
-    names = list(arms)
-    for _ in range(warmup):
-        for name in names:
-            arms[name]()
-    seconds = {name: np.empty((rounds, calls)) for name in names}
+    names = list(turns)
+    seconds: dict[K, list[list[float]]] = {name: [] for name in names}
     for r in range(rounds):
         if before_round:
             before_round()
-        for c in range(calls):
-            first = (r + c) % len(names)
-            for name in names[first:] + names[:first]:
-                seconds[name][r, c] = arms[name]()
+        first = r // 2 % len(names)
+        order = names[first:] + names[:first]
+        for name in order[::-1] if r % 2 else order:
+            seconds[name].append(turns[name]())
         if after_round:
             after_round()
-    return seconds
+    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def paired_ratio(other: np.ndarray, ours: np.ndarray) -> Ratio:
@@ -83,6 +64,6 @@ def paired_ratio(other: np.ndarray, ours: np.ndarray) -> Ratio:
     return Ratio(float(np.median(ratios)), float(ratios.min()), float(ratios.max()))
 
 
-def fastest(seconds: Mapping[str, np.ndarray]) -> str:
-    """:return: Name of the arm with the smallest median."""
+def fastest(seconds: Mapping[K, np.ndarray]) -> K:
+    """:return: The engine with the smallest median."""
     return min(seconds, key=lambda name: float(np.median(seconds[name])))

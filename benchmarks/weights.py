@@ -17,6 +17,7 @@ from openvino import Node, Output
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
 
 KINDS = ("bf16", "int8", "int4")
+LABELS = {"bf16": "bf16", "int8": "INT8", "int4": "INT4 g128"}  # for tables
 GROUP = 128  # scale group of int4, as NNCF's default
 _DRAWS = 1 << 16
 _CODE_SPREAD = {"int8": 127 / 4, "int4": 7 / 2.7}  # codes per standard deviation: the range holds 4 or 2.7 of them
@@ -56,6 +57,12 @@ def random_weight(kind: str, n: int, k: int, sparsity: float, rng: np.random.Gen
     # Scales differ from group to group, so that a kernel which mixes them up is caught.
     scales = rng.uniform(0.5, 1.5, (n, groups)) * spread / _CODE_SPREAD[kind]
     return Weight(kind, codes[draws], scales.astype(np.float16), 0 if kind == "int8" else GROUP)
+
+
+def stock_bytes(kind: str, n: int, k: int) -> int:
+    """:return: Bytes of a stock weight ``[n, k]`` with its f16 scales."""
+    scales = {"bf16": 0, "int8": n, "int4": n * (k // GROUP)}[kind]
+    return n * k * {"bf16": 16, "int8": 8, "int4": 4}[kind] // 8 + 2 * scales
 
 
 def stock_weight(weight: Weight) -> Output:

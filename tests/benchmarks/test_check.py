@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 
 from benchmarks.arms import Settings, compile_model, pack
 from benchmarks.check import WrongResult, check_linear, check_network
-from benchmarks.decode import check
-from benchmarks.decoders import OpenVinoDecoder
+from benchmarks.comparison import OURS, STOCK, Entrant
+from benchmarks.decode import Models, check
+from benchmarks.decoders import Generator, OpenVinoDecoder
+from benchmarks.engines import EngineDied
 from benchmarks.llama import TINY, RandomLlama, decoder, linear_model
 from benchmarks.weights import KINDS, random_weight
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
@@ -70,15 +74,47 @@ def test_nan_fails(weight: Weight) -> None:
         check_network("network", np.ones(3), np.array([1, np.nan, 1]), 1)
 
 
+class Local:
+    """An engine in this process, which may be gone when it is needed."""
+
+    def __init__(self, model: ov.Model, alive: bool = True) -> None:
+        self.generator = Generator(lambda: OpenVinoDecoder(compile_model(model, SETTINGS)), TINY.vocab)
+        self.alive = alive
+
+    def call(self, method: str, *arguments):
+        if not self.alive:
+            raise EngineDied("its process ended")
+        return getattr(self.generator, method)(*arguments)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_models_are_compared(kind: str) -> None:
+def test_whole_models_are_compared(kind: str, tmp_path: Path) -> None:
     llama = RandomLlama(TINY, kind, 0.5)
     sparse, other = decoder(llama), decoder(replace(llama, seed=1))
     pack(sparse)
     pack(other)
-    stock, same, different = (
-        OpenVinoDecoder(compile_model(model, SETTINGS)) for model in (decoder(llama), sparse, other)
-    )
-    check({"stock": stock, "sparse": same}, llama)
-    with pytest.raises(WrongResult, match="sparse"):
-        check({"stock": stock, "sparse": different}, llama)
+    models = Models(TINY, False, 0, tmp_path, lambda text: None)
+    stock = {Entrant(STOCK, kind, 0.5): Local(decoder(llama))}
+    assert check(stock | {Entrant(OURS, kind, 0.5): Local(sparse)}, models, 32) == []
+    with pytest.raises(WrongResult, match="ours"):
+        check(stock | {Entrant(OURS, kind, 0.5): Local(other)}, models, 32)
+
+
+def test_other_shares_of_zeros_have_their_own_reference(tmp_path: Path) -> None:
+    models = Models(TINY, False, 0, tmp_path, lambda text: None)
+    sparse, other = decoder(RandomLlama(TINY, "int4", 0.7)), decoder(RandomLlama(TINY, "int4", 0.5))
+    pack(sparse)
+    check({Entrant(OURS, "int4", 0.7): Local(sparse)}, models, 5)
+    with pytest.raises(WrongResult):
+        check({Entrant(OURS, "int4", 0.7): Local(other)}, models, 5)
+
+
+def test_only_engines_of_others_may_crash(tmp_path: Path) -> None:
+    models = Models(TINY, False, 0, tmp_path, lambda text: None)
+    model = decoder(RandomLlama(TINY, "int4", 0.5))
+    engines = {Entrant(STOCK, "int4", 0.5): Local(model), Entrant("llama.cpp", "int4", 0.5): Local(model, alive=False)}
+    [record] = check(engines, models, 5)
+    assert [entrant.engine for entrant in engines] == [STOCK]
+    assert record["engine"] == "llama.cpp" and "crashed" in record["setting"] and record["fastest"]
+    with pytest.raises(EngineDied):
+        check({Entrant(OURS, "int4", 0.5): Local(model, alive=False)}, models, 5)
