@@ -13,6 +13,7 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import runtime
+from ov_ext.cost import Form
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
 from ov_ext.policy import LayerReport, PackReport, SparsePolicy
 from ov_ext.subgraph import RecordError, bias_constant, describe, read_record, restore
@@ -21,8 +22,6 @@ from ov_ext.weights import FLOATS, ConstantWeight, Unpackable, element_name, ele
 logger = logging.getLogger("ov_ext")
 
 OPERATION = "SparseMatMul"
-# Below this fraction of zeros the bitmap (1 bit a weight) costs more than the zeros it saves.
-_MASK_PAYS = {"bf16": 1 / 16, "int8": 1 / 8, "int4": 1 / 4}
 
 
 class AlreadyPackedError(ValueError):
@@ -37,7 +36,7 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
 
     :param model: A model with constant weights: plain (f32, f16, bf16), INT8 or INT4.
     :param policy: Which weights pay; the default packs from the break-even sparsity of each kind.
-    :return: The same model, and the report on every MatMul that has a constant operand.
+    :return: The same model, and the report on every MatMul that has a constant operand: its form and why.
     :raises AlreadyPackedError: The model has been packed before.
     :raises ExtensionUnavailableError: The compiled extension is missing or was built for another OpenVINO.
     """
@@ -50,15 +49,22 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
             "ov_ext.unpack_sparse_weights(model), or `ov-ext unpack IN OUT`."
         )
         raise AlreadyPackedError(msg)
-    target = runtime.this_cpu() if policy.target == "this-cpu" else policy.target
+    if policy.target == "this-cpu":
+        policy = replace(policy, target=runtime.this_cpu())
     factory = NodeFactory()
     factory.add_extension(library)
     layers = [layer for graph in _graphs(model) for layer in _pack_graph(graph, policy, factory)]
-    report = PackReport(tuple(layers), target)
+    report = PackReport(tuple(layers), policy.target)
     if report.replaced:
         model.validate_nodes_and_infer_types()
-        entries = {"format": "SPW1", "format_version": VERSION, "version": runtime.package_version(), "target": target}
-        for key, value in {**entries, "activation_group": policy.activation_group}.items():
+        entries = {
+            "format": "SPW1",
+            "format_version": VERSION,
+            "version": runtime.package_version(),
+            "target": policy.target,
+            "activation_group": policy.activation_group,
+        }
+        for key, value in entries.items():
             model.set_rt_info(value, ["ov_ext", key])
     return model, report
 
@@ -154,6 +160,7 @@ class _Blob:
     kind: str
     group: int
     sparsity: float
+    form: Form
     new_scales: str  # their element type when it was requantized: its stock form has no zero points any more
 
 
@@ -175,7 +182,7 @@ def _pack_graph(graph: ov.Model, policy: SparsePolicy, factory: NodeFactory) -> 
         if found is None:
             continue
         layer = _pack(found, policy, factory, blobs)
-        logger.info("%s: %s", layer.name, "packed" if layer.replaced else layer.note)
+        logger.info("%s: %s", layer.name, _joined(layer.form, layer.note))
         entries.append((layer, found.constant.get_name(), {k: v for k, v in found.nbytes.items() if k not in counted}))
         counted |= found.nbytes.keys()
     needed = {node.get_name() for node in graph.get_ops()}
@@ -199,7 +206,7 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
     :return: Its report, with the bytes of the new blob only.
     """
     name = found.matmul.get_friendly_name()
-    stays = LayerReport(name, found.shape, found.kind, None, 0, 0, False)
+    stays = LayerReport(name, found.shape, found.kind, None, 0, 0, "stock")
     if policy.ignores(name, found.constant.get_friendly_name()):
         return replace(stays, note="ignored by the policy")
     if not found.problem and found.shape[0] * found.shape[1] < policy.min_weights:
@@ -216,14 +223,15 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
     if blob is None:
         try:
             weight, remark, new_scales = _read(found, policy.requantize)
-        except Unpackable as reason:
-            return replace(stays, sparsity=sparsity(found), note=str(reason))
+        except Unpackable as problem:
+            return replace(stays, sparsity=sparsity(found), note=str(problem))
         zeros = float(weight.sparsity)
-        if zeros < policy.threshold(weight.kind):
-            return replace(stays, sparsity=zeros, note=f"too few zeros: {policy.threshold(weight.kind):.0%} are needed")
-        blob = _Blob(_blob_constant(weight, bias, name), weight.kind, weight.group, zeros, new_scales)
-        blobs[key] = blob
-        note = _joined(remark, "bias inside the blob" if bias else "")
+        form, reason = policy.choose(weight.kind, zeros, weight.group)
+        if form == "stock":
+            return replace(stays, sparsity=zeros, note=reason)
+        constant = _blob_constant(weight, form == "dense", bias, name)
+        blob = blobs[key] = _Blob(constant, weight.kind, weight.group, zeros, form, new_scales)
+        note = _joined(reason, remark, "bias inside the blob" if bias else "")
         report = replace(stays, bytes_after=blob.constant.get_byte_size(), note=note)
     else:
         report = replace(stays, note="shares the blob of an earlier layer")
@@ -238,7 +246,7 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
     sparse.set_friendly_name(name)
     _redirect(found.matmul if bias is None else bias, sparse)
     _detach(found.matmul)
-    return replace(report, sparsity=blob.sparsity, replaced=True)
+    return replace(report, sparsity=blob.sparsity, form=blob.form)
 
 
 def _read(found: ConstantWeight, requantizing: bool) -> tuple[Weight, str, str]:
@@ -264,13 +272,13 @@ def _foldable_bias(found: ConstantWeight) -> Node | None:
     return add if [*constant.shape][-1:] == [found.shape[0]] and np.prod(constant.shape) == found.shape[0] else None
 
 
-def _blob_constant(weight: Weight, bias: Node | None, name: str) -> Node:
+def _blob_constant(weight: Weight, dense: bool, bias: Node | None, name: str) -> Node:
     from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
 
     constant = bias and bias_constant(bias)
     if constant is not None:
         weight = replace(weight, bias=elements(constant).astype(np.float32))
-    node = ov.op.Constant(native.pack(weight, dense=bool(weight.sparsity < _MASK_PAYS[weight.kind])))
+    node = ov.op.Constant(native.pack(weight, dense))
     node.set_friendly_name(f"{name}/blob")
     return node
 

@@ -11,10 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-# Fraction of zeros from which the blob is at least 1.15 times smaller than the stock constant. Bytes a weight, stock
-# against packed at sparsity s: bf16 2 against 2.125 - 2s, int8 1 against 1.14 - s, int4 (group 128) 0.516 against
-# 0.656 - 0.5s. Decoding reads every weight once, so bytes are time; the margin pays for expanding the bitmap.
-BREAK_EVEN = {"bf16": 0.20, "int8": 0.30, "int4": 0.42}
+from ov_ext.cost import Form, bytes_per_weight, cheapest
 
 Target = Literal["this-cpu", "amx", "avx512", "avx2", "reference"]
 
@@ -23,10 +20,11 @@ Target = Literal["this-cpu", "amx", "avx512", "avx2", "reference"]
 class SparsePolicy:
     """What ``pack_sparse_weights`` may replace.
 
-    :param min_sparsity: Fraction 0..1 of zeros a weight needs. None: the break-even of its kind (bf16 0.20, int8 0.30,
-        int4 0.42). 0 packs everything that can be packed, dense weights without a mask.
-    :param target: Instruction set the IR is meant for, recorded in it; loading on a weaker CPU warns once. The blobs do
-        not depend on it.
+    :param min_sparsity: Fraction 0..1 of zeros a weight needs. None: each layer gets the form, stock or ours with or
+        without a bitmap, that :mod:`ov_ext.cost` expects to be the fastest at one token. 0 packs everything that can be
+        packed, dense weights without a bitmap.
+    :param target: Instruction set the IR is meant for: what is fastest depends on it. It is recorded in the IR, and
+        loading on a weaker CPU warns once. The blobs do not depend on it.
     :param activation_group: Inputs that share one dynamic quantization scale at run time, for int8 and int4 weights:
         128, 64, -1 (one scale per token) or 0 (activations stay in floating point: slower, exact). A value finer than
         the weight's own group is raised to that group. For bf16 weights, 0 keeps f32 activations, others round to bf16.
@@ -58,9 +56,20 @@ class SparsePolicy:
         if self.min_weights < 0:
             raise ValueError(f"min_weights is a number of elements, got {self.min_weights}.")
 
-    def threshold(self, kind: str) -> float:
-        """:return: The fraction of zeros that a weight of this value kind needs."""
-        return BREAK_EVEN[kind] if self.min_sparsity is None else self.min_sparsity
+    def choose(self, kind: str, zeros: float, group: int) -> tuple[Form, str]:
+        """Choose the form of a weight. The target must be an instruction set.
+
+        :param kind: Value kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
+        :param zeros: Fraction of zeros, 0..1.
+        :param group: Inputs that share a scale; 0 for one scale per output.
+        :return: The form, and the reason for the report.
+        """
+        if self.min_sparsity is None:
+            return cheapest(self.target, kind, zeros, group)
+        if zeros < self.min_sparsity:
+            return "stock", f"too few zeros: {self.min_sparsity:.0%} are needed"
+        smaller = bytes_per_weight("sparse", kind, zeros, group) < bytes_per_weight("dense", kind, zeros, group)
+        return ("sparse", "") if smaller else ("dense", "")
 
     def ignores(self, *names: str) -> bool:
         """:return: True when one of the names is listed or matches a pattern."""
@@ -82,8 +91,8 @@ class LayerReport:
         are counted at the first.
     :param bytes_after: Bytes afterwards: those of the blob, at the first MatMul that reads it, and those counted before
         that some operation still needs.
-    :param replaced: Whether the MatMul became a SparseMatMul.
-    :param note: Why it stays, or what to know about the replacement.
+    :param form: ``"stock"``: it stays; ``"sparse"``, ``"dense"``: a SparseMatMul with or without a bitmap.
+    :param note: Why, and what to know about a replacement.
     """
 
     name: str
@@ -92,8 +101,13 @@ class LayerReport:
     sparsity: float | None
     bytes_before: int
     bytes_after: int
-    replaced: bool
+    form: Form
     note: str = ""
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the MatMul became a SparseMatMul."""
+        return self.form != "stock"
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,7 @@ class PackReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"Packed weights (target {self.target})")
-        for heading in ("MatMul", "shape", "kind", "zeros", "KiB before", "KiB after", "packed", "note"):
+        for heading in ("MatMul", "shape", "kind", "zeros", "KiB before", "KiB after", "form", "note"):
             right = heading in ("zeros", "KiB before", "KiB after")
             table.add_column(heading, justify="right" if right else "left", overflow="fold")
         remarks: dict[str, int] = {}  # long notes repeat on every layer: they are numbered and listed once
@@ -143,7 +157,7 @@ class PackReport:
                 "?" if layer.sparsity is None else f"{layer.sparsity:.1%}",
                 f"{layer.bytes_before / 1024:.0f}",
                 f"{layer.bytes_after / 1024:.0f}",
-                "yes" if layer.replaced else "no",
+                layer.form,
                 Text(note),
             )
         yield table

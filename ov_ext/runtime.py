@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import openvino as ov
 
@@ -17,7 +17,8 @@ logger = logging.getLogger("ov_ext")
 
 _LIBRARY = {"darwin": "libov_ext_cpu.dylib", "win32": "ov_ext_cpu.dll"}.get(sys.platform, "libov_ext_cpu.so")
 
-TARGETS = ("reference", "avx2", "avx512", "amx")  # instruction sets that packed IRs name, weakest first
+InstructionSet = Literal["reference", "avx2", "avx512", "amx"]
+TARGETS: tuple[InstructionSet, ...] = get_args(InstructionSet)  # what packed IRs name, weakest first
 _warned_targets: set[str] = set()
 
 
@@ -116,7 +117,7 @@ def cpu_info() -> dict[str, Any]:
     return {**native.cpu_info(), **versions}
 
 
-def this_cpu() -> str:
+def this_cpu() -> InstructionSet:
     """:return: The entry of :data:`TARGETS` that names the best instruction set this CPU and build can run."""
     kernels = cpu_info()["kernels"]
     return next(target for target in reversed(TARGETS) if any(name.startswith(target) for name in kernels))

@@ -12,8 +12,13 @@ import pytest
 from openvino import opset1
 
 import ov_ext
+from ov_ext import runtime
 from ov_ext.cpu_plugin.sparse_matmul import native
 from tests.ov_ext.ir_forms import ALL, INT4, INT8, Form, build, constant, infer, operations, signature
+
+
+def for_target(target: runtime.InstructionSet) -> ov_ext.SparsePolicy:
+    return ov_ext.SparsePolicy(target=target, min_weights=0)
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,12 @@ REFUSALS = [
     Refusal("group 32", lambda: build(INT4.but(group=32)).model, "groups have 32 inputs"),
     Refusal("INT4_ASYM", lambda: build(Form("u4", 128, "wide")).model, "CompressWeightsMode.INT4_SYM"),
     Refusal("INT8_ASYM", lambda: build(Form("u8", 0, "wide")).model, "CompressWeightsMode.INT8_SYM"),
-    Refusal("dense", lambda: build(INT4, sparsity=0.3).model, "too few zeros: 42%"),
-    Refusal("dense int8", lambda: build(INT8, sparsity=0.2).model, "too few zeros: 30%"),
-    Refusal("dense bf16", lambda: build(Form("f32"), sparsity=0.1).model, "too few zeros: 20%"),
+    Refusal(
+        "INT4 without AVX-512", lambda: build(INT4, sparsity=0.6).model, "no share of zeros helps", for_target("avx2")
+    ),
+    Refusal("dense int8", lambda: build(INT8, sparsity=0.2).model, "would give 1.01x stock", for_target("avx512")),
+    Refusal("dense bf16", lambda: build(Form("f32"), sparsity=0.1).model, "would give 1.09x", for_target("amx")),
+    Refusal("no fast kernel", lambda: build(INT4).model, "no fast kernels for reference", for_target("reference")),
     Refusal(
         "threshold",
         lambda: build(INT4).model,

@@ -11,7 +11,6 @@ import pytest
 from openvino import opset1
 
 import ov_ext
-from ov_ext.policy import BREAK_EVEN
 from tests.ov_ext.ir_forms import bf16_values, constant
 
 
@@ -54,7 +53,7 @@ def test_report() -> None:
     assert report.bytes_before == 3 * 128 * 128 * 4 and report.bytes_after == sum(sizes) + 128 * 128 * 4
     assert report.replaced == (report.layers[0], report.layers[2])
     text = str(report)
-    for part in ("layer0", "128x128", "50.0%", "too few zeros: 20% are needed", "2 of 3 weights packed", "avx2"):
+    for part in ("layer0", "128x128", "50.0%", "10% zeros would give", "2 of 3 weights packed", "avx2"):
         assert part in text
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["target"] == "avx2" and plain["layers"][1]["note"] == report.layers[1].note
@@ -88,16 +87,6 @@ def test_activation_groups_are_not_finer_than_weight_groups(asked: int, weight_g
     model, _ = ov_ext.pack_sparse_weights(build(Form("i4", weight_group)).model, policy)
     sparse = next(node for node in model.get_ops() if node.get_type_name() == "SparseMatMul")
     assert sparse.get_attributes()["activation_group"] == given
-
-
-@pytest.mark.parametrize(
-    "kind, stock_bytes, fixed_bytes, value_bytes",
-    [("bf16", 2, 0.125, 2), ("int8", 1, 0.14, 1), ("int4", 0.516, 0.156, 0.5)],
-)
-def test_break_even_saves_a_seventh(kind: str, stock_bytes: float, fixed_bytes: float, value_bytes: float) -> None:
-    """The thresholds follow from bytes a weight: 1.15 times smaller, not more than a few points beyond."""
-    ratios = [stock_bytes / (fixed_bytes + value_bytes * (1 - s)) for s in (BREAK_EVEN[kind], BREAK_EVEN[kind] - 0.05)]
-    assert ratios[0] >= 1.15 > ratios[1] - 0.02
 
 
 def test_dense_weights_need_no_mask() -> None:

@@ -1,0 +1,115 @@
+"""How long one token takes in a linear layer, in each form the layer can have: what packing decides by.
+
+Decoding reads every weight once for each token, so a form costs the bytes it reads over the bandwidth its kernel
+reaches, or, where expanding the bitmap is slower than memory, the time of its instructions. Both are fractions of what
+the machine reads, measured by ``python -m benchmarks.matmul --sparsity 0 0.5 0.8``, so only their ratios matter, and
+these hardly depend on the machine's speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["stock", "dense", "sparse"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speed of the three forms of a layer at one token.
+
+    :param stock: Fraction of the read bandwidth that stock OpenVINO reaches.
+    :param dense: The same for our kernels on weights without a bitmap.
+    :param sparse: The same for our kernels on weights with a bitmap.
+    :param slowest_bytes: What one weight costs at least with a bitmap, as bytes read at full bandwidth: the
+        instructions that expand it.
+    """
+
+    stock: float
+    dense: float
+    sparse: float
+    slowest_bytes: float
+
+
+# By instruction set and value kind. One token runs on the AVX-512 kernels on CPUs with AMX, too.
+_AVX512 = {
+    "bf16": Rates(stock=0.87, dense=0.95, sparse=0.80, slowest_bytes=0.54),
+    "int8": Rates(stock=0.85, dense=0.87, sparse=0.80, slowest_bytes=0.20),
+    "int4": Rates(stock=0.65, dense=0.87, sparse=0.80, slowest_bytes=0.20),
+}
+# Against the faster stock of CPUs with AVX-VNNI. Expanding a bitmap without AVX-512 takes three times the instructions.
+_AVX2 = {
+    "bf16": Rates(stock=0.87, dense=0.90, sparse=0.80, slowest_bytes=0.87),
+    "int8": Rates(stock=0.85, dense=0.87, sparse=0.80, slowest_bytes=0.55),
+    "int4": Rates(stock=0.95, dense=0.87, sparse=0.80, slowest_bytes=0.60),
+}
+RATES = {"amx": _AVX512, "avx512": _AVX512, "avx2": _AVX2}
+
+# How much faster than stock one of our forms must be: a stock layer is as fast for prompts, and needs no extension.
+MARGIN = 1.1
+
+
+def bytes_per_weight(form: Form, kind: str, zeros: float, group: int) -> float:
+    """Bytes that one token reads.
+
+    :param form: ``"stock"``, ``"dense"`` or ``"sparse"``.
+    :param kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
+    :param zeros: Fraction of zeros, 0..1.
+    :param group: Inputs that share a scale; 0 for one scale per output.
+    :return: Bytes a weight, with scales (2 bytes) and, in a blob, compensation (2 bytes in each 64 or 128 inputs).
+    """
+    value = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}[kind]
+    scales = 2 / group if group else 0.0
+    if form == "stock":
+        return value + scales
+    compensation = 0.0 if kind == "bf16" else 2 / (group or 128)
+    mask = 1 / 8 if form == "sparse" else 0.0
+    return mask + value * (1 - (zeros if form == "sparse" else 0.0)) + scales + compensation
+
+
+def costs(target: str, kind: str, zeros: float, group: int) -> dict[Form, float]:
+    """Time of one token.
+
+    :param target: Key of :data:`RATES`.
+    :param kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
+    :param zeros: Fraction of zeros, 0..1.
+    :param group: Inputs that share a scale; 0 for one scale per output.
+    :return: For each form the time of one weight, as bytes that the machine reads meanwhile at full bandwidth.
+    """
+    rates = RATES[target][kind]
+    time: dict[Form, float] = {
+        "stock": bytes_per_weight("stock", kind, zeros, group) / rates.stock,
+        "dense": bytes_per_weight("dense", kind, zeros, group) / rates.dense,
+        "sparse": max(bytes_per_weight("sparse", kind, zeros, group) / rates.sparse, rates.slowest_bytes),
+    }
+    return time
+
+
+def cheapest(target: str, kind: str, zeros: float, group: int) -> tuple[Form, str]:
+    """Choose a form.
+
+    :param target: Instruction set that will run the layer.
+    :param kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
+    :param zeros: Fraction of zeros, 0..1.
+    :param group: Inputs that share a scale; 0 for one scale per output.
+    :return: The form, and why, for a person.
+    """
+    if target not in RATES:
+        return "stock", f"there are no fast kernels for {target}"
+    time = costs(target, kind, zeros, group)
+    ours: Form = "sparse" if time["sparse"] < time["dense"] else "dense"
+    ratio = time["stock"] / time[ours]
+    if ratio >= MARGIN:
+        return ours, f"{ratio:.2f}x stock"
+    needed = break_even(target, kind, group)
+    hint = "no share of zeros helps" if needed is None else f"from {needed:.0%} zeros on ours is faster"
+    return "stock", f"{zeros:.0%} zeros would give {ratio:.2f}x stock, {hint} on {target}"
+
+
+def break_even(target: str, kind: str, group: int) -> float | None:
+    """:return: The smallest share of zeros, in whole percents, from which our kernel is used; None if there is none."""
+    for percent in range(100):
+        time = costs(target, kind, percent / 100, group)
+        if time["stock"] / min(time["sparse"], time["dense"]) >= MARGIN:
+            return percent / 100
+    return None
