@@ -186,7 +186,8 @@ class LlamaCppDecoder(Decoder):
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def about(self) -> dict[str, Any]:
-        return {"kv_cache_precision": "f16", "llama_cpp": self._cpp.__version__}
+        built_for = self._cpp.llama_print_system_info().decode()  # a build without AMX or AVX-512 would be a poor rival
+        return {"kv_cache_precision": "f16", "llama_cpp": self._cpp.__version__, "llama_cpp_built_for": built_for}
 
     def start(self, ids: np.ndarray) -> np.ndarray:
         self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), True)
