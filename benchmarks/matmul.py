@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.arms import Settings, candidates, compile_model, load_plugin, pack
+from benchmarks.arms import CAPS, Settings, candidates, cap, compile_model, load_plugin, pack
 from benchmarks.check import check_linear
 from benchmarks.comparison import (
     COLUMNS,
@@ -54,7 +54,9 @@ def measure(options: argparse.Namespace) -> list[Record]:
     :return: A record for each engine, in each setting, number of rows and, with ``layers``, kind of layer.
     """
     shape = TINY if options.quick else replace(LLAMA_1B, layers=options.depth)
-    settings = Settings(options.threads, options.precision)
+    settings = Settings(options.threads, options.precision, isa=options.isa)
+    if options.isa:
+        cap(options.isa)
     constant = surroundings(settings) | {"decoder_layers": shape.layers}
     records: list[Record] = []
     parts = [ALL, *(shape.linears if options.layers else ())]
@@ -195,6 +197,7 @@ def add_linears(parser: argparse.ArgumentParser, rows: list[int], depth: int, ro
     parser.add_argument("--sparsity", type=fraction, nargs="+", default=[0.5], help="fractions of zeros; 0: no mask")
     parser.add_argument("--rows", type=positive, nargs="+", default=rows, help="tokens at a time")
     parser.add_argument("--depth", type=positive, default=depth, help="decoder layers; below 16 INT4 fits into caches")
+    parser.add_argument("--isa", choices=("", *CAPS), default="", help="cap OpenVINO, stock and ours, to this")
     parser.add_argument("--layers", action="store_true", help="a record for each kind of linear layer, too")
     parser.add_argument("--rounds", type=positive, default=rounds, help="samples of each ratio")
     parser.add_argument("--calls", type=positive, default=calls, help="calls of each engine in a round")

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     options = _parser().parse_args(arguments)
     speed = matmul.measure(options)
     show(matmul.title(speed), rows_of_table(speed), ({"layer": "layer"} if options.layers else {}) | COLUMNS)
-    memory = [] if options.no_memory else measure_memory(options)
+    memory = [] if options.no_memory or options.isa else measure_memory(options)
     if memory:
         show("Private memory of a whole model before and after a prompt", memory, _MEMORY_COLUMNS)
     if options.json:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks.arms import Settings, UnfairComparison, candidates
 from benchmarks.check import WrongResult
+from benchmarks.comparison import OURS, STOCK
 from benchmarks.linears import Linears, OnnxLinears, OpenVinoLinears, TorchLinears
 from benchmarks.llama import ALL, LlamaShape, RandomLlama
 from benchmarks.weights import KINDS, random_weight, stock_bytes, stock_weight
+from ov_ext.cpu_plugin.sparse_matmul import native
 
 ODD = LlamaShape(hidden=256, mlp=384, heads=6, kv_heads=2, head_dim=64, vocab=64, layers=2)
 
@@ -108,3 +115,16 @@ def test_settings_to_try() -> None:
     ours = candidates(Settings(precision="f32"), "int8", stock=False)
     assert [s.name for s in ours] == ["f32"]  # what the user asked for, only
     assert candidates(base, "int8", stock=False) == candidates(base, "int8", stock=True)[:-1]
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx2_vnni"])
+def test_a_capped_run_uses_the_older_kernels(isa: str, tmp_path: Path) -> None:
+    """In a process of its own: the cap counts before the first use of the CPU device."""
+    if isa not in native.cpu_info()["kernels"]:
+        pytest.skip(f"this CPU has no {isa}")
+    path = tmp_path / "matmul.json"
+    options = ["--quick", "--isa", isa, "--rows", "3", "--kinds", "bf16", "--json", str(path)]
+    subprocess.run([sys.executable, "-m", "benchmarks.matmul", *options], check=True, capture_output=True)
+    records = [r for r in json.loads(path.read_text()) if r["engine"] in (STOCK, OURS)]
+    assert {r["kernel"] for r in records} == {isa} and {r["precision"] for r in records} == {"f32"}
+    assert {r["kind"] for r in records} == {"bf16", "int4"}  # stock INT4 takes part beside every kind
