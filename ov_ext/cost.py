@@ -9,9 +9,22 @@ these hardly depend on the machine's speed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Form = Literal["stock", "dense", "sparse"]
+
+
+class Choice(NamedTuple):
+    """What a layer becomes.
+
+    :param form: Its form.
+    :param speedup: Expected time of stock / time of our best form at one token; None where nothing was estimated.
+    :param reason: Why it stays stock; else "".
+    """
+
+    form: Form
+    speedup: float | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -85,25 +98,25 @@ def costs(target: str, kind: str, zeros: float, group: int) -> dict[Form, float]
     return time
 
 
-def cheapest(target: str, kind: str, zeros: float, group: int) -> tuple[Form, str]:
+def cheapest(target: str, kind: str, zeros: float, group: int) -> Choice:
     """Choose a form.
 
     :param target: Instruction set that will run the layer.
     :param kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
     :param zeros: Fraction of zeros, 0..1.
     :param group: Inputs that share a scale; 0 for one scale per output.
-    :return: The form, and why, for a person.
+    :return: The form, and why stock when it is stock.
     """
     if target not in RATES:
-        return "stock", f"there are no fast kernels for {target}"
+        return Choice("stock", None, f"there are no fast kernels for {target}")
     time = costs(target, kind, zeros, group)
     ours: Form = "sparse" if time["sparse"] < time["dense"] else "dense"
     ratio = time["stock"] / time[ours]
     if ratio >= MARGIN:
-        return ours, f"{ratio:.2f}x stock"
+        return Choice(ours, ratio, "")
     needed = break_even(target, kind, group)
     hint = "no share of zeros helps" if needed is None else f"from {needed:.0%} zeros on ours is faster"
-    return "stock", f"{zeros:.0%} zeros would give {ratio:.2f}x stock, {hint} on {target}"
+    return Choice("stock", ratio, f"{zeros:.0%} zeros would give {ratio:.2f}x stock, {hint} on {target}")
 
 
 def break_even(target: str, kind: str, group: int) -> float | None:

@@ -13,7 +13,7 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import runtime
-from ov_ext.cost import Form
+from ov_ext.cost import Choice
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
 from ov_ext.policy import LayerReport, PackReport, SparsePolicy
 from ov_ext.subgraph import RecordError, bias_constant, describe, read_record, restore
@@ -160,7 +160,7 @@ class _Blob:
     kind: str
     group: int
     sparsity: float
-    form: Form
+    choice: Choice
     new_scales: str  # their element type when it was requantized: its stock form has no zero points any more
 
 
@@ -226,12 +226,12 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
         except Unpackable as problem:
             return replace(stays, sparsity=sparsity(found), note=str(problem))
         zeros = float(weight.sparsity)
-        form, reason = policy.choose(weight.kind, zeros, weight.group)
-        if form == "stock":
-            return replace(stays, sparsity=zeros, note=reason)
-        constant = _blob_constant(weight, form == "dense", bias, name)
-        blob = blobs[key] = _Blob(constant, weight.kind, weight.group, zeros, form, new_scales)
-        note = _joined(reason, remark, "bias inside the blob" if bias else "")
+        choice = policy.choose(weight.kind, zeros, weight.group)
+        if choice.form == "stock":
+            return replace(stays, sparsity=zeros, note=choice.reason, speedup=choice.speedup)
+        constant = _blob_constant(weight, choice.form == "dense", bias, name)
+        blob = blobs[key] = _Blob(constant, weight.kind, weight.group, zeros, choice, new_scales)
+        note = _joined(remark, "bias inside the blob" if bias else "")
         report = replace(stays, bytes_after=blob.constant.get_byte_size(), note=note)
     else:
         report = replace(stays, note="shares the blob of an earlier layer")
@@ -246,7 +246,7 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
     sparse.set_friendly_name(name)
     _redirect(found.matmul if bias is None else bias, sparse)
     _detach(found.matmul)
-    return replace(report, sparsity=blob.sparsity, form=blob.form)
+    return replace(report, sparsity=blob.sparsity, form=blob.choice.form, speedup=blob.choice.speedup)
 
 
 def _read(found: ConstantWeight, requantizing: bool) -> tuple[Weight, str, str]:

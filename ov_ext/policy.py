@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from ov_ext.cost import Form, bytes_per_weight, cheapest
+from ov_ext.cost import Choice, Form, bytes_per_weight, cheapest
 
 Target = Literal["this-cpu", "amx", "avx512", "avx2", "reference"]
 
@@ -56,20 +56,20 @@ class SparsePolicy:
         if self.min_weights < 0:
             raise ValueError(f"min_weights is a number of elements, got {self.min_weights}.")
 
-    def choose(self, kind: str, zeros: float, group: int) -> tuple[Form, str]:
+    def choose(self, kind: str, zeros: float, group: int) -> Choice:
         """Choose the form of a weight. The target must be an instruction set.
 
         :param kind: Value kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
         :param zeros: Fraction of zeros, 0..1.
         :param group: Inputs that share a scale; 0 for one scale per output.
-        :return: The form, and the reason for the report.
+        :return: The form, with the reason when it is stock.
         """
         if self.min_sparsity is None:
             return cheapest(self.target, kind, zeros, group)
         if zeros < self.min_sparsity:
-            return "stock", f"too few zeros: {self.min_sparsity:.0%} are needed"
+            return Choice("stock", None, f"too few zeros: {self.min_sparsity:.0%} are needed")
         smaller = bytes_per_weight("sparse", kind, zeros, group) < bytes_per_weight("dense", kind, zeros, group)
-        return ("sparse", "") if smaller else ("dense", "")
+        return Choice("sparse" if smaller else "dense", None, "")
 
     def ignores(self, *names: str) -> bool:
         """:return: True when one of the names is listed or matches a pattern."""
@@ -92,7 +92,9 @@ class LayerReport:
     :param bytes_after: Bytes afterwards: those of the blob, at the first MatMul that reads it, and those counted before
         that some operation still needs.
     :param form: ``"stock"``: it stays; ``"sparse"``, ``"dense"``: a SparseMatMul with or without a bitmap.
-    :param note: Why, and what to know about a replacement.
+    :param note: Why it stays, or what to know about the replacement.
+    :param speedup: Expected time of stock / time of our best form at one token (:mod:`ov_ext.cost`); None where nothing
+        was estimated.
     """
 
     name: str
@@ -103,6 +105,7 @@ class LayerReport:
     bytes_after: int
     form: Form
     note: str = ""
+    speedup: float | None = None
 
     @property
     def replaced(self) -> bool:
@@ -142,8 +145,8 @@ class PackReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"Packed weights (target {self.target})")
-        for heading in ("MatMul", "shape", "kind", "zeros", "KiB before", "KiB after", "form", "note"):
-            right = heading in ("zeros", "KiB before", "KiB after")
+        for heading in ("MatMul", "shape", "kind", "zeros", "KiB before", "KiB after", "form", "x stock", "note"):
+            right = heading in ("zeros", "KiB before", "KiB after", "x stock")
             table.add_column(heading, justify="right" if right else "left", overflow="fold")
         remarks: dict[str, int] = {}  # long notes repeat on every layer: they are numbered and listed once
         for layer in self.layers:
@@ -158,6 +161,7 @@ class PackReport:
                 f"{layer.bytes_before / 1024:.0f}",
                 f"{layer.bytes_after / 1024:.0f}",
                 layer.form,
+                "" if layer.speedup is None else f"{layer.speedup:.2f}",
                 Text(note),
             )
         yield table

@@ -18,7 +18,7 @@ from tests.ov_ext.grids import grid, torch_grid
 from tests.ov_ext.ir_forms import operations
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-POLICY = ov_ext.SparsePolicy(min_weights=0, activation_group=0)
+POLICY = ov_ext.SparsePolicy(target="avx512", min_weights=0, activation_group=0)
 
 
 class Network(nn.Module):
@@ -73,7 +73,7 @@ def test_nncf_int4_lands_on_the_same_grid(core: ov.Core, mode: str, element: str
         np.testing.assert_allclose(infer(core, ir, OTHER_IDS), outputs, rtol=2e-3, atol=2e-3)
         if mode == "INT4_SYM":
             _, report = ov_ext.pack_sparse_weights(ir, POLICY)
-            assert [layer.kind for layer in report.replaced] == ["int4_sym"] * 2
+            assert [layer.kind for layer in report.layers if layer.form == "sparse"] == ["int4_sym"] * 2
 
 
 @pytest.mark.parametrize("method", ["trace", "export"])
