@@ -540,12 +540,18 @@ void prepare(const BlobView& w, const void* x, bool x_is_bf16, const Activations
 
 uint64_t row_bytes(const BlobView& w, int64_t activation_group) { return (w.segment && activation_group != 0 ? 1 : 4) * w.k_pad; }
 
+#if defined(__AVXVNNI__)
+bool supported(const CpuFeatures& f) { return f.avx_vnni; }
+#else
+bool supported(const CpuFeatures& f) { return f.avx2; }
+#endif
+
 }  // namespace
 
 #if defined(__AVXVNNI__)
-const Kernel avx2_vnni_kernel = {"avx2_vnni", max_rows, [](const CpuFeatures& f) { return f.avx_vnni; }, row_bytes, prepare, multiply};
+const Kernel avx2_vnni_kernel = {"avx2_vnni", max_rows, supported, row_bytes, prepare, multiply};
 #else
-const Kernel avx2_kernel = {"avx2", max_rows, [](const CpuFeatures& f) { return f.avx2; }, row_bytes, prepare, multiply};
+const Kernel avx2_kernel = {"avx2", max_rows, supported, row_bytes, prepare, multiply};
 #endif
 
 }  // namespace ov_ext::sparse_matmul
