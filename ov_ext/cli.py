@@ -62,6 +62,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         typer.echo(json.dumps(facts, indent=2))
     else:
         table = Table(show_header=False, box=None)
+        for kind, kernels in facts.pop("choice", {}).items():
+            ranges = [name if rows == 1 else f"{name} from {rows} rows on" for rows, name in kernels]
+            facts[f"kernels for {kind}"] = ranges
         for key, value in facts.items():
             if isinstance(value, dict):
                 value = ", ".join(name for name, present in value.items() if present) or "none"
@@ -80,7 +83,7 @@ def pack(
         float | None, typer.Option(help="Fraction of zeros needed; default: break-even per kind.")
     ] = None,
     min_weights: Annotated[int, typer.Option(help="Smaller matrices stay.")] = SparsePolicy.min_weights,
-    target: Annotated[str, typer.Option(help="this-cpu, amx, avx512, avx2 or reference.")] = "this-cpu",
+    target: Annotated[str, typer.Option(help="this-cpu, amx, avx512, avx2_vnni, avx2 or reference.")] = "this-cpu",
     activation_group: Annotated[int, typer.Option(help="128, 64, -1 (per token) or 0 (no quantization).")] = 128,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round asymmetric weights to a symmetric grid.")

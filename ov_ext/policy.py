@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import io
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ov_ext.cost import Choice, Form, bytes_per_weight, cheapest
 
-Target = Literal["this-cpu", "amx", "avx512", "avx2", "reference"]
+Target = Literal["this-cpu", "amx", "avx512", "avx2_vnni", "avx2", "reference"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class SparsePolicy:
             raise ValueError(f"min_sparsity is a fraction between 0 and 1, got {self.min_sparsity}.")
         if self.activation_group not in (0, 64, 128, -1):
             raise ValueError(f"activation_group must be 0, 64, 128 or -1 (per token), got {self.activation_group}.")
-        if self.target not in ("this-cpu", "amx", "avx512", "avx2", "reference"):
-            raise ValueError(f"target must be this-cpu, amx, avx512, avx2 or reference, got {self.target!r}.")
+        if self.target not in get_args(Target):
+            raise ValueError(f"target must be one of {', '.join(get_args(Target))}; got {self.target!r}.")
         if self.min_weights < 0:
             raise ValueError(f"min_weights is a number of elements, got {self.min_weights}.")
 

@@ -17,7 +17,7 @@ logger = logging.getLogger("ov_ext")
 
 _LIBRARY = {"darwin": "libov_ext_cpu.dylib", "win32": "ov_ext_cpu.dll"}.get(sys.platform, "libov_ext_cpu.so")
 
-InstructionSet = Literal["reference", "avx2", "avx512", "amx"]
+InstructionSet = Literal["reference", "avx2", "avx2_vnni", "avx512", "amx"]
 TARGETS: tuple[InstructionSet, ...] = get_args(InstructionSet)  # what packed IRs name, weakest first
 _warned_targets: set[str] = set()
 
@@ -120,7 +120,7 @@ def cpu_info() -> dict[str, Any]:
 def this_cpu() -> InstructionSet:
     """:return: The entry of :data:`TARGETS` that names the best instruction set this CPU and build can run."""
     kernels = cpu_info()["kernels"]
-    return next(target for target in reversed(TARGETS) if any(name.startswith(target) for name in kernels))
+    return next(target for target in reversed(TARGETS) if target in kernels)
 
 
 def check_format(model: ov.Model) -> None:

@@ -46,7 +46,11 @@ def test_info() -> None:
     assert result.exit_code == 0 and facts["extension"] == "ok" and facts["kernels"][-1] == "reference"
     assert {"features", "amx_permission", "selected", "openvino", "built_for"} <= facts.keys()
     assert facts["nncf_ext"] == version("nncf-ext") and (facts["format"], facts["format_version"]) == ("SPW1", 1)
-    assert "kernels" in run("info").stdout
+    assert facts["choice"].keys() == {"bf16", "int8", "int4"}
+    for kernels in facts["choice"].values():  # [first number of rows, kernel]
+        assert kernels[0][0] == 1 and all(name in facts["kernels"] for _, name in kernels)
+    text = run("info").stdout
+    assert "kernels for int4" in text and facts["choice"]["int4"][0][1] in text
 
 
 def test_info_explains_a_wrong_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,10 +65,8 @@ def test_pack_and_unpack(folder: Path, tmp_path: Path, core: ov.Core) -> None:
     assert packed.exit_code == 0, packed.output
     assert "1 of 1 weights packed" in packed.stdout and "11% zeros would give" in packed.stdout
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [report[name]["layers"][0]["replaced"] for name in ("openvino_model.xml", "openvino_vision.xml")] == [
-        True,
-        False,
-    ]
+    forms = [report[name]["layers"][0]["form"] for name in ("openvino_model.xml", "openvino_vision.xml")]
+    assert forms == ["sparse", "stock"]
     before, after = files(folder), files(tmp_path / "packed")
     assert before.keys() == after.keys()
     changed = {name for name in before if before[name] != after[name]}

@@ -114,7 +114,10 @@ REFUSALS = [
     Refusal("INT4_ASYM", lambda: build(Form("u4", 128, "wide")).model, "CompressWeightsMode.INT4_SYM"),
     Refusal("INT8_ASYM", lambda: build(Form("u8", 0, "wide")).model, "CompressWeightsMode.INT8_SYM"),
     Refusal(
-        "INT4 without AVX-512", lambda: build(INT4, sparsity=0.6).model, "no share of zeros helps", for_target("avx2")
+        "INT4 without AVX-512",
+        lambda: build(INT4, sparsity=0.6).model,
+        "no share of zeros helps",
+        for_target("avx2_vnni"),
     ),
     Refusal("dense int8", lambda: build(INT8, sparsity=0.2).model, "would give 1.01x stock", for_target("avx512")),
     Refusal("dense bf16", lambda: build(Form("f32"), sparsity=0.1).model, "would give 1.09x", for_target("amx")),
