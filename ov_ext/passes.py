@@ -218,7 +218,8 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
 
     bias = _foldable_bias(found)
     weight_path = found.matmul.input_value(1).get_node().get_name()
-    key = (weight_path, found.rows_are_outputs, bias.get_name() if bias else None)
+    bias_path = bias_constant(bias).get_name() if bias else None  # type: ignore[union-attr]  # foldable: it has one
+    key = (weight_path, found.rows_are_outputs, bias_path)
     blob = blobs.get(key)
     if blob is None:
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import sanitized
 from tests.amx_emulator.emulated import ROOT, Emulator, cpu_flags, python_command
 
 KIND_GROUPS = [("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 0), ("int4", 64), ("int4", 128)]
@@ -126,22 +127,13 @@ def test_a_kernel_named_without_permission_is_an_error(emulator: Emulator) -> No
 @pytest.fixture(scope="module")
 def sanitized_tree(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project with the sanitized library in place of the installed one."""
-    build = ROOT / "build" / "sanitized"
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    flags = ["-DOV_EXT_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
-    configure = ["cmake", "-S", str(ROOT / "ov_ext" / "cpu_plugin"), "-B", str(build), *flags]
-    for command in (
-        [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
-        ["cmake", "--build", str(build), "--target", "ov_ext_cpu", "--parallel", str(os.cpu_count())],
-    ):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert not done.returncode, done.stdout + done.stderr
+    library = sanitized.build("ov_ext_cpu") / "libov_ext_cpu.so"
     tree = tmp_path_factory.mktemp("sanitized")
     (tree / "ov_ext").mkdir()
     for path in (ROOT / "ov_ext").iterdir():
         if path.suffix != ".so":
             (tree / "ov_ext" / path.name).symlink_to(path)
-    (tree / "ov_ext" / "libov_ext_cpu.so").symlink_to(build / "libov_ext_cpu.so")
+    (tree / "ov_ext" / "libov_ext_cpu.so").symlink_to(library)
     (tree / "tests").symlink_to(ROOT / "tests")
     return tree
 

@@ -256,7 +256,7 @@ void prepare(const BlobView& w, const void* x, bool x_is_bf16, const Activations
 }
 
 bool supported(const CpuFeatures& f) {
-    return f.avx512 && f.avx512_vbmi2 && f.gfni && f.amx_tile && f.amx_bf16 && f.amx_int8 && amx_permission();
+    return f.avx512 && f.avx512_vbmi2 && f.avx512_vnni && f.gfni && f.amx_tile && f.amx_bf16 && f.amx_int8 && amx_permission();
 }
 
 // Activations in floating point need multiplications that tiles do not have.

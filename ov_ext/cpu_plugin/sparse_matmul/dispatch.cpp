@@ -13,15 +13,20 @@
 namespace ov_ext::sparse_matmul {
 namespace {
 
-// Rows of x prepared at a time: as many as stay in a level-2 cache, within limits. All of them share one expansion of a weight.
+// Rows of x prepared at a time: as many as stay in a level-2 cache, within limits. As many as a kernel takes share one expansion of a
+// weight.
 constexpr uint64_t strip_bytes = 1 << 20, min_strip_rows = 128, max_strip_rows = 512, strip_step = 32;
 // Up to this many rows, work is split along K as well when there are too few blocks to feed the threads.
 constexpr uint64_t split_k_max_rows = 16;
 constexpr uint64_t units_per_thread_wanted = 4;
+// A parallel region costs more than preparing fewer rows, or adding up their partial sums.
+constexpr uint64_t parallel_from_rows = 8;
 
+#if defined(__x86_64__)
 // Rows from which the AMX kernel is faster than the AVX-512 kernel, measured on a Xeon with both (cycles for 64 bytes of weights:
 // bf16 at 5 rows 10 against 17, int8 at 6 rows 11 against 11 and at 8 rows 11 against 12).
 constexpr uint64_t amx_min_rows(Kind kind) { return kind == Kind::bf16 ? 5 : 8; }
+#endif
 
 // Scratch that survives between calls on a thread. A lease, not a plain thread_local: while a thread waits inside a parallel loop,
 // TBB may let it run another operation, which must not get the same memory.
@@ -43,8 +48,11 @@ class Scratch {
     ~Scratch() {
         constexpr uint64_t keep_bytes = 1 << 20, keep_buffers = 4;
         auto& free = free_list();
-        if (m_bytes <= keep_bytes && free.size() < keep_buffers)
-            free.emplace_back(std::move(m_buffer), m_bytes);
+        if (m_bytes > keep_bytes)
+            return;
+        if (free.size() == keep_buffers)  // the one that fitted worst
+            free.erase(std::min_element(free.begin(), free.end(), [](const auto& a, const auto& b) { return a.second < b.second; }));
+        free.emplace_back(std::move(m_buffer), m_bytes);
     }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
@@ -125,14 +133,20 @@ void multiply_strip(const BlobView& w, const Kernel& kernel, const Strip& strip,
                 kernel.multiply(w, strip.a, unit / w.chunks, unit % w.chunks, unit % w.chunks + 1, row, std::min(max_rows, rows - row),
                                 sums + (unit * rows + row) * block_n);
     });
-    for (uint64_t block = 0; block < w.blocks; block++)
-        for (uint64_t row = 0; row < rows; row++) {
-            float* total = sums + (block * w.chunks * rows + row) * block_n;
-            for (uint64_t chunk = 1; chunk < w.chunks; chunk++)
-                for (uint64_t c = 0; c < block_n; c++)
-                    total[c] += total[chunk * rows * block_n + c];
-            store(w, block, total, strip.first_row + row, y, is_bf16);
-        }
+    const auto add_up = [&](uint64_t begin, uint64_t end) {
+        for (uint64_t block = begin; block < end; block++)
+            for (uint64_t row = 0; row < rows; row++) {
+                float* total = sums + (block * w.chunks * rows + row) * block_n;
+                for (uint64_t chunk = 1; chunk < w.chunks; chunk++)
+                    for (uint64_t c = 0; c < block_n; c++)
+                        total[c] += total[chunk * rows * block_n + c];
+                store(w, block, total, strip.first_row + row, y, is_bf16);
+            }
+    };
+    if (rows < parallel_from_rows)
+        add_up(0, w.blocks);
+    else
+        parallel_ranges(w.blocks, add_up);
 }
 
 const Kernel* named_by_user() {
@@ -173,8 +187,10 @@ const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_
     auto kernel = std::find(available.begin(), available.end(), wanted);
     if (kernel == available.end()) {  // nobody insists
         kernel = available.begin();
+#if defined(__x86_64__)
         if (*kernel == &amx_kernel && rows < amx_min_rows(w.kind))
             kernel++;
+#endif
     }
     while (!(*kernel)->row_bytes(w, activation_group))  // the reference kernel, the last one, takes everything
         kernel++;
@@ -207,7 +223,7 @@ void matmul(const BlobView& w, const Kernel& kernel, const void* x, bool is_bf16
             for (uint64_t row = begin; row < end; row++)
                 kernel.prepare(w, static_cast<const uint8_t*>(x) + (strip.first_row + row) * w.k * element, is_bf16, a, row);
         };
-        if (strip.rows < 8)  // a parallel region costs more than preparing a few rows
+        if (strip.rows < parallel_from_rows)
             prepare(0, strip.rows);
         else
             parallel_ranges(strip.rows, prepare);

@@ -14,7 +14,7 @@ std::vector<const Kernel*> available_kernels();
 const Kernel& kernel_by_name(const std::string& name);
 
 // The kernel for a number of rows: the fastest one measured, or the one that is wanted, or the one that OV_EXT_ISA names (read once per
-// process; amx, avx512, avx2, reference). A kernel that has no code for such activations gives way to the next best one.
+// process; amx, avx512, avx2_vnni, avx2, reference). A kernel that has no code for such activations gives way to the next best one.
 // Throws InvalidBlob when OV_EXT_ISA names a kernel that does not exist or cannot run here.
 const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_t rows, const Kernel* wanted = nullptr);
 

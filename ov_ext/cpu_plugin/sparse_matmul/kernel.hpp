@@ -49,6 +49,7 @@ struct Kernel {
     void (*prepare)(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t row);
 
     // out[rows][64] = sum over chunks [first, last) of block `block`, rows [row, row + rows) of the activations, rows <= max_rows.
+    // row is a multiple of max_rows, or of 16 where max_rows is.
     void (*multiply)(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row,
                      uint64_t rows, float* out);
 };

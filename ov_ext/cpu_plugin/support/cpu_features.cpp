@@ -43,7 +43,8 @@ CpuFeatures detect() {
     f.avx512_vbmi2 = f.avx512 && (c7 >> 6 & 1);
     f.avx512_vnni = f.avx512 && (c7 >> 11 & 1);
     f.gfni = f.avx512 && (c7 >> 8 & 1);
-    // Who asks for AMX by name is believed: an emulator can answer the request for permission, but not CPUID.
+    // Who asks for AMX by name is believed: an emulator can answer the request for permission, but not CPUID. Without permission no
+    // kernel uses it, whatever is said here.
     const char* wanted = std::getenv("OV_EXT_ISA");
     const bool believed = wanted && std::strcmp(wanted, "amx") == 0;
     f.amx_tile = believed || (tiles && (d7 >> 24 & 1));
@@ -77,7 +78,9 @@ bool amx_permission() {
             return false;
         if (syscall(SYS_arch_prctl, request_permission, tile_data) == 0)
             return true;
-        std::fprintf(stderr, "ov_ext: the system does not permit AMX (arch_prctl: %s), other kernels run\n", std::strerror(errno));
+        const char* wanted = std::getenv("OV_EXT_ISA");
+        if (!wanted || !*wanted)  // else the user has chosen: another kernel, or amx, which is then an error
+            std::fprintf(stderr, "ov_ext: the system does not permit AMX (arch_prctl: %s), other kernels run\n", std::strerror(errno));
         return false;
     }();
     return granted;

@@ -19,7 +19,7 @@ struct CpuFeatures {
 const CpuFeatures& cpu_features();
 
 // Linux hands out AMX tile state per process, on request. True when it was granted, false elsewhere. A refusal on a CPU that has AMX
-// is reported on stderr, once.
+// is reported on stderr, once, unless OV_EXT_ISA chooses a kernel.
 bool amx_permission();
 
 }  // namespace ov_ext
