@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from benchmarks import gguf_file
 from benchmarks.llama import LlamaShape, RandomLlama
 from benchmarks.weights import KINDS, random_weight
-
-gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
 SHAPE = LlamaShape(hidden=128, mlp=256, heads=4, kv_heads=2, head_dim=32, vocab=64, layers=2)
 
