@@ -43,8 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     """
     options = parser().parse_args(arguments)
     records = measure(options)
-    show(title(records), rows_of_table(records), ({"layer": "layer"} if options.layers else {}) | COLUMNS)
+    show_table(records, options.layers)
     return records
+
+
+def show_table(records: Sequence[Record], layers: bool) -> None:
+    """Print the records of :func:`measure`.
+
+    :param records: The records.
+    :param layers: They tell kinds of layers apart.
+    """
+    show(title(records), rows_of_table(records), ({"layer": "layer"} if layers else {}) | COLUMNS)
 
 
 def measure(options: argparse.Namespace) -> list[Record]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks import matmul
 from benchmarks.arms import Settings
-from benchmarks.comparison import COLUMNS, rows_of_table, running
+from benchmarks.comparison import running
 from benchmarks.decode import Models
 from benchmarks.ir_cache import SPARSE, STOCK
 from benchmarks.llama import LLAMA_1B, TINY
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     """
     options = _parser().parse_args(arguments)
     speed = matmul.measure(options)
-    show(matmul.title(speed), rows_of_table(speed), ({"layer": "layer"} if options.layers else {}) | COLUMNS)
+    matmul.show_table(speed, options.layers)
     memory = [] if options.no_memory or options.isa else measure_memory(options)
     if memory:
         show("Private memory of a whole model before and after a prompt", memory, _MEMORY_COLUMNS)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import fnmatch
 import io
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from ov_ext.cost import Choice, Form, bytes_per_weight, cheapest
+from ov_ext.runtime import TARGETS, InstructionSet
 
-Target = Literal["this-cpu", "amx", "avx512", "avx2_vnni", "avx2", "reference"]
+Target = Literal["this-cpu"] | InstructionSet
+_TARGETS = ("this-cpu", *reversed(TARGETS))
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class SparsePolicy:
             raise ValueError(f"min_sparsity is a fraction between 0 and 1, got {self.min_sparsity}.")
         if self.activation_group not in (0, 64, 128, -1):
             raise ValueError(f"activation_group must be 0, 64, 128 or -1 (per token), got {self.activation_group}.")
-        if self.target not in get_args(Target):
-            raise ValueError(f"target must be one of {', '.join(get_args(Target))}; got {self.target!r}.")
+        if self.target not in _TARGETS:
+            raise ValueError(f"target must be one of {', '.join(_TARGETS)}; got {self.target!r}.")
         if self.min_weights < 0:
             raise ValueError(f"min_weights is a number of elements, got {self.min_weights}.")
 

@@ -8,18 +8,10 @@
 
 #include "../support/cpu_features.hpp"
 #include "kernel.hpp"
+#include "unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {
-
-#define INLINE inline __attribute__((always_inline))
-
-template <class T>
-INLINE T load(const void* p) {
-    T value;
-    __builtin_memcpy(&value, p, sizeof(T));
-    return value;
-}
 
 INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

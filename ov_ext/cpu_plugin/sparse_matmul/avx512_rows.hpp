@@ -9,18 +9,10 @@
 #include <immintrin.h>
 
 #include "kernel.hpp"
+#include "unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {
-
-#define INLINE inline __attribute__((always_inline))
-
-template <class T>
-INLINE T load(const void* p) {
-    T value;
-    __builtin_memcpy(&value, p, sizeof(T));
-    return value;
-}
 
 // 8x8 bit matrices for gf2p8affineqb (byte i of the matrix gives output bit 7 - i): sign-extended low and high nibble.
 constexpr uint64_t low_nibble = 0x0102040808080808, high_nibble = 0x1020408080808080;

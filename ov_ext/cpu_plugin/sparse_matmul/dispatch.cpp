@@ -46,7 +46,7 @@ class Scratch {
         }
     }
     ~Scratch() {
-        constexpr uint64_t keep_bytes = 1 << 20, keep_buffers = 4;
+        constexpr uint64_t keep_bytes = 2 * strip_bytes, keep_buffers = 4;  // a full strip is a little more than its rows
         auto& free = free_list();
         if (m_bytes > keep_bytes)
             return;

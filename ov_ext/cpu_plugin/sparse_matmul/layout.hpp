@@ -9,15 +9,9 @@
 
 #include "../support/parallel.hpp"
 #include "format.hpp"
+#include "unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
-
-template <class T>
-T load(const uint8_t* p) {
-    T value;
-    std::memcpy(&value, p, sizeof(T));
-    return value;
-}
 
 [[noreturn]] inline void fail(const std::string& what) { throw InvalidBlob("SPW1 blob: " + what); }
 

@@ -5,16 +5,10 @@
 #include <limits>
 
 #include "kernel.hpp"
+#include "unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {
-
-template <class T>
-T load(const uint8_t* p) {
-    T value;
-    std::memcpy(&value, p, sizeof(T));
-    return value;
-}
 
 float from_bits(uint32_t bits) {
     float value;
