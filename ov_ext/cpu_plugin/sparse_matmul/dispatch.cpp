@@ -159,7 +159,7 @@ const Kernel* named_by_user() {
 std::vector<const Kernel*> available_kernels() {
     static const Kernel* const all[] = {  // best first
 #if defined(__x86_64__)
-        &amx_kernel, &avx512_kernel, &avx2_vnni_kernel, &avx2_kernel,
+        &amx_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx2_vnni_kernel, &avx2_kernel,
 #endif
         &reference_kernel};
     std::vector<const Kernel*> result;
@@ -189,6 +189,9 @@ const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_
         kernel = available.begin();
 #if defined(__x86_64__)
         if (*kernel == &amx_kernel && rows < amx_min_rows(w.kind))
+            kernel++;
+        // Two multiply-adds instead of vdpbf16ps are twice as fast on Sapphire Rapids, half as fast on Zen 4.
+        if (*kernel == &avx512_bf16_kernel && !cpu_features().amd)
             kernel++;
 #endif
     }
