@@ -33,9 +33,7 @@ def records(node: Node) -> list[str]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or len(found) != count or not all(isinstance(record, str) for record in found):
-        raise RecordError(
-            f"it does not carry a record of each of its {count} weights; go back to the first IR"
-        )
+        raise RecordError(f"it does not carry a record of each of its {count} weights; go back to the first IR")
     return found
 
 
