@@ -42,7 +42,7 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
     policy = policy or SparsePolicy()
     library = runtime.extension_path()
     runtime.check_format(model)
-    if packed := sum(is_packed(node) for graph in _graphs(model) for node in graph.get_ops()):
+    if packed := sum(node.get_output_size() for graph in _graphs(model) for node in graph.get_ops() if is_packed(node)):
         msg = (
             f"The model holds {packed} packed weights already. To pack it with another policy, restore it first: "
             "ov_ext.unpack_sparse_weights(model), or `ov-ext unpack IN OUT`."

@@ -195,11 +195,26 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
         Stream<kind, dense> stream(w, block, chunk);
         const Part<kind, input> part(w, a, block, chunk, row);
         part.template multiply<M, 4>(0, out, [&](uint64_t tile, uint64_t end, auto& sums) INLINED {
-            std::memset(sums, 0, sizeof(sums));
-            for (; tile < end; tile++)
+            if constexpr (dense || input == Input::f32) {
+                std::memset(sums, 0, sizeof(sums));
+                for (; tile < end; tile++)
 #pragma GCC unroll 1
+                    for (int p = 0; p < 4; p++)
+                        add_panel<kind, dense, input, M>(stream, Rows(part.x + tile * part.x_tile, part.stride), sums[p]);
+            } else {
+                typename Register<input>::type sum[4][M][2] = {};  // even and odd rows
+                for (; tile < end; tile++)
+                    each<4>([&](auto p) INLINED { add_sparse_panel(stream, part.x + tile * part.x_tile, part.stride, sum[p]); });
                 for (int p = 0; p < 4; p++)
-                    add_panel<kind, dense, input, M>(stream, Rows(part.x + tile * part.x_tile, part.stride), sums[p]);
+                    for (int m = 0; m < M; m++)
+                        if constexpr (input == Input::bf16) {
+                            sums[p][m][0] = sum[p][m][0], sums[p][m][1] = sum[p][m][1];
+                        } else {
+                            sums[p][m][0] = _mm512_add_epi32(sum[p][m][0], sum[p][m][1]);
+                            if (kind == Kind::int4)
+                                sums[p][m][0] = _mm512_srai_epi32(sums[p][m][0], 4);
+                        }
+            }
         });
     }
 }
@@ -254,13 +269,17 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
         Stream<kind, dense> stream(w, block, chunk);
         Part<kind, input> part(w, a, block, chunk, row);
         uint8_t* at = decoded;
-        for (uint64_t panel = 4 * part.begin; panel < 4 * part.end; panel++)
+        for (uint64_t panel = 4 * part.begin; panel < 4 * part.end; panel++, at += 1024)
+            if constexpr (dense) {
 #pragma GCC unroll 8
-            for (int r = 0; r < 16; r += 2, at += 128) {
-                stream.prefetch(r);
-                _mm512_store_si512(at, stream.template next<0>());
-                stream.prefetch(r + 1);
-                _mm512_store_si512(at + 64, stream.template next<1>());
+                for (int r = 0; r < 16; r += 2) {
+                    stream.prefetch(r);
+                    _mm512_store_si512(at + 64 * r, stream.template next<0>());
+                    stream.prefetch(r + 1);
+                    _mm512_store_si512(at + 64 * r + 64, stream.template next<1>());
+                }
+            } else {
+                decode_panel(stream, at);
             }
         for (uint64_t done = 0; done < rows; done += 6) {
             float* to = out + done * 64;
