@@ -26,7 +26,7 @@ class ElasticRank:
 
     :param lora_A: The first module of an adapter, ``Linear`` or a convolution with r outputs.
     :raises nncf.UnsupportedModelError: It is neither.
-    Source: Shears, arXiv 2404.10934, section 3.2.
+    Source: Shears, arXiv 2404.10934 (nested ranks, constant scaling).
     """
 
     def __init__(self, lora_A: nn.Module) -> None:
