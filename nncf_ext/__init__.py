@@ -8,11 +8,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork as ElasticNetwork
+    from nncf_ext.algorithms.elastic_lora.parameters import Group as Group
+    from nncf_ext.algorithms.elastic_lora.training import ElasticCallback as ElasticCallback
+    from nncf_ext.algorithms.elastic_lora.training import sandwich_loss as sandwich_loss
     from nncf_ext.algorithms.sparse_weights.parameters import (
         AdvancedSparseWeightsParameters as AdvancedSparseWeightsParameters,
     )
     from nncf_ext.compression import compress as compress
+    from nncf_ext.elastic import make_elastic as make_elastic
+    from nncf_ext.exploration.engine import search as search
+    from nncf_ext.exploration.objectives import Objective as Objective
+    from nncf_ext.exploration.report import SearchReport as SearchReport
+    from nncf_ext.exploration.samplers import HillClimbingSampler as HillClimbingSampler
+    from nncf_ext.exploration.space import SearchSpace as SearchSpace
+    from nncf_ext.extraction import extract as extract
     from nncf_ext.parameters import CompressMode as CompressMode
+    from nncf_ext.parameters import ElasticMode as ElasticMode
+    from nncf_ext.parameters import SearchSampler as SearchSampler
     from nncf_ext.report import CompressionReport as CompressionReport
     from nncf_ext.report import compression_report as compression_report
     from nncf_ext.structure.checkpoint import load_compressed as load_compressed
@@ -23,11 +36,24 @@ _HOMES = {
     "AdvancedSparseWeightsParameters": "algorithms.sparse_weights.parameters",
     "CompressMode": "parameters",
     "CompressionReport": "report",
+    "ElasticCallback": "algorithms.elastic_lora.training",
+    "ElasticMode": "parameters",
+    "ElasticNetwork": "algorithms.elastic_lora.algorithm",
+    "Group": "algorithms.elastic_lora.parameters",
+    "HillClimbingSampler": "exploration.samplers",
+    "Objective": "exploration.objectives",
+    "SearchReport": "exploration.report",
+    "SearchSampler": "parameters",
+    "SearchSpace": "exploration.space",
     "compress": "compression",
     "compression_report": "report",
+    "extract": "extraction",
     "load_compressed": "structure.checkpoint",
     "load_pretrained": "structure.checkpoint",
+    "make_elastic": "elastic",
+    "sandwich_loss": "algorithms.elastic_lora.training",
     "save_pretrained": "structure.checkpoint",
+    "search": "exploration.engine",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604
 

@@ -1,6 +1,6 @@
 """The enums users type. This file needs nothing but the standard library."""
 
-from enum import StrEnum
+from enum import Flag, StrEnum
 
 
 class CompressMode(StrEnum):
@@ -17,3 +17,30 @@ class CompressMode(StrEnum):
     SPARSE_MAGNITUDE = "sparse_magnitude"
     SPARSE_WANDA = "sparse_wanda"
     SPARSE_GPT = "sparse_gpt"
+
+
+class ElasticMode(Flag):
+    """
+    What of a network can change its size after :func:`nncf_ext.make_elastic`.
+
+    :param RANK: Ranks of low-rank adapters: leading rows of A and columns of B, with the scaling of the full rank.
+        https://arxiv.org/abs/2404.10934
+    """
+
+    RANK = 1
+
+
+class SearchSampler(StrEnum):
+    """
+    How :func:`nncf_ext.search` chooses the next point.
+
+    :param HEURISTIC: The middle size of every dimension; one evaluation.
+    :param HILL_CLIMBING: From the best point so far to neighbours, until none of several is better. One objective.
+    :param RANDOM: Uniformly, every point once.
+    :param NSGA2: Optuna's NSGA-II; any number of objectives.
+    """
+
+    HEURISTIC = "heuristic"
+    HILL_CLIMBING = "hill_climbing"
+    RANDOM = "random"
+    NSGA2 = "nsga2"

@@ -22,6 +22,8 @@ LAYERS = (
     "report",
     "algorithms",
     "compression",
+    "elastic",
+    "extraction",
     "cli",
 )
 

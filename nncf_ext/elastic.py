@@ -1,0 +1,42 @@
+"""The front door of elastic networks: which method makes what elastic?"""
+
+from collections.abc import Sequence
+
+import nncf
+from torch import nn
+
+from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork
+from nncf_ext.algorithms.elastic_lora.parameters import Group
+from nncf_ext.parameters import ElasticMode
+
+
+def make_elastic(
+    model: nn.Module,
+    mode: ElasticMode = ElasticMode.RANK,
+    *,
+    spaces: Sequence[Group],
+    adapter_name: str | None = None,
+) -> ElasticNetwork:
+    """
+    Makes sizes inside a network changeable: one set of weights, many networks.
+
+    With ``ElasticMode.RANK``: the ranks of the LoRA adapters of a PEFT model. The network of a lower rank uses the
+    leading rows of A and columns of B, with the scaling of the full rank. Layers outside all groups keep their rank.
+
+    :param model: PEFT model; stays as it is, with a hook on the A of each adapter in a group. Its base may be sparse,
+        quantized, or neither.
+    :param mode: What becomes elastic.
+    :param spaces: Groups of adapters that share a rank, and the ranks to choose from.
+    :param adapter_name: Name of the adapter; None for the active one.
+    :return: The elastic network: its space, and ``activate(point)``. Train it with ``ElasticCallback``, choose with
+        ``search``, cut with ``extract``.
+    :raises nncf.ValidationError: Groups match nothing or overlap, ranks do not begin with the rank of the adapters, a
+        layer stands in no block, the adapter is unknown, merged or already elastic.
+    :raises nncf.UnsupportedModelError: The model is not a PEFT model with plain LoRA (DoRA, bias, modules_to_save and
+        others are refused), or the rank of a layer in a group cannot be elastic.
+    :raises nncf.ParameterNotSupportedError: The mode is unknown.
+    """
+    if mode is not ElasticMode.RANK:
+        msg = f"Asked for mode {mode!r}. There is ElasticMode.RANK."
+        raise nncf.ParameterNotSupportedError(msg)
+    return ElasticNetwork(model, spaces, adapter_name)

@@ -1,0 +1,97 @@
+"""Optuna samplers, for our engine and for anyone else's study."""
+
+from random import Random
+from typing import Any
+
+import nncf
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.search_space import intersection_search_space
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+_TRIES = 100
+
+
+class HillClimbingSampler(BaseSampler):
+    """
+    Walks from the best trial so far to its neighbours, and on as soon as one is better.
+
+    A neighbour differs in at most `distance` parameters, each by one step up or down. Parameters must be integers. The
+    first trial, unless it was enqueued, is the middle of every range. What comes next depends on the finished trials,
+    the seed and the trial's number alone, so that a study continues from storage as if it had never stopped.
+
+    :param neighbours: How many trials without a gain :meth:`converged` waits for.
+    :param distance: Greatest number of parameters to change at once.
+    :param seed: Seed of the choice of neighbours.
+    """
+
+    def __init__(self, neighbours: int = 30, distance: int = 2, seed: int = 0) -> None:
+        if neighbours < 1 or distance < 1:
+            msg = f"neighbours and distance must be at least 1; got {neighbours} and {distance}."
+            raise nncf.ValidationError(msg)
+        self._neighbours = neighbours
+        self._distance = distance
+        self._seed = seed
+
+    def converged(self, study: Study) -> bool:
+        """
+        :param study: A study with one objective.
+        :return: Whether the last `neighbours` finished trials brought no gain.
+        """
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return bool(trials) and len(trials) - 1 - trials.index(_best(study, trials)) >= self._neighbours
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Optuna's interface: the parameters of the trials so far."""
+        return intersection_search_space(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Optuna's interface: a neighbour of the best trial, one not yet tried if there is any to be found."""
+        ranges = {name: _integers(name, range_) for name, range_ in search_space.items() if not range_.single()}
+        if not ranges:
+            return {}
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+        done = [each for each in trials if each.state is TrialState.COMPLETE]
+        tried = [each.params for each in trials if each.number != trial.number]
+        best = _best(study, done).params
+        random = Random(f"{self._seed} {trial.number}")
+        neighbour = {}
+        for _ in range(_TRIES):
+            neighbour = {**best}
+            for name in random.sample(sorted(ranges), random.randint(1, min(self._distance, len(ranges)))):
+                neighbour[name] = _step(best[name], ranges[name], random)
+            if neighbour not in tried:
+                break
+        return {name: neighbour[name] for name in ranges}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Optuna's interface: the middle of a range; for the first trial."""
+        range_ = _integers(param_name, param_distribution)
+        return range_.low + (range_.high - range_.low) // (2 * range_.step) * range_.step
+
+
+def _best(study: Study, trials: list[FrozenTrial]) -> FrozenTrial:
+    """The best of some finished trials; among equals, the first."""
+    if len(study.directions) != 1:
+        msg = f"Hill climbing needs one objective; the study has {len(study.directions)}. Use NSGA-II."
+        raise nncf.ParameterNotSupportedError(msg)
+    sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
+    return max(trials, key=lambda trial: sign * (trial.value if trial.value is not None else float("nan")))
+
+
+def _integers(name: str, distribution: BaseDistribution) -> IntDistribution:
+    if not isinstance(distribution, IntDistribution) or distribution.log:
+        msg = f"Hill climbing takes steps on integers; {name} has a {type(distribution).__name__}."
+        raise nncf.ParameterNotSupportedError(msg)
+    return distribution
+
+
+def _step(value: int, range_: IntDistribution, random: Random) -> int:
+    """One step up or down, inside the range."""
+    steps = [step for step in (-range_.step, range_.step) if range_.low <= value + step <= range_.high]
+    return value + random.choice(steps)

@@ -1,0 +1,172 @@
+"""Which sub-networks are there? Named dimensions, each with a list of sizes."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from random import Random
+from typing import Any, Protocol
+
+import nncf
+
+Point = dict[str, int]
+"""One sub-network: a size for every dimension of a space, in the space's order."""
+
+
+class Elastic(Protocol):
+    """What a search or a training needs to know of an elastic network."""
+
+    @property
+    def space(self) -> "SearchSpace":
+        """All points."""
+
+    @property
+    def active(self) -> Point:
+        """The point that the network computes now."""
+
+    def activate(self, point: Mapping[str, int]) -> None:
+        """
+        :param point: The point to compute from now on.
+        """
+
+
+class SearchSpace:
+    """
+    Ordered named dimensions with a few sizes each; a point takes one of each.
+
+    :param dimensions: Sizes by name, each list from the largest to the smallest, positive and distinct.
+    :raises nncf.ValidationError: There is no dimension, or a list is empty, unsorted or not of positive integers.
+    """
+
+    def __init__(self, dimensions: Mapping[str, Sequence[int]]) -> None:
+        self._dimensions = {name: tuple(sizes) for name, sizes in dimensions.items()}
+        if not self._dimensions:
+            msg = "A search space needs at least one dimension; got none."
+            raise nncf.ValidationError(msg)
+        for name, sizes in self._dimensions.items():
+            sound = all(type(size) is int and size > 0 for size in sizes)
+            if not sizes or not sound or list(sizes) != sorted(set(sizes), reverse=True):
+                msg = f"Sizes of {name} must be distinct positive integers, largest first; got {list(sizes)}."
+                raise nncf.ValidationError(msg)
+
+    @property
+    def dimensions(self) -> dict[str, tuple[int, ...]]:
+        """Sizes by name, largest first."""
+        return dict(self._dimensions)
+
+    @property
+    def size(self) -> int:
+        """The number of points."""
+        return math.prod(len(sizes) for sizes in self._dimensions.values())
+
+    def maximal(self) -> Point:
+        """
+        :return: The largest size of every dimension.
+        """
+        return {name: sizes[0] for name, sizes in self._dimensions.items()}
+
+    def minimal(self) -> Point:
+        """
+        :return: The smallest size of every dimension.
+        """
+        return {name: sizes[-1] for name, sizes in self._dimensions.items()}
+
+    def heuristic(self) -> Point:
+        """
+        :return: The middle size of every dimension; of an even number of sizes, the larger one of the two in the
+            middle. Source: Shears, arXiv 2404.10934.
+        """
+        return {name: sizes[(len(sizes) - 1) // 2] for name, sizes in self._dimensions.items()}
+
+    def sample(self, random: Random) -> Point:
+        """
+        :param random: Source of randomness; one number is taken for every dimension.
+        :return: A size drawn uniformly and independently for every dimension.
+        """
+        # Python keeps the sequence of random() across versions; it does not promise that of choice().
+        return {name: sizes[int(random.random() * len(sizes))] for name, sizes in self._dimensions.items()}
+
+    def draw(self, seed: int, step: int = 0) -> Point:
+        """
+        :param seed: Seed.
+        :param step: Number of the draw.
+        :return: A uniform point that depends on nothing else: the same in every process and after every restart.
+        """
+        return self.sample(Random(f"{seed} {step}"))
+
+    def clip(self, point: Mapping[str, float]) -> Point:
+        """
+        :param point: A number for every dimension.
+        :return: The nearest size of each; between two, the larger.
+        :raises nncf.ValidationError: A dimension is missing or unknown.
+        """
+        self._check_names(point)
+        # Sizes fall, and min() takes the first of equals.
+        return {
+            name: min((abs(size - point[name]), place, size) for place, size in enumerate(sizes))[2]
+            for name, sizes in self._dimensions.items()
+        }
+
+    def check(self, point: Mapping[str, int]) -> Point:
+        """
+        :param point: A size for every dimension, in any order.
+        :return: The same in the space's order.
+        :raises nncf.ValidationError: A dimension is missing or unknown, or a size is not in its list.
+        """
+        self._check_names(point)
+        for name, sizes in self._dimensions.items():
+            if point[name] not in sizes:
+                msg = f"Asked for {name} = {point[name]}; its sizes are {list(sizes)}."
+                raise nncf.ValidationError(msg)
+        return {name: int(point[name]) for name in self._dimensions}
+
+    def encode(self, point: Mapping[str, int]) -> tuple[int, ...]:
+        """
+        :param point: A point.
+        :return: For each dimension, in order, the place of its size in its list; 0 is the largest size.
+        :raises nncf.ValidationError: It is not a point of this space.
+        """
+        point = self.check(point)
+        return tuple(sizes.index(point[name]) for name, sizes in self._dimensions.items())
+
+    def decode(self, places: Sequence[int]) -> Point:
+        """
+        :param places: As from :meth:`encode`.
+        :return: The point.
+        :raises nncf.ValidationError: There are too many or too few places, or one is outside its list.
+        """
+        lists = self._dimensions.items()
+        fits = len(places) == len(lists)
+        if not fits or any(not 0 <= at < len(sizes) for at, (_, sizes) in zip(places, lists, strict=True)):
+            msg = f"Asked to decode {list(places)}; the dimensions have {[len(sizes) for _, sizes in lists]} sizes."
+            raise nncf.ValidationError(msg)
+        return {name: sizes[at] for at, (name, sizes) in zip(places, lists, strict=True)}
+
+    def enumerate(self) -> Iterator[Point]:
+        """
+        :return: Every point; the last dimension changes fastest, sizes fall.
+        """
+        for sizes in itertools.product(*self._dimensions.values()):
+            yield dict(zip(self._dimensions, sizes, strict=True))
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """
+        :return: Sizes by name, as lists: plain data.
+        """
+        return {name: list(sizes) for name, sizes in self._dimensions.items()}
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, SearchSpace) and list(self._dimensions.items()) == list(other._dimensions.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._dimensions.items()))
+
+    def __repr__(self) -> str:
+        return f"SearchSpace({self._dimensions})"
+
+    def _check_names(self, point: Mapping[str, Any]) -> None:
+        missing = [name for name in self._dimensions if name not in point]
+        unknown = [name for name in point if name not in self._dimensions]
+        if missing or unknown:
+            what = f"misses {missing[:4]}" if missing else f"has unknown dimensions {unknown[:4]}"
+            msg = f"The point {what}. The {len(self._dimensions)} dimensions are {list(self._dimensions)[:8]}."
+            raise nncf.ValidationError(msg)
