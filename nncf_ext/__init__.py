@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from nncf_ext.algorithms.sqft.algorithm import make_mergeable as make_mergeable
     from nncf_ext.algorithms.sqft.algorithm import prerounding as prerounding
+    from nncf_ext.algorithms.sqft.gptq_checkpoint import load_gptq as load_gptq
     from nncf_ext.algorithms.sqft.merging import merge as merge
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters as AdvancedSqftParameters
     from nncf_ext.compression import compress as compress
@@ -56,6 +57,7 @@ _HOMES = {
     "compression_report": "report",
     "extract": "extraction",
     "load_compressed": "structure.checkpoint",
+    "load_gptq": "algorithms.sqft.gptq_checkpoint",
     "load_pretrained": "structure.checkpoint",
     "make_elastic": "elastic",
     "make_mergeable": "algorithms.sqft.algorithm",
