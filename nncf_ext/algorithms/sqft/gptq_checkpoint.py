@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from nncf_ext.structure.grid import check_hookable, pack
+from nncf_ext.structure.grid import check_hookable, dequantize, pack
 from nncf_ext.structure.records import LayerRecord, set_record
 
 _BITS = 4
 _ZERO_POINT = 8
+_FAR = 0.7  # relative error of a weight
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -31,8 +32,11 @@ def load_gptq(folder: str | os.PathLike[str], partner: nn.Module) -> nn.Module:
         gptq_v2), ``scales`` [groups, out] float16 and optionally ``g_idx`` [in] int32 for each layer.
     :param partner: The floating model that was quantized, such as the sparse float16 partner of an SQFT base; gives
         everything that is not quantized, and the type of weights. Not changed.
-    :return: A new model with packed INT4 weights: the grid of :func:`nncf_ext.make_mergeable`.
-    :raises nncf.ValidationError: There is no quantized layer, a tensor is missing, or one fits no layer of `partner`.
+    :return: A new model with packed INT4 weights: the grid of :func:`nncf_ext.make_mergeable`. Codes that are not zero
+        where the partner is, as GPTQ leaves them that does not know of zeros, are set to zero; the report says how
+        many, and how far the weights are from the partner's.
+    :raises nncf.ValidationError: There is no quantized layer, a tensor is missing, one fits no layer of `partner`, or
+        the numbers are far from those of `partner`.
     :raises nncf.ParameterNotSupportedError: Not symmetric, not 4 bits, other groups, or columns in another order
         (desc_act).
     """
@@ -54,14 +58,31 @@ def load_gptq(folder: str | os.PathLike[str], partner: nn.Module) -> nn.Module:
         if missing:
             raise nncf.ValidationError(f"{folder} lacks {', '.join(missing)} of {layer}.")
         parts = {suffix: tensors.get(f"{layer}.{suffix}") for suffix in _SUFFIXES}
-        grids[layer] = _grid(layer, parts, tuple(weight.shape), less_one)
+        codes, scales = (each.to(weight.device) for each in _grid(layer, parts, tuple(weight.shape), less_one))
+        codes, record = _like_partner(layer, weight.detach(), codes, scales)
+        grids[layer] = codes, scales, record
     model = copy.deepcopy(partner)
-    for layer, (codes, scales) in grids.items():
-        parameter = model.get_parameter(f"{layer}.weight")
-        before = parameter.nbytes
-        pack(model, f"{layer}.weight", codes.to(parameter.device), scales.to(parameter.device))
-        set_record(model.get_submodule(layer), LayerRecord(mode="gptq_checkpoint", bytes_before=before))
+    for layer, (codes, scales, record) in grids.items():
+        pack(model, f"{layer}.weight", codes, scales)
+        set_record(model.get_submodule(layer), record)
     return model
+
+
+def _like_partner(layer: str, weight: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, LayerRecord]:
+    """The codes with the zeros of the partner, and what is to be noted on the layer."""
+    regained = (weight == 0) & (codes != 0)
+    codes = codes.masked_fill(regained, 0)
+    error = float((dequantize(codes, scales) - weight.float()).norm() / weight.float().norm().clamp_min(1e-30))
+    if not error < _FAR:
+        msg = (
+            f"The numbers of {layer} differ from those of the partner by {error:.2f} of their norm; 4 bits alone make "
+            "about 0.1. Give the very model that was quantized."
+        )
+        raise nncf.ValidationError(msg)
+    lost = int(regained.sum())
+    note = f"{lost} codes of pruned weights were set to zero" if lost else None
+    record = LayerRecord("gptq_checkpoint", None, weight.nbytes, error, "weight", note, prerounding=weight)
+    return codes, record
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
