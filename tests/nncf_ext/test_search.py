@@ -74,7 +74,9 @@ def keys(evaluations) -> list[tuple[int, ...]]:
     return [tuple(evaluation.point.values()) for evaluation in evaluations]
 
 
-@pytest.mark.parametrize("sampler", [SearchSampler.RANDOM, SearchSampler.NSGA2, "random", optuna.samplers.TPESampler()])
+@pytest.mark.parametrize(
+    "sampler", [SearchSampler.RANDOM, SearchSampler.NSGA2, "random", optuna.samplers.RandomSampler(seed=0)]
+)
 def test_whole_space_gives_the_front_of_brute_force(sampler):
     net = network(2)
     report = search(net, [ACCURACY, COST], sampler=sampler, budget=100)
@@ -231,10 +233,10 @@ class Interrupted:
 SINGLE = [SearchSampler.HILL_CLIMBING, SearchSampler.RANDOM, SearchSampler.NSGA2]
 
 
-@pytest.mark.parametrize("at", [1, 2, 23, 24])
+@pytest.mark.parametrize("at", [1, 23])
 @pytest.mark.parametrize("sampler", SINGLE)
 def test_killed_search_continues_as_if_nothing_had_been(tmp_path, sampler, at):
-    settings = {"sampler": sampler, "budget": 60, "seed": 5}
+    settings = {"sampler": sampler, "budget": 36, "seed": 5}
     expected = search(network(), [ACCURACY], storage=tmp_path / "whole.log", **settings)
     measure = Interrupted(at, ZeroDivisionError)
     objectives = [Objective("accuracy", measure)]
@@ -281,6 +283,22 @@ def test_a_larger_budget_continues_a_finished_search(tmp_path):
     more = search(network(), [ACCURACY], sampler="random", budget=25, storage=storage)
     whole = search(network(), [ACCURACY], sampler="random", budget=25)
     assert more.evaluations[:10] == first.evaluations and more.evaluations == whole.evaluations
+
+
+def test_two_searches_on_one_storage_share_results(tmp_path):
+    storage, measured = tmp_path / "search.log", []
+
+    def measure(point):
+        measured.append(tuple(point.values()))
+        if len(measured) == 10:
+            other = search(network(), [ACCURACY], sampler="random", budget=20, storage=storage, seed=1)
+            measured.extend(keys(other.evaluations)[9:])
+        return accuracy(point)
+
+    report = search(network(), [Objective("accuracy", measure)], sampler="random", budget=30, storage=storage)
+    assert len(report.evaluations) == 30 and set(measured) == set(keys(report.evaluations))
+    # The other search took over the one point that was being measured when it began.
+    assert len(measured) == 31
 
 
 def test_data_base_as_storage(tmp_path):
