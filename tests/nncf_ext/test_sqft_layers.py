@@ -59,7 +59,8 @@ def tensors(case, dtype=torch.float64):
     scales = (normal(case["outputs"], case["groups"]).sign() * 0.3 + 0.05 * normal(case["outputs"], 1)).half()
     A, B = normal(case["rank"], case["inputs"]).float(), normal(case["outputs"], case["rank"]).float()
     x = normal(*case["batch"], case["inputs"])
-    return [each.to(dtype).requires_grad_() for each in (x, A, B, scales)] + [weight.to(dtype)]
+    bias = normal(case["outputs"])
+    return [each.to(dtype).requires_grad_() for each in (x, A, B, scales, bias)] + [weight.to(dtype)]
 
 
 def naive(case, x, A, B, scales, weight, kept, trained):
@@ -88,21 +89,22 @@ def naive(case, x, A, B, scales, weight, kept, trained):
 @settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_values_and_gradients_are_those_of_the_naive_form(grid, case):
-    x, A, B, scales, weight = tensors(case)
+    x, A, B, scales, bias, weight = tensors(case)
     if grid == "frozen":
         scales.requires_grad_(False)
     given_scales = None if grid is None else scales
     torch.manual_seed(case["seed"])
     kept = torch.rand(x.shape[:-1].numel(), x.shape[-1]).reshape(x.shape) >= case["dropout"]
-    expected = naive(case, x, A, B, given_scales, weight, kept if case["dropout"] else None, grid == "trained")
-    sought = [each for each in (x, A, B, given_scales) if each is not None and each.requires_grad]
+    kept = kept if case["dropout"] else None
+    expected = bias + naive(case, x, A, B, given_scales, weight, kept, grid == "trained")
+    sought = [each for each in (x, A, B, given_scales, bias) if each is not None and each.requires_grad]
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     wanted = torch.autograd.grad(expected, sought, upstream)
 
     torch.manual_seed(case["seed"])
     with mock.patch.object(delta, "_BLOCK_ON_CPU", case["block"]):
         found = MergedLinear.apply(
-            x, A, B, given_scales, weight, pack_mask(weight != 0), case["scaling"], case["dropout"]
+            x, A, B, given_scales, weight, pack_mask(weight != 0), bias, case["scaling"], case["dropout"]
         )
         gradients = torch.autograd.grad(found, sought, upstream)
     # On the grid the arithmetic before rounding is float32: an entry may stand just beside the border of a cell.
@@ -114,9 +116,11 @@ def test_values_and_gradients_are_those_of_the_naive_form(grid, case):
 def test_gradients_pass_a_numerical_check(monkeypatch):
     monkeypatch.setattr(delta, "_BLOCK_ON_CPU", 20)
     case = {"inputs": 6, "groups": 2, "outputs": 11, "rank": 3, "batch": [2], "scaling": 1.5, "dropout": 0.0, "seed": 1}
-    x, A, B, _, weight = tensors(case)
+    x, A, B, _, bias, weight = tensors(case)
     mask = pack_mask(weight != 0)
-    assert torch.autograd.gradcheck(lambda *of: MergedLinear.apply(*of, None, weight, mask, 1.5, 0.0), (x, A, B))
+    assert torch.autograd.gradcheck(
+        lambda *of: MergedLinear.apply(*of[:3], None, weight, mask, of[3], 1.5, 0.0), (x, A, B, bias)
+    )
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -128,7 +132,7 @@ def test_pruned_places_give_the_adapter_no_gradient(quantized):
     x = torch.randn(5, 8)
     x[:, 4:] = 0.0
     scales = torch.full((9, 2), 0.3).half() if quantized else None
-    result = MergedLinear.apply(x, A, B, scales, weight, pack_mask(weight != 0), 2.0, 0.0)
+    result = MergedLinear.apply(x, A, B, scales, weight, pack_mask(weight != 0), None, 2.0, 0.0)
     assert torch.equal(result, torch.zeros(5, 9))
     result.sum().backward()
     assert torch.equal(A.grad, torch.zeros_like(A)) and torch.equal(B.grad, torch.zeros_like(B))

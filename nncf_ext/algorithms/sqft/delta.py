@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from nncf_ext.structure.grid import HIGHEST_CODE, LOWEST_CODE, dequantize, round_to_grid
 
@@ -26,7 +27,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     :param mask: Boolean ``[rows, columns]``.
     :return: The same, eight columns in a byte, ``[rows, ceil(columns / 8)]`` uint8.
     """
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
+    padded = pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
     bits = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.reshape(mask.shape[0], -1, 8) * bits).sum(-1, dtype=torch.uint8)
 
@@ -156,7 +157,7 @@ class MergedWeight:
 
 class MergedLinear(torch.autograd.Function):
     """
-    ``x V^T``, V being the merged weight; with dropout, ``x V^T + (dropout(x) - x) D^T``, D being its delta.
+    ``x V^T + b``, V being the merged weight; with dropout, ``x V^T + (dropout(x) - x) D^T + b``, D being its delta.
     """
 
     @staticmethod
@@ -168,6 +169,7 @@ class MergedLinear(torch.autograd.Function):
         scales: Tensor | None,
         weight: Tensor,
         mask: Tensor,
+        bias: Tensor | None,
         scaling: float,
         dropout: float,
     ) -> Tensor:
@@ -180,13 +182,14 @@ class MergedLinear(torch.autograd.Function):
             of base and delta lies outside of the grid.
         :param weight: W ``[out, in]``, no gradient.
         :param mask: M, packed.
+        :param bias: b ``[out]`` in the type of x, or None.
         :param scaling: s.
         :param dropout: Fraction of inputs that the delta does not see, 0..1.
         :return: ``[.., out]``, in the type of x.
         """
         merged = MergedWeight(weight, mask, lora_A, lora_B, scaling, scales)
         kept = None
-        result = x @ merged.values(x.dtype).T
+        result = linear(x, merged.values(x.dtype), bias)
         if dropout > 0:
             kept = pack_mask(torch.rand(x.shape[:-1].numel(), x.shape[-1], device=x.device) >= dropout)
             result += (x * _excess(kept, dropout, x)) @ merged.deltas(x.dtype).T
@@ -199,7 +202,7 @@ class MergedLinear(torch.autograd.Function):
         """
         :param ctx: Autograd context.
         :param grad: Gradient of the outputs ``[.., out]``.
-        :return: Gradients of x, A, B and the scales.
+        :return: Gradients of x, A, B, the scales and b.
         """
         x, lora_A, lora_B, scales, weight, mask, kept = ctx.saved_tensors
         merged = MergedWeight(weight, mask, lora_A, lora_B, ctx.scaling, scales)
@@ -227,7 +230,18 @@ class MergedLinear(torch.autograd.Function):
             of_delta = of_sum.masked_fill_(~merged.kept(rows), 0.0).mul_(ctx.scaling)
             grad_B[rows] = of_delta @ lora_A.to(merged.precision).T
             grad_A += lora_B[rows].to(merged.precision).T @ of_delta
-        return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), grad_scales, None, None, None, None
+        grad_bias = outputs.sum(0) if ctx.needs_input_grad[6] else None
+        return (
+            grad_x,
+            grad_A.to(lora_A.dtype),
+            grad_B.to(lora_B.dtype),
+            grad_scales,
+            None,
+            None,
+            grad_bias,
+            None,
+            None,
+        )
 
 
 def _excess(kept: Tensor, dropout: float, x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class MaskedLoraLinear(LoraLinear):
     """
 
     mask: Tensor
+    _drops_all_inputs = False
 
     @classmethod
     def around(cls, layer: LoraLinear) -> Self:
@@ -127,19 +128,17 @@ class MaskedLoraLinear(LoraLinear):
         autocast = torch.is_autocast_enabled(device)
         x = x.to(torch.get_autocast_dtype(device) if autocast else merged.weight.dtype)
         with torch.autocast(device, enabled=False):
-            result = MergedLinear.apply(
+            return MergedLinear.apply(
                 x,
                 merged.lora_A,
                 merged.lora_B,
                 merged.scales,
                 merged.weight,
                 merged.mask,
+                None if bias is None else bias.to(x.dtype),
                 merged.scaling,
                 probability,
             )
-        return result if bias is None else result + bias.to(result.dtype)
-
-    _drops_all_inputs = False
 
 
 class QuantizedLoraLinear(MaskedLoraLinear):
