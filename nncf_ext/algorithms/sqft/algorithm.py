@@ -83,7 +83,7 @@ def make_mergeable(
                 made = MaskedLoraLinear.around(layer)
             parent, _, name = path.rpartition(".")
             setattr(base.get_submodule(parent), name, made)
-        for path in grids.keys() - layers.keys():
+        for path in (path for path in grids if path not in layers):
             # Without an adapter: computes with what the merged model holds, and is packed when merging.
             linear: Any = base.get_submodule(path)
             linear.weight.data = on_grid(linear.weight, grids[path])

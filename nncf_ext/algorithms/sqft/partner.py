@@ -117,7 +117,7 @@ def check_partners(base: nn.Module, weights: Mapping[str, Tensor], grid: nn.Modu
                 "such codes to zero."
             )
             raise nncf.ValidationError(msg)
-    for path in grids.keys() - weights.keys():
+    for path in (path for path in grids if path not in weights):
         try:
             _check_shape(path, base.get_parameter(f"{path}.weight"), grids[path].codes)
         except AttributeError:
