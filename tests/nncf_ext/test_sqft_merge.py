@@ -18,7 +18,6 @@ from tests.nncf_ext.mergeable import (
     QUANT_AWARE,
     SPARSE,
     adapter,
-    grid_of,
     logits,
     mergeable,
     oracle_codes,
@@ -28,6 +27,7 @@ from tests.nncf_ext.mergeable import (
     tokens,
     train,
 )
+from tests.nncf_ext.packed_layers import grid_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 
