@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nncf_ext.structure.checkpoint import load_compressed as load_compressed
     from nncf_ext.structure.checkpoint import load_pretrained as load_pretrained
     from nncf_ext.structure.checkpoint import save_pretrained as save_pretrained
+    from nncf_ext.structure.plan import StructurePlan as StructurePlan
 
 _HOMES = {
     "AdvancedSparseWeightsParameters": "algorithms.sparse_weights.parameters",
@@ -53,6 +54,7 @@ _HOMES = {
     "SearchReport": "exploration.report",
     "SearchSampler": "parameters",
     "SearchSpace": "exploration.space",
+    "StructurePlan": "structure.plan",
     "compress": "compression",
     "compression_report": "report",
     "extract": "extraction",
