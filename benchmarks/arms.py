@@ -10,7 +10,6 @@ from pathlib import Path
 import openvino as ov
 
 import ov_ext
-from benchmarks.llama import HEAD
 from ov_ext.policy import PackReport
 
 # OpenVINO fuses the linear layers of a stock graph into these.
@@ -93,15 +92,14 @@ def core() -> ov.Core:
     return ov_ext.add_extension(ov.Core())
 
 
-def pack(model: ov.Model, sparse_head: bool = False) -> PackReport:
-    """Pack every linear layer in place, whatever its sparsity; lm_head only on request.
+def pack(model: ov.Model) -> PackReport:
+    """Pack every linear layer and lm_head in place, whatever their sparsity: without zeros, without a mask.
 
     :raises UnfairComparison: A layer was left out.
     """
-    ignored = () if sparse_head else (HEAD,)
-    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, ignored_names=ignored)
+    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0)
     _, report = ov_ext.pack_sparse_weights(model, policy)
-    left = [layer for layer in report.layers if not layer.replaced and layer.name not in ignored]
+    left = [layer for layer in report.layers if not layer.replaced]
     if left:
         raise UnfairComparison(f"{left[0].name} was not packed ({left[0].note}), nor were {len(left) - 1} others.")
     return report

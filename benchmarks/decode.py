@@ -30,7 +30,7 @@ from benchmarks.comparison import (
 from benchmarks.decoders import Generator, LlamaCppDecoder, TorchDecoder, load_openvino
 from benchmarks.engines import Engine
 from benchmarks.gguf_file import FORMATS
-from benchmarks.ir_cache import GGUF, SPARSE, SPARSE_HEAD, ModelFiles, gguf_files, model_files
+from benchmarks.ir_cache import GGUF, SPARSE, ModelFiles, gguf_files, model_files
 from benchmarks.ir_cache import STOCK as STOCK_FILE
 from benchmarks.llama import HEAD, LLAMA_1B, TINY, LlamaShape, RandomLlama, matmul_names
 from benchmarks.options import add_shared, add_work_dir, fraction, positive
@@ -102,7 +102,7 @@ class Models:
     """The whole models of a run, on disk.
 
     :param shape: Sizes.
-    :param sparse_head: Zeros in lm_head, too, and one more engine of ours that makes use of them.
+    :param sparse_head: Zeros in lm_head, too.
     :param seed: Of the weights.
     :param work_dir: Where they are kept.
     :param say: Told what happens now.
@@ -126,10 +126,10 @@ class Models:
     def openvino(self, kind: str, sparsity: float, arm: str, setting: Settings) -> Entrant:
         """:return: One IR in one setting; ``arm`` is a key of :class:`ModelFiles`."""
         files = self.files(kind, sparsity)
-        stock_layers = {STOCK_FILE: [*matmul_names(self.shape), HEAD], SPARSE: [HEAD], SPARSE_HEAD: []}[arm]
+        stock_layers = [*matmul_names(self.shape), HEAD] if arm == STOCK_FILE else []
         load = partial(load_openvino, files.paths[arm], setting, kind, stock_layers)
         return Entrant(
-            engine={STOCK_FILE: STOCK, SPARSE: OURS, SPARSE_HEAD: f"{OURS}, lm_head too"}[arm],
+            engine=STOCK if arm == STOCK_FILE else OURS,
             kind=kind,
             sparsity=sparsity,
             make=partial(Generator, load, self.shape.vocab),
@@ -148,12 +148,13 @@ class Models:
         """
         first, threads = sparsities[0], settings.thread_count
         arms = [(kind, first, STOCK_FILE)]
-        for sparsity in sparsities:
-            arms += [(kind, sparsity, SPARSE), *([(kind, sparsity, SPARSE_HEAD)] if self._sparse_head else [])]
+        arms += [(kind, sparsity, SPARSE) for sparsity in sparsities]
         if kind != "int4":
             arms.append(("int4", first, STOCK_FILE))
         entrants = [
-            self.openvino(*arm, setting) for arm in arms for setting in candidates(settings, arm[0], stock=True)
+            self.openvino(*arm, setting)
+            for arm in arms
+            for setting in candidates(settings, arm[0], stock=arm[2] == STOCK_FILE)
         ]
         llama = self.llama(kind, first)
         if kind == "bf16":
@@ -243,9 +244,7 @@ def check(engines: dict[Entrant, Engine], models: Models, prompt: int) -> list[R
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Add the options of :func:`measure`."""
     parser.add_argument("--sparsity", type=fraction, nargs="+", default=[0.5], help="fractions of zeros; 0: no mask")
-    parser.add_argument(
-        "--sparse-head", action="store_true", help="zeros in lm_head, too, and an engine that uses them"
-    )
+    parser.add_argument("--sparse-head", action="store_true", help="zeros in lm_head, too")
     parser.add_argument("--prompt", type=positive, default=32, help="tokens of the prompt")
     parser.add_argument("--depth", type=positive, default=LLAMA_1B.layers, help="decoder layers")
     parser.add_argument("--rounds", type=positive, default=8, help="samples of each ratio")

@@ -1,4 +1,4 @@
-"""Whole models on disk, built once: a stock IR, its packed twins, and a GGUF file with the same weights."""
+"""Whole models on disk, built once: a stock IR, its packed twin, and a GGUF file with the same weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from benchmarks import gguf_file, weights
 from benchmarks import llama as graphs
 from benchmarks.arms import core, pack
 from benchmarks.llama import RandomLlama, decoder
+from ov_ext import packed
 from ov_ext.cpu_plugin.sparse_matmul import pack as spw1
 
-STOCK, SPARSE, SPARSE_HEAD, GGUF = "stock", "sparse", "sparse+head", "gguf"
+STOCK, SPARSE, GGUF = "stock", "sparse", "gguf"
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,10 @@ def model_files(llama: RandomLlama, work_dir: Path, on_build: Callable[[], None]
     :param work_dir: Where they lie; a 1B bf16 model takes 2.6 GB.
     :param on_build: Called before a long build.
     """
-    arms = [STOCK, SPARSE, *([SPARSE_HEAD] if llama.sparse_head else [])]
     text = f"{llama} SPW1 {spw1.VERSION} OpenVINO {ov.get_version()}"
-    folder = work_dir / f"{llama.kind}-{_fingerprint(text, graphs, weights)}"
-    sizes = _kept(folder, partial(_build, llama, arms), on_build)
-    return ModelFiles({arm: folder / f"{arm}.xml" for arm in arms}, sizes)
+    folder = work_dir / f"{llama.kind}-{_fingerprint(text, graphs, weights, packed)}"
+    sizes = _kept(folder, partial(_build, llama), on_build)
+    return ModelFiles({arm: folder / f"{arm}.xml" for arm in (STOCK, SPARSE)}, sizes)
 
 
 def gguf_files(llama: RandomLlama, work_dir: Path, on_build: Callable[[], None] = lambda: None) -> ModelFiles:
@@ -79,16 +79,13 @@ def _kept(folder: Path, build: Callable[[Path], dict[str, int]], on_build: Calla
     return {arm: int(size) for arm, size in sizes}
 
 
-def _build(llama: RandomLlama, arms: list[str], folder: Path) -> dict[str, int]:
+def _build(llama: RandomLlama, folder: Path) -> dict[str, int]:
     path = folder / f"{STOCK}.xml"
     ov.save_model(decoder(llama), path, compress_to_fp16=False)
-    sizes: dict[str, int] = {}
-    for arm in arms[1:]:
-        model = core().read_model(path)  # mapped from the file: packing holds one layer at a time
-        report = pack(model, sparse_head=arm == SPARSE_HEAD)
-        sizes |= {STOCK: report.bytes_before, arm: report.bytes_after}
-        ov.save_model(model, folder / f"{arm}.xml", compress_to_fp16=False)
-    return sizes
+    model = core().read_model(path)  # mapped from the file: packing holds one layer at a time
+    report = pack(model)
+    ov.save_model(model, folder / f"{SPARSE}.xml", compress_to_fp16=False)
+    return {STOCK: report.bytes_before, SPARSE: report.bytes_after}
 
 
 def _fingerprint(text: str, *sources: ModuleType) -> str:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.sparse_weights.parameters import (
         AdvancedSparseWeightsParameters as AdvancedSparseWeightsParameters,
     )
+    from nncf_ext.algorithms.sqft.algorithm import make_mergeable as make_mergeable
+    from nncf_ext.algorithms.sqft.algorithm import prerounding as prerounding
+    from nncf_ext.algorithms.sqft.gptq_checkpoint import load_gptq as load_gptq
+    from nncf_ext.algorithms.sqft.merging import merge as merge
+    from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters as AdvancedSqftParameters
     from nncf_ext.compression import compress as compress
     from nncf_ext.elastic import make_elastic as make_elastic
     from nncf_ext.exploration.engine import search as search
@@ -25,15 +30,18 @@ if TYPE_CHECKING:
     from nncf_ext.extraction import extract as extract
     from nncf_ext.parameters import CompressMode as CompressMode
     from nncf_ext.parameters import ElasticMode as ElasticMode
+    from nncf_ext.parameters import MergeMode as MergeMode
     from nncf_ext.parameters import SearchSampler as SearchSampler
     from nncf_ext.report import CompressionReport as CompressionReport
     from nncf_ext.report import compression_report as compression_report
     from nncf_ext.structure.checkpoint import load_compressed as load_compressed
     from nncf_ext.structure.checkpoint import load_pretrained as load_pretrained
     from nncf_ext.structure.checkpoint import save_pretrained as save_pretrained
+    from nncf_ext.structure.plan import StructurePlan as StructurePlan
 
 _HOMES = {
     "AdvancedSparseWeightsParameters": "algorithms.sparse_weights.parameters",
+    "AdvancedSqftParameters": "algorithms.sqft.parameters",
     "CompressMode": "parameters",
     "CompressionReport": "report",
     "ElasticCallback": "algorithms.elastic_lora.training",
@@ -41,16 +49,22 @@ _HOMES = {
     "ElasticNetwork": "algorithms.elastic_lora.algorithm",
     "Group": "algorithms.elastic_lora.parameters",
     "HillClimbingSampler": "exploration.samplers",
+    "MergeMode": "parameters",
     "Objective": "exploration.objectives",
     "SearchReport": "exploration.report",
     "SearchSampler": "parameters",
     "SearchSpace": "exploration.space",
+    "StructurePlan": "structure.plan",
     "compress": "compression",
     "compression_report": "report",
     "extract": "extraction",
     "load_compressed": "structure.checkpoint",
+    "load_gptq": "algorithms.sqft.gptq_checkpoint",
     "load_pretrained": "structure.checkpoint",
     "make_elastic": "elastic",
+    "make_mergeable": "algorithms.sqft.algorithm",
+    "merge": "algorithms.sqft.merging",
+    "prerounding": "algorithms.sqft.algorithm",
     "sandwich_loss": "algorithms.elastic_lora.training",
     "save_pretrained": "structure.checkpoint",
     "search": "exploration.engine",

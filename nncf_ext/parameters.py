@@ -44,3 +44,15 @@ class SearchSampler(StrEnum):
     HILL_CLIMBING = "hill_climbing"
     RANDOM = "random"
     NSGA2 = "nsga2"
+
+
+class MergeMode(StrEnum):
+    """
+    What merging an adapter must not lose (:func:`nncf_ext.make_mergeable`, :func:`nncf_ext.merge`).
+
+    :param SPARSE: The zeros of the base weight. Source: SQFT, arXiv 2410.03750, section 3.2 (SparsePEFT).
+    :param QUANT_AWARE: Its zeros and its INT4 grid. Source: the same, section 3.3 (QA-SparsePEFT).
+    """
+
+    SPARSE = "sparse"
+    QUANT_AWARE = "quant_aware"

@@ -15,13 +15,12 @@ from openvino.utils.node_factory import NodeFactory
 from ov_ext import runtime
 from ov_ext.cost import Choice
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
+from ov_ext.packed import OPERATION, detach, group, is_packed, records, redirect
 from ov_ext.policy import LayerReport, PackReport, SparsePolicy
 from ov_ext.subgraph import RecordError, bias_constant, describe, read_record, restore
 from ov_ext.weights import FLOATS, ConstantWeight, Unpackable, element_name, elements, find, load, requantize, sparsity
 
 logger = logging.getLogger("ov_ext")
-
-OPERATION = "SparseMatMul"
 
 
 class AlreadyPackedError(ValueError):
@@ -43,7 +42,7 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
     policy = policy or SparsePolicy()
     library = runtime.extension_path()
     runtime.check_format(model)
-    if packed := sum(_is_packed(node) for graph in _graphs(model) for node in graph.get_ops()):
+    if packed := sum(node.get_output_size() for graph in _graphs(model) for node in graph.get_ops() if is_packed(node)):
         msg = (
             f"The model holds {packed} packed weights already. To pack it with another policy, restore it first: "
             "ov_ext.unpack_sparse_weights(model), or `ov-ext unpack IN OUT`."
@@ -53,7 +52,10 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
         policy = replace(policy, target=runtime.this_cpu())
     factory = NodeFactory()
     factory.add_extension(library)
-    layers = [layer for graph in _graphs(model) for layer in _pack_graph(graph, policy, factory)]
+    layers = []
+    for graph in _graphs(model):
+        layers += _pack_graph(graph, policy, factory)
+        group(graph, factory)
     report = PackReport(tuple(layers), policy.target)
     if report.replaced:
         model.validate_nodes_and_infer_types()
@@ -88,7 +90,7 @@ def unpack_sparse_weights(model: ov.Model) -> ov.Model:
     graphs = _graphs(model)
     for graph in graphs:
         for node in graph.get_ordered_ops():
-            if _is_packed(node):
+            if is_packed(node):
                 _rehearse(node)
     for graph in graphs:
         _unpack(graph)
@@ -105,19 +107,22 @@ def _rehearse(node: Node) -> None:
     :raises RecordError: It has no usable record.
     :raises ValueError: Its blob is damaged.
     """
-    name, constant = node.get_friendly_name(), node.input_value(1).get_node()
+    name = node.get_friendly_name()
     x = ov.op.Parameter(node.get_input_element_type(0), node.get_input_partial_shape(0))
     try:
-        if constant.get_type_name() != "Constant":
-            raise RecordError("its blob is no constant of this graph")
-        blob = constant.get_data()
-        *_, crc, _ = HEADER.unpack_from(blob)
-        if zlib.crc32(blob[HEADER.size :]) != crc:
-            raise ValueError("its blob is damaged: the checksum does not match. Copy the model again")
-        stock = _stock_form(node, x.output(0), {})
-        found, asked = stock.get_output_partial_shape(0), node.get_output_partial_shape(0)
-        if not found.compatible(asked) or stock.get_output_element_type(0) != node.get_output_element_type(0):
-            raise RecordError(f"its record gives {element_name(stock)} {found}, not {element_name(node)} {asked}")
+        for i, record in enumerate(records(node)):
+            constant = node.input_value(1 + i).get_node()
+            if constant.get_type_name() != "Constant":
+                raise RecordError("its blob is no constant of this graph")
+            blob = constant.get_data()
+            *_, crc, _ = HEADER.unpack_from(blob)
+            if zlib.crc32(blob[HEADER.size :]) != crc:
+                raise ValueError("its blob is damaged: the checksum does not match. Copy the model again")
+            stock, packed = _stock_form(record, blob, x.output(0), {}), node.output(i)
+            found, asked = stock.get_output_partial_shape(0), packed.get_partial_shape()
+            if not found.compatible(asked) or stock.get_output_element_type(0) != packed.get_element_type():
+                element = packed.get_element_type().get_type_name()
+                raise RecordError(f"its record gives {element_name(stock)} {found}, not {element} {asked}")
     except RecordError as error:
         raise RecordError(f"{name}: {error}.") from error
     except ValueError as error:
@@ -125,21 +130,23 @@ def _rehearse(node: Node) -> None:
 
 
 def _unpack(graph: ov.Model) -> None:
-    pending = deque(node for node in graph.get_ordered_ops() if _is_packed(node))
-    blobs = {node.input_value(1).get_node().get_name() for node in pending}
-    others = (node for node in graph.get_ops() if not _is_packed(node) and node.get_name() not in blobs)
+    pending = deque(node for node in graph.get_ordered_ops() if is_packed(node))
+    blobs = {port.get_node().get_name() for node in pending for port in node.input_values()[1:]}
+    others = (node for node in graph.get_ops() if not is_packed(node) and node.get_name() not in blobs)
     known = {node.get_friendly_name(): node for node in others}
-    while pending:  # popped, not iterated: a reference to a replaced operation would keep its blob in memory
+    while pending:  # popped, not iterated: a reference to a replaced operation would keep its blobs in memory
         node = pending.popleft()
-        _redirect(node, _stock_form(node, node.input_value(0), known))
+        for i, record in enumerate(records(node)):
+            blob = node.input_value(1 + i).get_node().get_data()
+            redirect(node.output(i), _stock_form(record, blob, node.input_value(0), known).output(0))
+        detach(node)
 
 
-def _stock_form(node: Node, x: Output, known: dict[str, Node]) -> Node:
-    """:return: The last node of the stock subgraph of a packed operation, computed from ``x``; see :func:`restore`."""
+def _stock_form(record: str, blob: np.ndarray, x: Output, known: dict[str, Node]) -> Node:
+    """:return: The last node of the stock subgraph of one packed weight, computed from ``x``; see :func:`restore`."""
     from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
 
-    record = read_record(node.get_attributes()["source"])
-    return restore(record, native.unpack(node.input_value(1).get_node().get_data()), x, known)
+    return restore(read_record(record), native.unpack(blob), x, known)
 
 
 def _graphs(model: ov.Model) -> list[ov.Model]:
@@ -239,14 +246,16 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
 
     segment = blob.group or 128  # the finest group by which the kernel can scale activations
     attributes = {
-        **{"n": found.shape[0], "k": found.shape[1], "kind": blob.kind, "epilogue": ""},
+        **{"n": found.shape[0], "outputs": [], "k": found.shape[1], "kind": blob.kind, "epilogue": ""},
         "activation_group": segment if 0 < policy.activation_group < segment else policy.activation_group,
         "source": describe(found, bias, blob.new_scales),
     }
     sparse = factory.create(OPERATION, [found.matmul.input_value(0), blob.constant.output(0)], attributes)
     sparse.set_friendly_name(name)
-    _redirect(found.matmul if bias is None else bias, sparse)
-    _detach(found.matmul)
+    redirect((found.matmul if bias is None else bias).output(0), sparse.output(0))
+    for node in (bias, found.matmul):
+        if node is not None:
+            detach(node)
     return replace(report, sparsity=blob.sparsity, form=blob.choice.form, speedup=blob.choice.speedup)
 
 
@@ -282,23 +291,3 @@ def _blob_constant(weight: Weight, dense: bool, bias: Node | None, name: str) ->
     node = ov.op.Constant(native.pack(weight, dense))
     node.set_friendly_name(f"{name}/blob")
     return node
-
-
-def _redirect(old: Node, new: Node) -> None:
-    """Give all consumers and tensor names of a node to another one, and cut the old one off."""
-    new.output(0).set_names(old.output(0).get_names())
-    for port in list(old.output(0).get_target_inputs()):
-        port.replace_source_output(new.output(0))
-    _detach(old)
-
-
-def _detach(node: Node) -> None:
-    """Cut a replaced node off from its inputs: as long as anybody holds it, it would count as their consumer."""
-    for port in node.inputs():
-        source = port.get_source_output()
-        stand_in = ov.op.Parameter(source.get_element_type(), source.get_partial_shape())
-        port.replace_source_output(stand_in.output(0))
-
-
-def _is_packed(node: Node) -> bool:
-    return node.get_type_name() == OPERATION and node.get_type_info().version_id == "ov_ext"

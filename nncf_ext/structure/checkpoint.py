@@ -4,6 +4,10 @@ Compressed models as folders.
 A model with zeros is saved as an ordinary Hugging Face folder. A model on the INT4 grid is saved as the same folder
 with two files in place of the weights: ``nncf_model.safetensors`` (the state dict: packed codes, scales and everything
 floating) and ``nncf_config.json`` (what ``nncf.torch.get_config`` returns: where the decompressors stand).
+
+A model whose layers differ in size, or lack a branch, is saved as ``nncf_model.safetensors``, too, in true shapes. Its
+``config.json`` tells in ``per_layer_config`` what is special about a layer, in transformers' words, and bears a
+``model_type`` of its own: stock classes, which would fill missing weights with random numbers, refuse the folder.
 """
 
 import json
@@ -18,10 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nncf_ext.structure.files import write_whole
+from nncf_ext.structure.surgery import apply_overrides, layer_overrides
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped
 
 GRID_WEIGHTS = "nncf_model.safetensors"
 GRID_CONFIG = "nncf_config.json"
+STRUCTURED = "nncf_structured"
+STRUCTURE_VERSION = 1
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -32,7 +39,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     Writes a compressed Hugging Face model. Weights go into safetensors files only.
 
-    :param model: A Hugging Face model, with zeros, on the INT4 grid, or plain.
+    :param model: A Hugging Face model, with zeros, on the INT4 grid, with layers of different sizes, or plain.
     :param folder: Where to; made if it does not exist. Files in it may be replaced.
     :raises nncf.UnsupportedModelError: The model is not a Hugging Face model.
     """
@@ -44,9 +51,13 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise nncf.UnsupportedModelError(msg)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    overrides = _overrides(model)
     if not is_wrapped(model):
-        model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
-        return
+        (target / GRID_CONFIG).unlink(missing_ok=True)
+        if not overrides:
+            (target / GRID_WEIGHTS).unlink(missing_ok=True)
+            model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
+            return
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -54,13 +65,37 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         if tensor.untyped_storage().data_ptr() not in stored or tensor.numel() == 0:
             tensors[name] = tensor.contiguous()
         stored.add(tensor.untyped_storage().data_ptr())
-    model.config.save_pretrained(target)  # type: ignore[union-attr, operator]
+    _save_config(model, target, overrides)
+    write_whole(target / GRID_WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+    if is_wrapped(model):
+        config = json.dumps(nncf.torch.get_config(model), indent=1)
+        write_whole(target / GRID_CONFIG, lambda aside: aside.write_text(config))
+
+
+def _overrides(model: nn.Module) -> dict[str, dict[str, Any]]:
+    try:
+        return layer_overrides(model)
+    except nncf.UnsupportedModelError:
+        return {}  # nothing was extracted from a model whose structure is unknown
+
+
+def _save_config(model: nn.Module, target: Path, overrides: Mapping[str, Any]) -> None:
+    config: Any = model.config
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(target)
-    write_whole(target / GRID_WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
-    config = json.dumps(nncf.torch.get_config(model), indent=1)
-    write_whole(target / GRID_CONFIG, lambda aside: aside.write_text(config))
+    if not overrides:
+        config.save_pretrained(target)
+        return
+    content = json.loads(config.to_json_string())
+    content |= {
+        "model_type": STRUCTURED,
+        "base_model_type": config.model_type,
+        "architectures": [type(model).__name__],
+        "per_layer_config": overrides,
+        "structure_version": STRUCTURE_VERSION,
+    }
+    write_whole(target / "config.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
 
 
 def check_weight_files(folder: Path) -> None:
@@ -107,21 +142,19 @@ def load_pretrained(
     :return: The model, in evaluation mode.
     :raises nncf.ValidationError: The folder holds no such model.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     source = Path(folder)
     on_grid = (source / GRID_CONFIG).is_file() and (source / GRID_WEIGHTS).is_file()
-    if not on_grid:
-        check_weight_files(source)
+    structure = _read_structure(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    if not on_grid:
+    if not on_grid and structure is None:
+        from transformers import AutoModelForCausalLM
+
+        check_weight_files(source)
         options |= {"dtype": dtype or "auto", "use_safetensors": True}
         return AutoModelForCausalLM.from_pretrained(source, **options).eval()
-    hf_config = AutoConfig.from_pretrained(source, **options)
-    # Buffers that no file holds (rotary frequencies) are computed by the constructor; parameters stay empty.
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust_remote_code)
+    model = _empty_model(source, structure, options)
+    if not on_grid:
+        return _load_strictly(model, source, dtype).eval()
     state = load_file(source / GRID_WEIGHTS)
     config = json.loads((source / GRID_CONFIG).read_text())
     if dtype is not None:
@@ -132,6 +165,85 @@ def load_pretrained(
         for command in config["compression_state"]:
             command["module_config"]["result_dtype"] = str(dtype).removeprefix("torch.")
     return load_compressed(model, config, state).eval()
+
+
+def _read_structure(source: Path) -> dict[str, Any] | None:
+    """The configuration of a folder whose layers differ; None for any other."""
+    try:
+        content = json.loads((source / "config.json").read_text())
+    except (OSError, ValueError):
+        return None  # the caller reads the folder as an ordinary one and says what is wrong
+    if not isinstance(content, dict) or content.get("model_type") != STRUCTURED:
+        return None
+    version = content.get("structure_version")
+    if not isinstance(version, int) or version > STRUCTURE_VERSION:
+        msg = (
+            f"{source} holds layers of different sizes in version {version}; this release reads versions up to "
+            f"{STRUCTURE_VERSION}. Upgrade nncf-ext."
+        )
+        raise nncf.ValidationError(msg)
+    overrides = content.get("per_layer_config")
+    if not isinstance(overrides, dict) or not all(isinstance(each, dict) for each in overrides.values()):
+        msg = f"{source / 'config.json'} names {STRUCTURED!r} as model type, but per_layer_config is no map of layers."
+        raise nncf.ValidationError(msg)
+    if not (source / GRID_WEIGHTS).is_file():
+        msg = f"{source} has layers of different sizes, whose weights belong in {GRID_WEIGHTS}. It is missing."
+        raise nncf.ValidationError(msg)
+    return content
+
+
+def _empty_model(source: Path, structure: Mapping[str, Any] | None, options: Mapping[str, Any]) -> nn.Module:
+    """The model of a folder, without its weights."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    if structure is None:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        with init_empty_weights(include_buffers=False):
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])
+    special = ("model_type", "base_model_type", "per_layer_config", "structure_version")
+    try:
+        config = transformers.AutoConfig.for_model(
+            structure["base_model_type"], **{key: value for key, value in structure.items() if key not in special}
+        )
+        architecture = getattr(transformers, structure["architectures"][0])
+        if not issubclass(architecture, transformers.PreTrainedModel):
+            raise TypeError(structure["architectures"][0])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        msg = f"{source / 'config.json'} describes no model that transformers knows ({type(error).__name__}: {error})."
+        raise nncf.ValidationError(msg) from error
+    # Buffers that no file holds (rotary frequencies) are computed by the constructor; parameters stay empty.
+    with init_empty_weights(include_buffers=False):
+        model = architecture(config)
+    apply_overrides(model, structure["per_layer_config"])
+    if (source / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _load_strictly(model: nn.Module, source: Path, dtype: torch.dtype | None) -> nn.Module:
+    state = load_file(source / GRID_WEIGHTS)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        msg = f"The weights in {source} do not fit its configuration: {error}"
+        raise nncf.ValidationError(msg) from error
+    model.tie_weights()  # type: ignore[operator]
+    missing = [name for name in missing if name not in _tied_names(model, state)]
+    if missing or unexpected:
+        msg = (
+            f"The weights in {source} do not fit its configuration: missing {missing[:4]}, unexpected {unexpected[:4]}."
+        )
+        raise nncf.ValidationError(msg)
+    return model
+
+
+def _tied_names(model: nn.Module, state: Mapping[str, Tensor]) -> set[str]:
+    """Names of parameters that are in the state, under this name or that of a parameter they are tied to."""
+    loaded = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in state}
+    return {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in loaded}
 
 
 def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> TModel:
@@ -161,8 +273,7 @@ def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mappin
         missing, unexpected = model.load_state_dict(own_state, strict=False, assign=True)
         if callable(getattr(model, "tie_weights", None)):
             model.tie_weights()  # type: ignore[operator]
-        loaded = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in own_state}
-        missing = [name for name in missing if id(model.get_parameter(name)) not in loaded]
+        missing = [name for name in missing if name not in _tied_names(model, own_state)]
         model = nncf.torch.load_from_config(model, dict(config), allowed_modules=("nncf.*", "nncf_ext.*"))
         missing += [name for name in model.state_dict() if name.startswith(HOOKS_PREFIX) and name not in hook_state]
         unexpected += model.load_state_dict(hook_state, strict=False, assign=True).unexpected_keys

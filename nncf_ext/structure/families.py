@@ -1,13 +1,43 @@
 """
 Where the parts of known architectures live: one frozen record each.
 
-A model without a record is probed (:mod:`nncf_ext.structure.blocks`); a record is worth adding where probing could go
-wrong or where a method needs a part by name.
+A model without a record is probed (:mod:`nncf_ext.structure.blocks`) for its blocks; removing structure needs a record.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
+
+from nncf_ext.structure.skipping import (
+    Skipped,
+    SkippedAttention,
+    SkippedAttentionWithResidual,
+    SkippedMlp,
+    SkippedNorm,
+    SkippedOutputWithResidual,
+)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """
+    One residual branch of a block. Paths are seen from the block.
+
+    :param core: Module that keeps head counts, sizes and the index into the cache; empty: the block itself.
+    :param inputs: Linear layers whose outputs are cut. Attention: query, key, value, or one fused layer.
+    :param output: Linear layer whose inputs are cut.
+    :param skip: What replaces which module when the whole branch is removed.
+    :param layout: Rows of a fused layer: ``"stacked"`` (all queries, all keys, all values; all gates, all ups) or
+        ``"interleaved"`` (query, key, value of a head together). ``"separate"``: nothing is fused.
+    """
+
+    core: str
+    inputs: tuple[str, ...]
+    output: str
+    skip: Mapping[str, type[Skipped]]
+    layout: Literal["separate", "stacked", "interleaved"] = "separate"
 
 
 @dataclass(frozen=True)
@@ -16,14 +46,140 @@ class Family:
     :param name: Name for messages.
     :param model_types: Values of ``model.config.model_type`` that share this layout.
     :param blocks: Path of the list of equal blocks, seen from the model without its head.
+    :param branches: The residual branches of a block by name, ``"attention"`` and ``"mlp"``.
+    :param width_key: The configuration's name for the number of MLP channels.
+    :param head_dim_in_config: The configuration can state the head size, so that the number of heads may change.
+    :param heads_from_config: The attention's forward reads the number of heads from its configuration.
+    :param decodes: Generates with a cache of keys and values.
     """
 
     name: str
     model_types: tuple[str, ...]
     blocks: str
+    branches: Mapping[str, Branch]
+    width_key: str = "intermediate_size"
+    head_dim_in_config: bool = True
+    heads_from_config: bool = False
+    decodes: bool = True
 
 
-FAMILIES = (Family(name="Llama", model_types=("llama", "mistral", "qwen2", "qwen3"), blocks="layers"),)
+_LLAMA = Family(
+    name="Llama",
+    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma"),
+    blocks="layers",
+    branches={
+        "attention": Branch(
+            core="self_attn",
+            inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            output="self_attn.o_proj",
+            skip={"self_attn": SkippedAttention, "input_layernorm": SkippedNorm},
+        ),
+        "mlp": Branch(
+            core="mlp",
+            inputs=("mlp.gate_proj", "mlp.up_proj"),
+            output="mlp.down_proj",
+            skip={"mlp": SkippedMlp, "post_attention_layernorm": SkippedNorm},
+        ),
+    },
+)
+_GEMMA2 = replace(
+    _LLAMA,
+    name="Gemma 2",
+    model_types=("gemma2", "gemma3_text"),
+    branches={
+        "attention": replace(
+            _LLAMA.branches["attention"],
+            skip={
+                "self_attn": SkippedAttention,
+                "input_layernorm": SkippedNorm,
+                "post_attention_layernorm": SkippedNorm,
+            },
+        ),
+        "mlp": replace(
+            _LLAMA.branches["mlp"],
+            skip={
+                "mlp": SkippedMlp,
+                "pre_feedforward_layernorm": SkippedNorm,
+                "post_feedforward_layernorm": SkippedNorm,
+            },
+        ),
+    },
+)
+_PHI3 = replace(
+    _LLAMA,
+    name="Phi-3",
+    model_types=("phi3",),
+    branches={
+        "attention": replace(_LLAMA.branches["attention"], inputs=("self_attn.qkv_proj",), layout="stacked"),
+        "mlp": replace(_LLAMA.branches["mlp"], inputs=("mlp.gate_up_proj",), layout="stacked"),
+    },
+    heads_from_config=True,
+)
+_GPT_NEOX = Family(
+    name="GPT-NeoX",
+    model_types=("gpt_neox",),
+    blocks="layers",
+    branches={
+        "attention": Branch(
+            core="attention",
+            inputs=("attention.query_key_value",),
+            output="attention.dense",
+            skip={"attention": SkippedAttention, "input_layernorm": SkippedNorm},
+            layout="interleaved",
+        ),
+        "mlp": Branch(
+            core="mlp",
+            inputs=("mlp.dense_h_to_4h",),
+            output="mlp.dense_4h_to_h",
+            skip={"mlp": SkippedMlp, "post_attention_layernorm": SkippedNorm},
+        ),
+    },
+    head_dim_in_config=False,
+)
+_OPT = Family(
+    name="OPT",
+    model_types=("opt",),
+    blocks="decoder.layers",
+    branches={
+        "attention": Branch(
+            core="self_attn",
+            inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            output="self_attn.out_proj",
+            skip={"self_attn": SkippedAttention, "self_attn_layer_norm": SkippedNorm},
+        ),
+        "mlp": Branch(
+            core="",
+            inputs=("fc1",),
+            output="fc2",
+            skip={"fc1": SkippedNorm, "fc2": SkippedMlp, "final_layer_norm": SkippedNorm},
+        ),
+    },
+    width_key="ffn_dim",
+    head_dim_in_config=False,
+)
+_BERT = Family(
+    name="BERT",
+    model_types=("bert", "roberta"),
+    blocks="encoder.layer",
+    branches={
+        "attention": Branch(
+            core="attention.self",
+            inputs=("attention.self.query", "attention.self.key", "attention.self.value"),
+            output="attention.output.dense",
+            skip={"attention": SkippedAttentionWithResidual},
+        ),
+        "mlp": Branch(
+            core="",
+            inputs=("intermediate.dense",),
+            output="output.dense",
+            skip={"intermediate": SkippedNorm, "output": SkippedOutputWithResidual},
+        ),
+    },
+    head_dim_in_config=False,
+    decodes=False,
+)
+
+FAMILIES = (_LLAMA, _GEMMA2, _PHI3, _GPT_NEOX, _OPT, _BERT)
 
 
 def family_of(model: nn.Module) -> Family | None:

@@ -82,7 +82,7 @@ def test_decode_writes_a_record_for_each_engine(tmp_path: Path) -> None:
     decode.main([*arguments, "--json", str(path)])
     records = load(path)
     best = {record["engine"]: record for record in timed(records) if record["fastest"]}
-    assert {STOCK, OURS, f"{OURS}, lm_head too"} <= best.keys()
+    assert {STOCK, OURS} <= best.keys()
     assert "llama.cpp" in {record["engine"] for record in records}
     for record in best.values():
         assert TIMED | DECODE <= record.keys()
@@ -90,8 +90,7 @@ def test_decode_writes_a_record_for_each_engine(tmp_path: Path) -> None:
         assert 0 < record["resident_mib"] <= record["peak_mib"]
         assert record["tokens_per_s"] == pytest.approx(1e3 / record["ms"])
     assert best[STOCK]["ratio"] == 1.0
-    weights = [best[name]["weights_mib"] for name in (STOCK, OURS, f"{OURS}, lm_head too")]
-    assert weights[0] > weights[1] > weights[2]
+    assert best[STOCK]["weights_mib"] > best[OURS]["weights_mib"]
 
 
 def test_prefill_adds_memory_to_speed(tmp_path: Path) -> None:

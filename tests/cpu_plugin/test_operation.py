@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -31,11 +32,11 @@ def core() -> ov.Core:
     return ov_ext.add_extension(ov.Core())
 
 
-def operation(x: Any, blob: Any, **attributes: Any) -> ov.Node:
+def operation(x: Any, *blobs: Any, **attributes: Any) -> ov.Node:
     factory = NodeFactory()
     factory.add_extension(ov_ext.extension_path())
     known = {"n": N, "k": K, "kind": "int4", "activation_group": 128, "epilogue": "", "source": ""}
-    return factory.create("SparseMatMul", [x.output(0), blob.output(0)], known | attributes)
+    return factory.create("SparseMatMul", [x.output(0), *(blob.output(0) for blob in blobs)], known | attributes)
 
 
 def model(shape: Any, blob: np.ndarray = BLOB, dtype: Any = np.float32, **attributes: Any) -> ov.Model:
@@ -130,6 +131,50 @@ def test_a_blob_that_arrives_as_data_is_checked_at_every_call(core: ov.Core) -> 
     assert np.array_equal(compiled([X, data])[0], expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+@pytest.mark.parametrize("kind, group", [("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 64)])
+def test_several_weights_give_the_bits_of_each_alone(core: ov.Core, kind: str, group: int, rows: int) -> None:
+    """Sizes that fill no block, one without a mask, biases: in one operation, which needs split rows or not."""
+    widths, inputs = [100, 1, 64, 300], 1100
+    weights = [make_weight(kind, n, inputs, group=group, bias=n != 64) for n in widths]
+    blobs = [native.pack(weight, dense=i == 2) for i, weight in enumerate(weights)]
+    x = opset.parameter([-1, inputs], np.float32, name="x")
+    attributes = {"n": sum(widths), "outputs": widths, "k": inputs, "kind": kind}
+    node = operation(x, *map(opset.constant, blobs), **attributes)
+    assert [port.partial_shape for port in node.outputs()] == [ov.PartialShape([-1, n]) for n in widths]
+    whole = ov.Model([opset.result(port) for port in node.outputs()], [x], "m")
+    compiled = core.compile_model(whole, "CPU", F32)
+    activations = np.random.default_rng(rows).standard_normal((rows, inputs)).astype(np.float32)
+    results = compiled(activations)
+    for i, blob in enumerate(blobs):
+        assert np.array_equal(results[i], native.matmul(activations, blob))
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        ({"n": 2 * N + 1, "outputs": [N, N]}, "sum of outputs, 200, got 201"),
+        ({"n": 3 * N, "outputs": [N, N, N]}, "4 inputs, got 3"),
+        ({"n": 2 * N, "outputs": [N - 1, N + 1]}, "attributes say"),
+        ({"n": 2 * N, "outputs": [2 * N, 0]}, r"1\.\.2\^31-1"),
+        ({"n": 2 * N}, "2 inputs, got 3"),
+    ],
+)
+def test_sizes_of_several_weights_that_do_not_fit_are_named(attributes: dict, message: str) -> None:
+    x = opset.parameter([1, K], np.float32, name="x")
+    with pytest.raises(RuntimeError, match=message):
+        operation(x, opset.constant(BLOB), opset.constant(BLOB), **attributes)
+
+
+def test_weights_with_different_groups_cannot_share_activations(core: ov.Core) -> None:
+    x = opset.parameter([1, K], np.float32, name="x")
+    other = native.pack(make_weight("int4", N, K, group=128))
+    node = operation(x, opset.constant(BLOB), opset.constant(other), n=2 * N, outputs=[N, N])
+    whole = ov.Model([opset.result(port) for port in node.outputs()], [x], "m")
+    with pytest.raises(RuntimeError, match="different groups"):
+        core.compile_model(whole, "CPU", F32)(X[:1])
+
+
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_concurrent_requests_and_streams_give_the_same_bits(core: ov.Core, streams: int) -> None:
     blob = native.pack(make_weight("int8", 640, 1024))
@@ -149,10 +194,12 @@ def test_concurrent_requests_and_streams_give_the_same_bits(core: ov.Core, strea
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernel_can_be_chosen_by_an_environment_variable(name: str) -> None:
-    code = "from ov_ext.cpu_plugin.sparse_matmul import native; print(native.cpu_info()['selected'])"
+    code = "from ov_ext.cpu_plugin.sparse_matmul import native; print(native.cpu_info()['choice'])"
     environment = os.environ | {"OV_EXT_ISA": name}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [name]
+    integers = "avx512" if name == "avx512_bf16" else name  # it has code for bf16 only
+    expected = {"bf16": name, "int8": integers, "int4": integers}
+    assert ast.literal_eval(done.stdout) == {kind: [[1, kernel]] for kind, kernel in expected.items()}
 
 
 def test_an_unknown_kernel_is_an_error_not_a_fallback() -> None:

@@ -202,8 +202,16 @@ def test_points(change, text):
 
 
 def test_extract_takes_an_elastic_network():
-    with pytest.raises(nncf.UnsupportedModelError, match=r"extract from a PeftModel; .*make_elastic\(\)"):
+    with pytest.raises(nncf.UnsupportedModelError, match=r"point from a PeftModel; .*make_elastic\(\)"):
         nncf_ext.extract(adapted(), {})
+
+
+def test_extract_carries_out_a_plan_on_a_model_only():
+    plan = nncf_ext.StructurePlan.dense(base("llama"))
+    with pytest.raises(nncf.UnsupportedModelError, match="StructurePlan on a NoneType"):
+        nncf_ext.extract(None, plan)
+    small = nncf_ext.extract(base("llama"), plan.keep(0, "mlp", range(8)))
+    assert small.model.layers[0].mlp.up_proj.out_features == 8
 
 
 @pytest.mark.parametrize("key", ["version", "adapter", "layers"])

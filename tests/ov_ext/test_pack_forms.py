@@ -8,6 +8,7 @@ import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset1, opset13
+from openvino.utils.node_factory import NodeFactory
 
 import ov_ext
 from tests.ov_ext.ir_forms import ALL, INT4, INT8, Form, bf16_values, build, constant, infer, operations, signature
@@ -312,3 +313,82 @@ def test_a_replaced_layer_that_somebody_holds_is_no_consumer_any_more() -> None:
     sparse = next(node for node in packed.get_ops() if node.get_type_name() == "SparseMatMul")
     ov_ext.unpack_sparse_weights(packed)
     assert consumers() == ["MatMul"] and sparse.get_type_name() == "SparseMatMul"
+
+
+def attention_model() -> ov.Model:
+    """q, k (with a bias), v and an output head on one activation; a layer behind q; v's group of scales differs."""
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, inputs: int, group: int = 128) -> ov.Node:
+        return int4_weight(np.where(rng.random((70, inputs)) > 0.5, rng.integers(1, 8, (70, inputs)), 0), group, name)
+
+    x = opset1.parameter([-1, 256], ov.Type.f32, name="x")
+    q, k, v, head = (
+        opset1.matmul(x, weight(name, 256, 64 if name == "v" else 128), False, True, name=name)
+        for name in ("q", "k", "v", "head")
+    )
+    biased = opset1.add(k, constant(np.ones(70), "f32", "bias"), name="k_bias")
+    behind = opset1.matmul(q, constant(bf16_values(rng, 70, 70), "f32", "w"), False, True, name="behind")
+    return ov.Model([opset1.result(node) for node in (behind, biased, v, head)], [x], "m")
+
+
+def int4_weight(codes: np.ndarray, group: int, name: str) -> ov.Node:
+    """Codes [N, K] in the form that NNCF writes, all scales 2^-4."""
+    n, k = codes.shape
+    packed = (codes.reshape(-1)[0::2] | codes.reshape(-1)[1::2] << 4).astype(np.uint8)
+    values = ov.op.Constant(ov.Tensor(packed, ov.Shape([n, k // group, group]), ov.Type.i4), shared_memory=False)
+    scaled = opset1.multiply(
+        opset1.convert(values, "f16"), opset1.constant(np.full((n, k // group, 1), 2.0**-4, np.float16))
+    )
+    flat = opset1.reshape(scaled, np.array([n, k], np.int64), False)
+    return opset1.convert(flat, "f32", name=f"{name}/weight")
+
+
+def test_layers_on_the_same_activations_become_one_operation(core: ov.Core, tmp_path: Path) -> None:
+    model = attention_model()
+    stock = model.clone()
+    x = np.random.default_rng(1).standard_normal((3, 256)).astype(np.float32)
+    exact = ov_ext.SparsePolicy(min_sparsity=0, min_weights=0, activation_group=0)
+    model, report = ov_ext.pack_sparse_weights(model, exact)
+    assert {layer.name for layer in report.replaced} == {"q", "k", "v", "head", "behind"}
+    ov_ext.save_model(model, tmp_path / "m.xml")
+    read = core.read_model(tmp_path / "m.xml")
+    for packed in (model, read):
+        together = {frozenset(n.get_friendly_name().split(" + ")) for n in packed.get_ops() if operation_of(n)}
+        assert together == {
+            frozenset({"q", "k", "head"}),
+            frozenset({"v"}),
+            frozenset({"behind"}),
+        }  # v has other groups
+        for i in range(4):
+            y, expected = infer_all(core, packed, x)[i], infer_all(core, stock, x)[i]
+            np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+        with pytest.raises(ov_ext.AlreadyPackedError, match="5 packed"):
+            ov_ext.pack_sparse_weights(packed)
+        assert signature(ov_ext.unpack_sparse_weights(packed)) == signature(stock)
+
+
+def operation_of(node: ov.Node) -> bool:
+    return node.get_type_name() == "SparseMatMul"
+
+
+def infer_all(core: ov.Core, model: ov.Model, x: np.ndarray) -> list[np.ndarray]:
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    results = core.compile_model(model, "CPU", exact)([x])
+    return [results[i] for i in range(len(model.outputs))]
+
+
+@pytest.mark.parametrize("source", ["", "{", "[]", '["{}"]', "[1, 2, 3]", "[" * 99999])
+def test_records_of_several_weights_that_are_damaged(source: str) -> None:
+    model, _ = ov_ext.pack_sparse_weights(attention_model(), ALL)
+    node = next(node for node in model.get_ops() if node.get_output_size() == 3 and operation_of(node))
+    factory = NodeFactory()
+    factory.add_extension(ov_ext.extension_path())
+    other = factory.create("SparseMatMul", node.input_values(), node.get_attributes() | {"source": source})
+    for i in range(3):
+        for port in list(node.output(i).get_target_inputs()):
+            port.replace_source_output(other.output(i))
+    before = sorted(node.get_type_name() for node in model.get_ops())
+    with pytest.raises(ov_ext.RecordError, match="record of each of its 3 weights"):
+        ov_ext.unpack_sparse_weights(model)
+    assert sorted(node.get_type_name() for node in model.get_ops()) == before

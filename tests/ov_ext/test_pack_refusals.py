@@ -119,7 +119,7 @@ REFUSALS = [
         "no share of zeros helps",
         for_target("avx2_vnni"),
     ),
-    Refusal("dense int8", lambda: build(INT8, sparsity=0.2).model, "would give 1.01x stock", for_target("avx512")),
+    Refusal("dense int8", lambda: build(INT8, sparsity=0.2).model, "would give 1.01x stock", for_target("amx")),
     Refusal("dense bf16", lambda: build(Form("f32"), sparsity=0.1).model, "would give 1.09x", for_target("amx")),
     Refusal("no fast kernel", lambda: build(INT4).model, "no fast kernels for reference", for_target("reference")),
     Refusal(

@@ -89,7 +89,7 @@ OV_EXT_API int ov_ext_matmul(const void* x, int x_is_bf16, uint64_t rows, const 
         auto run = [&] {
             if (!checked)
                 validate_content(w);
-            matmul(w, kernel, x, x_is_bf16 != 0, rows, activation_group, y);
+            matmul({{w, y}}, kernel, x, x_is_bf16 != 0, rows, activation_group);
         };
         if (threads > 0)
             tbb::task_arena(threads).execute(run);

@@ -21,7 +21,18 @@ const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_
 // Checks that an activation group fits a weight: 0 (floating point), -1 (per row), or a multiple of the weight's segment.
 void check_activation_group(const BlobView& w, int64_t activation_group);
 
-// y[rows, n] = x[rows, k] · Wᵀ + bias; x and y are both f32 or both bf16 bits, contiguous. Same bits for any number of threads.
-void matmul(const BlobView& w, const Kernel& kernel, const void* x, bool is_bf16, uint64_t rows, int64_t activation_group, void* y);
+// One of the weights that x meets, and where its product goes: y[rows, w.n], contiguous.
+struct Product {
+    BlobView w;
+    void* y;
+};
+
+// y[rows, n] = x[rows, k] · Wᵀ + bias for each of some weights that read activations alike (same_activations), in one parallel region.
+// x and y are both f32 or both bf16 bits, contiguous. Same bits for any number of threads, and in any company of weights.
+void matmul(const std::vector<Product>& products, const Kernel& kernel, const void* x, bool is_bf16, uint64_t rows,
+            int64_t activation_group);
+
+// Whether two weights take the same prepared activations: same kind, inputs and segments.
+bool same_activations(const BlobView& a, const BlobView& b);
 
 }  // namespace ov_ext::sparse_matmul

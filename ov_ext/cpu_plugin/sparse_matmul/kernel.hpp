@@ -59,6 +59,7 @@ extern const Kernel reference_kernel;
 extern const Kernel avx2_kernel;
 extern const Kernel avx2_vnni_kernel;  // avx2.cpp compiled with AVX-VNNI
 extern const Kernel avx512_kernel;
+extern const Kernel avx512_bf16_kernel;  // bf16 weights only, multiplied as bf16
 extern const Kernel amx_kernel;
 #endif
 

@@ -57,40 +57,53 @@ ov::Tensor contiguous(const ov::Tensor& tensor) {
 
 }  // namespace
 
+std::vector<int64_t> SparseMatMul::widths() const { return m_outputs.empty() ? std::vector<int64_t>{m_n} : m_outputs; }
+
 void SparseMatMul::validate_and_infer_types() {
-    NODE_VALIDATION_CHECK(this, get_input_size() == 2, "SparseMatMul takes two inputs: x and blob.");
+    const auto n = widths();
+    NODE_VALIDATION_CHECK(this, get_input_size() == 1 + n.size(), "SparseMatMul takes x and one blob for each output, ", 1 + n.size(),
+                          " inputs, got ", get_input_size(), ".");
     const auto& type = get_input_element_type(0);
     NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == ov::element::f32 || type == ov::element::bf16,
                           "SparseMatMul takes f32 or bf16 activations, got ", type, ".");
-    NODE_VALIDATION_CHECK(this, get_input_element_type(1) == ov::element::u8 && get_input_partial_shape(1).rank().compatible(1),
-                          "The blob must be a one-dimensional u8 tensor.");
-    NODE_VALIDATION_CHECK(this, m_n >= 1 && m_k >= 1 && !(m_n >> 31) && !(m_k >> 31), "Attributes n and k must lie in 1..2^31-1, got ",
-                          m_n, " and ", m_k, ".");
+    int64_t sum = 0;
+    for (const int64_t each : n) {
+        NODE_VALIDATION_CHECK(this, each >= 1 && m_k >= 1 && !(each >> 31) && !(m_k >> 31),
+                              "Attributes n and k must lie in 1..2^31-1, got ", each, " and ", m_k, ".");
+        NODE_VALIDATION_CHECK(this, !((sum += each) >> 62), "The sizes in outputs are too large.");
+    }
+    NODE_VALIDATION_CHECK(this, sum == m_n, "Attribute n must be the sum of outputs, ", sum, ", got ", m_n, ".");
     NODE_VALIDATION_CHECK(this, m_epilogue.empty(), "Unknown epilogue '", m_epilogue, "': this release knows none.");
-    const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1));
-    if (constant) {
-        try {
-            const auto w = parse(static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size());
-            check_against_attributes(w, m_n, m_k, m_kind, m_activation_group);
-        } catch (const InvalidBlob& error) {
-            NODE_VALIDATION_CHECK(this, false, error.what(), ".");
+    for (size_t i = 0; i < n.size(); i++) {
+        NODE_VALIDATION_CHECK(this,
+                              get_input_element_type(1 + i) == ov::element::u8 && get_input_partial_shape(1 + i).rank().compatible(1),
+                              "The blob must be a one-dimensional u8 tensor.");
+        if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
+            try {
+                const auto w = parse(static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size());
+                check_against_attributes(w, n[i], m_k, m_kind, m_activation_group);
+            } catch (const InvalidBlob& error) {
+                NODE_VALIDATION_CHECK(this, false, error.what(), ".");
+            }
         }
     }
     ov::PartialShape shape = get_input_partial_shape(0);
-    if (shape.rank().is_dynamic()) {
-        set_output_type(0, type, shape);
-        return;
+    const bool ranked = shape.rank().is_static();
+    NODE_VALIDATION_CHECK(this, !ranked || (shape.size() >= 1 && shape[shape.size() - 1].compatible(m_k)), "The last axis of x must be ",
+                          m_k, ", got x of shape ", shape, ".");
+    set_output_size(n.size());
+    for (size_t i = 0; i < n.size(); i++) {
+        if (ranked)
+            shape[shape.size() - 1] = n[i];
+        set_output_type(i, type, shape);
     }
-    NODE_VALIDATION_CHECK(this, shape.size() >= 1 && shape[shape.size() - 1].compatible(m_k), "The last axis of x must be ", m_k,
-                          ", got x of shape ", shape, ".");
-    shape[shape.size() - 1] = m_n;
-    set_output_type(0, type, shape);
 }
 
 std::shared_ptr<ov::Node> SparseMatMul::clone_with_new_inputs(const ov::OutputVector& inputs) const {
     check_new_args_count(this, inputs);
     auto clone = std::make_shared<SparseMatMul>();
     clone->m_n = m_n, clone->m_k = m_k, clone->m_activation_group = m_activation_group;
+    clone->m_outputs = m_outputs;
     clone->m_kind = m_kind, clone->m_epilogue = m_epilogue, clone->m_source = m_source;
     clone->set_arguments(inputs);
     clone->validate_and_infer_types();
@@ -99,6 +112,7 @@ std::shared_ptr<ov::Node> SparseMatMul::clone_with_new_inputs(const ov::OutputVe
 
 bool SparseMatMul::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("n", m_n);
+    visitor.on_attribute("outputs", m_outputs);
     visitor.on_attribute("k", m_k);
     visitor.on_attribute("kind", m_kind);
     visitor.on_attribute("activation_group", m_activation_group);
@@ -107,31 +121,46 @@ bool SparseMatMul::visit_attributes(ov::AttributeVisitor& visitor) {
     return true;
 }
 
+// The blob of one weight, parsed and known to be valid.
+BlobView SparseMatMul::weight(size_t i, const ov::Tensor& blob, int64_t n) const {
+    OPENVINO_ASSERT(blob.is_continuous(), get_friendly_name(), ": the blob must be contiguous");
+    const auto* bytes = static_cast<const uint8_t*>(blob.data());
+    const BlobView w = parse(bytes, blob.get_byte_size());
+    const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(i));
+    if (!is_constant || !m_verdicts->known(get_input_node_ptr(i), bytes, blob.get_byte_size())) {
+        check_against_attributes(w, n, m_k, m_kind, m_activation_group);
+        validate_content(w);
+        if (is_constant)
+            m_verdicts->add(get_input_node_shared_ptr(i), bytes, blob.get_byte_size());
+    }
+    return w;
+}
+
 bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     const ov::Tensor x = contiguous(inputs[0]);
-    const ov::Tensor& blob = inputs[1];
     ov::Shape shape = x.get_shape();
     const bool is_bf16 = x.get_element_type() == ov::element::bf16;
     OPENVINO_ASSERT(is_bf16 || x.get_element_type() == ov::element::f32, get_friendly_name(), ": f32 or bf16 activations needed, got ",
                     x.get_element_type());
     OPENVINO_ASSERT(!shape.empty() && shape.back() == size_t(m_k), get_friendly_name(), ": the last axis of x must be ", m_k, ", got ",
                     shape);
-    OPENVINO_ASSERT(blob.is_continuous(), get_friendly_name(), ": the blob must be contiguous");
-    const auto* bytes = static_cast<const uint8_t*>(blob.data());
     const size_t rows = x.get_size() / shape.back();
-    shape.back() = size_t(m_n);
+    const auto n = widths();
+    OPENVINO_ASSERT(inputs.size() == 1 + n.size() && outputs.size() == n.size(), get_friendly_name(), ": one output for each blob needed");
     try {
-        const BlobView w = parse(bytes, blob.get_byte_size());
-        const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(1));
-        if (!is_constant || !m_verdicts->known(get_input_node_ptr(1), bytes, blob.get_byte_size())) {
-            check_against_attributes(w, m_n, m_k, m_kind, m_activation_group);
-            validate_content(w);
-            if (is_constant)
-                m_verdicts->add(get_input_node_shared_ptr(1), bytes, blob.get_byte_size());
+        std::vector<Product> products;
+        for (size_t i = 0; i < n.size(); i++) {
+            products.push_back({weight(1 + i, inputs[1 + i], n[i]), nullptr});
+            if (!same_activations(products[0].w, products[i].w))
+                throw InvalidBlob("its weights have different groups");
         }
-        outputs[0].set_shape(shape);  // not before the blob has proven that n is real
-        OPENVINO_ASSERT(outputs[0].is_continuous(), get_friendly_name(), ": the output must be contiguous");
-        matmul(w, select_kernel(w, m_activation_group, rows), x.data(), is_bf16, rows, m_activation_group, outputs[0].data());
+        for (size_t i = 0; i < n.size(); i++) {
+            shape.back() = size_t(n[i]);
+            outputs[i].set_shape(shape);  // not before the blob has proven that n is real
+            OPENVINO_ASSERT(outputs[i].is_continuous(), get_friendly_name(), ": the output must be contiguous");
+            products[i].y = outputs[i].data();
+        }
+        matmul(products, select_kernel(products[0].w, m_activation_group, rows), x.data(), is_bf16, rows, m_activation_group);
     } catch (const InvalidBlob& error) {
         OPENVINO_THROW("SparseMatMul '", get_friendly_name(), "': ", error.what());
     }

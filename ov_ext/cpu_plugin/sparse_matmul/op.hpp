@@ -4,15 +4,19 @@
 #include <memory>
 #include <openvino/op/op.hpp>
 #include <string>
+#include <vector>
+
+#include "kernel.hpp"
 
 namespace ov_ext::sparse_matmul {
 
-// y[..., n] = x[..., k] · Wᵀ + bias, W and bias from an SPW1 blob.
-//   inputs: x, f32 or bf16, rank >= 1, dynamic shapes allowed; blob, u8[bytes], normally a Constant.
-//   output: element type of x, shape of x with the last axis n. It follows from attributes and x's shape alone.
-//   attributes: n, k, kind ("bf16", "int8", "int4"); activation_group (0 = full-precision activations, -1 = 8 bits per token,
-//   64 / 128 = 8 bits per token and group of inputs; a bf16 weight rounds activations to bf16 unless it is 0); epilogue ("" only);
-//   source (free text that the kernel ignores: how to restore the stock subgraph).
+// y_i[..., n_i] = x[..., k] · W_iᵀ + bias_i, for one weight or several that read the same x; each W_i and bias_i from an SPW1 blob.
+//   inputs: x, f32 or bf16, rank >= 1, dynamic shapes allowed; the blobs, u8[bytes], normally Constants.
+//   outputs, one for each blob: element type of x, shape of x with the last axis n_i. They follow from attributes and x's shape alone.
+//   attributes: n (of the only weight, or the sum), outputs (n_i of each weight; empty for one weight), k, kind ("bf16", "int8", "int4");
+//   activation_group (0 = full-precision activations, -1 = 8 bits per token, 64 / 128 = 8 bits per token and group of inputs; a bf16
+//   weight rounds activations to bf16 unless it is 0); epilogue ("" only); source (free text that the kernel ignores: how to restore the
+//   stock subgraph).
 class SparseMatMul : public ov::op::Op {
   public:
     OPENVINO_OP("SparseMatMul", "ov_ext");
@@ -28,7 +32,11 @@ class SparseMatMul : public ov::op::Op {
 
   private:
     struct Verdicts;  // which constant blobs were found valid
+    std::vector<int64_t> widths() const;  // n of each weight
+    BlobView weight(size_t input, const ov::Tensor& blob, int64_t n) const;
+
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
+    std::vector<int64_t> m_outputs;
     std::string m_kind, m_epilogue, m_source;
     std::shared_ptr<Verdicts> m_verdicts = make_verdicts();
 

@@ -30,6 +30,9 @@ uint64_t enabled_state() {  // XCR0: the register state the operating system sav
 CpuFeatures detect() {
     CpuFeatures f;
     uint32_t a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d))
+        return f;
+    f.amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
     if (!__get_cpuid(1, &a, &b, &c, &d))
         return f;
     const bool osxsave = c >> 27 & 1, fma = c >> 12 & 1, f16c = c >> 29 & 1;

@@ -10,6 +10,7 @@ struct CpuFeatures {
     bool avx512_vbmi2 = false;  // vpexpandb / vpexpandw
     bool avx512_vnni = false;   // vpdpbusd
     bool avx512_bf16 = false;   // vdpbf16ps
+    bool amd = false;           // made by AMD: vdpbf16ps is fast there
     bool gfni = false;          // gf2p8affineqb
     bool amx_tile = false;      // with the OS saving tile state
     bool amx_bf16 = false;

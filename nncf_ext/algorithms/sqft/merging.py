@@ -1,0 +1,144 @@
+"""Merges adapters into sparse weights, and makes sure that nothing was lost."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import nncf
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from nncf_ext.algorithms.elastic_lora.adapter import active_rank
+from nncf_ext.algorithms.sqft.algorithm import find_layers
+from nncf_ext.algorithms.sqft.delta import masked_delta, pack_mask
+from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear
+from nncf_ext.parameters import MergeMode
+from nncf_ext.structure.grid import check_hookable, codes_and_scales, decompressors, dequantize, pack
+from nncf_ext.structure.records import LayerRecord, set_record
+
+
+def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
+    """
+    Merges the active adapter into its base, as a contract. With elastic ranks, the active ranks are merged.
+
+    SPARSE: zeros stay zeros. The adapter may come from :func:`nncf_ext.make_mergeable`, or be any LoRA adapter trained
+    on a sparse base: its delta is masked then, and the report (:func:`nncf_ext.compression_report`) tells the relative
+    error of each weight that this makes. QUANT_AWARE: weights become INT4 codes, those of the training forward bit for
+    bit, on its scales, in NNCF's torch form; zeros stay zeros.
+
+    :param model: PEFT model; not changed.
+    :param mode: SPARSE or QUANT_AWARE; the latter needs an adapter made mergeable in this mode.
+    :return: A new model of the base's class, without adapters.
+    :raises nncf.UnsupportedModelError: Not a PEFT model, or an adapter of another kind.
+    :raises nncf.ValidationError: The adapter was not made for this mode, is merged already, or a layer would break the
+        contract; the first such layer is named.
+    :raises nncf.ParameterNotSupportedError: The mode is unknown.
+    """
+    try:
+        mode = MergeMode(mode)
+    except ValueError:
+        msg = f"Unknown mode {mode!r}. Modes: {', '.join(f'MergeMode.{each.name}' for each in MergeMode)}."
+        raise nncf.ParameterNotSupportedError(msg) from None
+    adapter, layers = find_layers(model)
+    quantized = mode is MergeMode.QUANT_AWARE
+    for path, layer in layers.items():
+        if isinstance(layer, QuantizedLoraLinear) != quantized:
+            msg = f"Asked to merge with {mode.name}; the adapter of {path} is a {type(layer).__name__}. " + (
+                "Train it with nncf_ext.make_mergeable(..., QUANT_AWARE)." if quantized else "Use QUANT_AWARE."
+            )
+            raise nncf.ValidationError(msg)
+        if layer.merged:
+            raise nncf.ValidationError(f"The adapter of {path} is merged already. Call unmerge_adapter() first.")
+    if quantized:
+        check_hookable(model.get_base_model())  # type: ignore[operator]  # a PeftModel: find_layers has made sure
+    copied = copy.deepcopy(model)
+    # A trainer in mixed precision wraps the forward of the one model object; its wrapper would run the original.
+    copied.__dict__.pop("forward", None)
+    _, layers = find_layers(copied)
+    grids: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for path, layer in layers.items():
+            try:
+                if isinstance(layer, QuantizedLoraLinear):
+                    grids[path] = _merge_on_grid(layer, adapter)
+                else:
+                    _merge_sparse(layer, adapter)
+            except nncf.ValidationError as error:
+                raise nncf.ValidationError(f"{path} cannot be merged: {error}") from error
+    base: nn.Module = copied.unload()  # type: ignore[operator]
+    for path, (codes, scales) in grids.items():
+        name = f"{path}.weight"
+        pack(base, name, codes, scales)
+        stored, kept = codes_and_scales(base.get_parameter(name), decompressors(base)[name])
+        if not torch.equal(stored, codes) or not torch.equal(kept, scales):
+            raise nncf.ValidationError(f"{path} cannot be merged: its packed codes differ from those of the forward.")
+    return base
+
+
+def _merge_on_grid(layer: QuantizedLoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
+    """Puts the grid points in as weights, and returns their codes and scales."""
+    layer.check_base()
+    weight: Any = layer.get_base_layer().weight
+    scales, codes = layer.scales(adapter).detach().half(), layer.codes(adapter)
+    if not bool((scales.isfinite() & (scales != 0)).all()):
+        msg = "its trained scales are zero or not finite."
+        raise nncf.ValidationError(msg)
+    _check_factors(layer, adapter)
+    _check_zeros(weight, codes)
+    weight.data = dequantize(codes, scales).to(weight.dtype)
+    _note(layer, MergeMode.QUANT_AWARE, None)
+    return codes, scales
+
+
+def _merge_sparse(layer: LoraLinear, adapter: str) -> None:
+    weight: Any = layer.get_base_layer().weight
+    _check_factors(layer, adapter)
+    if isinstance(layer, MaskedLoraLinear):
+        layer.check_base()
+        merged, error = weight.float() + layer.get_delta_weight(adapter).float(), None
+    else:
+        merged, error = _merge_foreign(layer, adapter, weight)
+    merged = merged.to(weight.dtype)
+    if not bool(merged.isfinite().all()):
+        msg = f"the merged weight is not finite in {weight.dtype}."
+        raise nncf.ValidationError(msg)
+    _check_zeros(weight, merged)
+    weight.data = merged
+    _note(layer, MergeMode.SPARSE, error)
+
+
+def _merge_foreign(layer: LoraLinear, adapter: str, weight: Tensor) -> tuple[Tensor, float]:
+    """An adapter that was trained without a mask: its delta is masked; how much of the weight that changes."""
+    lora_A: Any = layer.lora_A[adapter]
+    lora_B: Any = layer.lora_B[adapter]
+    rank, scaling = active_rank(lora_A), layer.scaling[adapter]
+    factors = lora_A.weight[:rank].float(), lora_B.weight[:, :rank].float()
+    everything = pack_mask(torch.ones_like(weight, dtype=torch.bool))
+    wanted = weight.float() + masked_delta(*factors, everything, scaling)
+    merged = weight.float() + masked_delta(*factors, pack_mask(weight != 0), scaling)
+    return merged, float((wanted - merged).norm() / wanted.norm())
+
+
+def _check_factors(layer: LoraLinear, adapter: str) -> None:
+    factors: Any = (layer.lora_A[adapter], layer.lora_B[adapter])
+    for factor in factors:
+        if not bool(factor.weight.isfinite().all()):
+            msg = "its adapter holds values that are not finite."
+            raise nncf.ValidationError(msg)
+
+
+def _check_zeros(before: Tensor, after: Tensor) -> None:
+    regained = int(((before == 0) & (after != 0)).sum())
+    if regained:
+        msg = f"{regained} zeros of its base would be lost."
+        raise nncf.ValidationError(msg)
+
+
+def _note(layer: LoraLinear, mode: MergeMode, error: float | None) -> None:
+    base: Any = layer.get_base_layer()
+    record = LayerRecord(mode=f"merge_{mode.value}", bytes_before=base.weight.nbytes)
+    if error is not None:
+        note = "trained without a mask: its delta was masked"
+        record = replace(record, error=error, error_of="weight", note=note)
+    set_record(base, record)

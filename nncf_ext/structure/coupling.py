@@ -1,0 +1,175 @@
+"""
+Which axes of which weights move together when a unit of a block is removed?
+
+Units are what one can remove exactly. ``"attention"``: a key/value head with all query heads that read it, so that
+every layer keeps the model's ratio of query to key/value heads. ``"mlp"``: one intermediate channel.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nncf
+import torch
+from torch import Tensor, nn
+
+from nncf_ext.structure.blocks import find_block_lists
+from nncf_ext.structure.families import FAMILIES, Branch, Family, blocks_path, family_of
+
+
+@dataclass(frozen=True)
+class Cut:
+    """
+    One axis of one linear layer.
+
+    :param module: Path of the layer, seen from the block.
+    :param axis: 0: rows of the weight, and entries of the bias; 1: columns.
+    :param parts: ``(offset, size)``: unit u owns the indices ``offset + u * size .. offset + (u + 1) * size - 1``.
+    """
+
+    module: str
+    axis: int
+    parts: tuple[tuple[int, int], ...]
+
+    def indices(self, kept: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """
+        :param kept: Units to keep, in the order in which they shall stand.
+        :param device: Where to make the result.
+        :return: Indices along the axis, ``[kept indices]`` int64.
+        """
+        units = torch.tensor(kept, dtype=torch.int64, device=device).unsqueeze(1)
+        return torch.cat(
+            [(offset + units * size + torch.arange(size, device=device)).flatten() for offset, size in self.parts]
+        )
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """
+    :param branch: The branch's record.
+    :param units: Number of units that are there; 0 if the branch was removed before.
+    :param channels: Input channels of the output projection that belong to one unit.
+    :param cuts: What moves together; the output projection last.
+    """
+
+    branch: Branch
+    units: int
+    channels: int
+    cuts: tuple[Cut, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    The removable structure of a model.
+
+    :param family: The architecture's record.
+    :param path: Path of the block list in the model.
+    :param blocks: The blocks, in order.
+    :param couplings: For each block its branches by name.
+    :param head_dim: Size of one head, channels.
+    :param group: Query heads that read one key/value head.
+    """
+
+    family: Family
+    path: str
+    blocks: tuple[nn.Module, ...]
+    couplings: tuple[Mapping[str, Coupling], ...]
+    head_dim: int
+    group: int
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """
+    Finds what can be removed from a model and checks that the model is built as its family's record says.
+
+    :param model: A Hugging Face model, whole or extracted; meta device will do.
+    :return: The layout.
+    :raises nncf.UnsupportedModelError: No record fits the architecture, or the model differs from its record.
+    """
+    family, path = family_of(model), blocks_path(model)
+    if family is None or path is None:
+        raise nncf.UnsupportedModelError(_no_record(model))
+    config: Any = model.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    block_list: Any = model.get_submodule(path)
+    blocks: tuple[nn.Module, ...] = tuple(block_list)  # children() would list a shared block once
+    if len({id(block) for block in blocks}) < len(blocks):
+        msg = f"{path} of {type(model).__name__} runs the same block several times: its weights cannot be cut apart."
+        raise nncf.UnsupportedModelError(msg)
+    couplings = []
+    for index, block in enumerate(blocks):
+        found = {}
+        for name, branch in family.branches.items():
+            sizes = (group * head_dim, head_dim, head_dim) if name == "attention" else (1,) * 3
+            found[name] = _coupling(block, branch, sizes, f"{path}.{index}")
+        couplings.append(found)
+    return Layout(family, path, blocks, tuple(couplings), head_dim, group)
+
+
+def unit_weights(block: nn.Module, coupling: Coupling) -> list[Tensor]:
+    """
+    The weights that write into a branch's units, cut up by unit: what scores of units are computed from.
+
+    :param block: The block.
+    :param coupling: One of its branches.
+    :return: For each part ``[units, rows of the part, in_features]``; the output projection is not among them.
+    """
+    parts = []
+    for cut in coupling.cuts[:-1]:
+        weight = block.get_parameter(f"{cut.module}.weight")
+        for offset, size in cut.parts:
+            rows = weight[offset : offset + coupling.units * size]
+            parts.append(rows.detach().reshape(coupling.units, size, -1))
+    return parts
+
+
+def _coupling(block: nn.Module, branch: Branch, sizes: tuple[int, ...], place: str) -> Coupling:
+    modules = dict(block.named_modules())
+    if all(isinstance(modules.get(path), replacement) for path, replacement in branch.skip.items()):
+        return Coupling(branch, 0, sizes[0], ())
+    for path in (*branch.inputs, branch.output):
+        if not isinstance(modules.get(path), nn.Linear):
+            found = type(modules[path]).__name__ if path in modules else "nothing"
+            msg = f"{place}.{path} should be a torch.nn.Linear to be cut; found {found}."
+            raise nncf.UnsupportedModelError(msg)
+    for path in (*branch.skip, branch.core):
+        if path not in modules:
+            msg = f"{place} has no {path}, which the family's record names."
+            raise nncf.UnsupportedModelError(msg)
+    channels = sizes[0]
+    width, output = modules[branch.output].in_features, Cut(branch.output, 1, ((0, channels),))
+    units = width // channels
+    cuts: tuple[Cut, ...]
+    if branch.layout == "interleaved":
+        cuts = (Cut(branch.inputs[0], 0, ((0, sum(sizes)),)),)
+    elif branch.layout == "stacked":
+        count = len(sizes) if channels > 1 else modules[branch.inputs[0]].out_features // width
+        offsets = [units * sum(sizes[:part]) for part in range(count)]
+        cuts = (Cut(branch.inputs[0], 0, tuple(zip(offsets, sizes[:count], strict=True))),)
+    else:
+        cuts = tuple(
+            Cut(path, 0, ((0, size),)) for path, size in zip(branch.inputs, sizes[: len(branch.inputs)], strict=True)
+        )
+    for cut in cuts:
+        rows, expected = modules[cut.module].out_features, units * sum(size for _, size in cut.parts)
+        if rows != expected or units * channels != width:
+            msg = (
+                f"{place}.{cut.module} has {rows} rows and {place}.{branch.output} {width} columns: they do not match."
+            )
+            raise nncf.UnsupportedModelError(msg)
+    return Coupling(branch, units, channels, (*cuts, output))
+
+
+def _no_record(model: nn.Module) -> str:
+    kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    known = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
+    lists = [each.name for each in find_block_lists(model)]
+    found = f"Its repeated blocks are {', '.join(lists)}" if lists else "No repeated blocks were found"
+    return (
+        f"Asked to remove structure from {kind!r}, whose attention and MLP no record describes. {found}; where its "
+        f"query, key, value, output and MLP projections stand is missing. Known: {known}. "
+        "A record in nncf_ext/structure/families.py adds an architecture."
+    )

@@ -1,0 +1,237 @@
+"""Make a model smaller for real: cut weights, drop branches and layers, fix sizes and the indices into the cache."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import nncf
+from torch import nn
+
+from nncf_ext.structure.coupling import Coupling, Layout, layout_of
+from nncf_ext.structure.plan import StructurePlan, check_plan
+from nncf_ext.structure.records import set_record
+from nncf_ext.upstream import is_wrapped
+
+_HEAD_COUNTS = ("num_heads", "num_attention_heads")
+_KV_HEAD_COUNTS = ("num_key_value_heads",)
+
+TModel = TypeVar("TModel", bound=nn.Module)
+
+
+class LayerConfig:
+    """
+    The model's configuration as one attention sees it: the same, live, but for its own number of heads.
+
+    :param base: The model's configuration.
+    :param num_attention_heads: Query heads of this attention.
+    """
+
+    def __init__(self, base: Any, num_attention_heads: int) -> None:
+        self.base = base
+        self.num_attention_heads = num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+
+def extract_structure(model: TModel, plan: StructurePlan) -> TModel:
+    """
+    Carries a plan out. The input is untouched; the result shares no tensor with it.
+
+    Layers that lose both branches vanish. Where all layers come out alike, the result is an ordinary model of its
+    class, configuration included; else :func:`nncf_ext.save_pretrained` writes what differs.
+
+    :param model: The dense model, before compression to a grid.
+    :param plan: What stays.
+    :return: The smaller model: plain modules with smaller shapes on the device of the input.
+    :raises nncf.ValidationError: The plan does not fit the model.
+    :raises nncf.UnsupportedModelError: The model's structure is unknown, shared, or carries NNCF hooks.
+    """
+    if is_wrapped(model):
+        msg = "Asked to cut a model that carries NNCF hooks. Extract the plain model first, then compress the result."
+        raise nncf.UnsupportedModelError(msg)
+    layout = layout_of(model)
+    check_plan(model, plan, layout)
+    # Weights that will be cut or dropped are not copied whole: slicing makes new ones.
+    replaced: dict[int, Any] = {}
+    for block, couplings, kept_units in zip(layout.blocks, layout.couplings, plan.layers, strict=True):
+        for name, coupling in couplings.items():
+            if kept_units[name] != tuple(range(coupling.units)):
+                paths = [cut.module for cut in coupling.cuts] if kept_units[name] else list(coupling.branch.skip)
+                for path in paths:
+                    replaced |= {id(each): each for each in block.get_submodule(path).parameters()}
+    small = copy.deepcopy(model, replaced)
+    cut_structure(small, plan.layers)
+    return small
+
+
+def cut_structure(model: nn.Module, layers: Sequence[Mapping[str, Sequence[int]]]) -> None:
+    """
+    Cuts a model in place, parameters on any device, meta included.
+
+    :param model: The model, changed in place.
+    :param layers: Kept units of each branch of each layer.
+    """
+    layout = layout_of(model)
+    for block, couplings, kept_units in zip(layout.blocks, layout.couplings, layers, strict=True):
+        for name, coupling in couplings.items():
+            _cut_branch(block, coupling, kept_units[name])
+    config: Any = model.config
+    staying = [index for index, kept_units in enumerate(layers) if any(len(kept) for kept in kept_units.values())]
+    if len(staying) < len(layers):
+        model.set_submodule(layout.path, nn.ModuleList(layout.blocks[index] for index in staying))
+        config.num_hidden_layers = len(staying)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[index] for index in staying]
+    layout = layout_of(model)
+    for block, slot in zip(layout.blocks, cache_slots(config, layout), strict=True):
+        core = block.get_submodule(layout.family.branches["attention"].core) if slot is not None else None
+        if getattr(core, "layer_idx", None) is not None:
+            core.layer_idx = slot  # type: ignore[union-attr]
+    _fix_sizes(config, layout)
+
+
+def cache_slots(config: Any, layout: Layout, attends: Sequence[bool] | None = None) -> list[int | None]:
+    """
+    Where in the cache each layer's keys and values go. Slots have kinds (full, sliding); each kind is filled from its
+    first slot, because transformers reads lengths and masks from the first slot of each kind.
+
+    :param config: The model's configuration, whose ``layer_types`` gives the kinds of slots.
+    :param layout: The model's layout.
+    :param attends: Which layers have attention; None: those that still hold one.
+    :return: A slot for each layer, None for a layer without attention.
+    """
+    if attends is None:
+        attends = [couplings["attention"].units > 0 for couplings in layout.couplings]
+    kinds = getattr(config, "layer_types", None) or [""] * len(attends)
+    free = {kind: iter([slot for slot, each in enumerate(kinds) if each == kind]) for kind in set(kinds)}
+    return [next(free[kind]) if attention else None for kind, attention in zip(kinds, attends, strict=True)]
+
+
+def layer_overrides(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """
+    What the layers have that the configuration does not say, in the words of transformers' ``per_layer_config``.
+
+    :param model: A model of a known family.
+    :return: By index of the layer (as text): sizes that differ, and ``"skip"`` with the names of missing branches.
+    """
+    layout = layout_of(model)
+    config: Any = model.config
+    overrides: dict[str, dict[str, Any]] = {}
+    for index, couplings in enumerate(layout.couplings):
+        own = _sizes(layout, couplings)
+        different = {key: value for key, value in own.items() if getattr(config, key) != value}
+        skip = [name for name, coupling in couplings.items() if coupling.units == 0]
+        if different or skip:
+            overrides[str(index)] = {**different, **({"skip": skip} if skip else {})}
+    return overrides
+
+
+def apply_overrides(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    """
+    The inverse of :func:`layer_overrides`: gives a model that its configuration built the shapes of the overrides.
+
+    :param model: The model, changed in place; meta device will do.
+    :param overrides: From :func:`layer_overrides`.
+    :raises nncf.ValidationError: They do not fit the model.
+    """
+    layout = layout_of(model)
+    layers = []
+    for index, couplings in enumerate(layout.couplings):
+        own = overrides.get(str(index), {})
+        kept = {}
+        for name, coupling in couplings.items():
+            if name in own.get("skip", ()):
+                kept[name] = range(0)
+                continue
+            key, per_unit = layout.family.width_key, 1
+            if name == "attention":
+                key, per_unit = "num_attention_heads", layout.group
+            size = own.get(key, coupling.units * per_unit)
+            if not isinstance(size, int) or size % per_unit or not 0 < size <= coupling.units * per_unit:
+                msg = (
+                    f"Layer {index} is said to have {size!r} {key}; a multiple of {per_unit} up to "
+                    f"{coupling.units * per_unit} would fit the configuration."
+                )
+                raise nncf.ValidationError(msg)
+            kept[name] = range(size // per_unit)
+        layers.append(kept)
+    unknown = set(overrides) - {str(index) for index in range(len(layers))}
+    if unknown:
+        msg = f"Structure is given for layers {sorted(unknown)}; the model has layers 0 to {len(layers) - 1}."
+        raise nncf.ValidationError(msg)
+    cut_structure(model, layers)
+
+
+def _cut_branch(block: nn.Module, coupling: Coupling, kept: Sequence[int]) -> None:
+    if list(kept) == list(range(coupling.units)):
+        return
+    if not len(kept):
+        for path, replacement in coupling.branch.skip.items():
+            block.set_submodule(path, replacement())
+        return
+    for cut in coupling.cuts:
+        linear: Any = block.get_submodule(cut.module)
+        indices = cut.indices(kept, linear.weight.device)
+        linear.weight = _selected(linear.weight, cut.axis, indices)
+        if cut.axis == 0 and linear.bias is not None:
+            linear.bias = _selected(linear.bias, 0, indices)
+        linear.out_features, linear.in_features = linear.weight.shape
+        set_record(linear, None)
+
+
+def _selected(parameter: nn.Parameter, axis: int, indices: Any) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().index_select(axis, indices), requires_grad=parameter.requires_grad)
+
+
+def _sizes(layout: Layout, couplings: Mapping[str, Coupling]) -> dict[str, int]:
+    """Sizes of one layer by the configuration's names; branches that are gone have none."""
+    sizes = {}
+    if heads := couplings["attention"].units:
+        sizes["num_attention_heads"] = heads * layout.group
+        if layout.family.head_dim_in_config:
+            sizes["num_key_value_heads"] = heads
+    if width := couplings["mlp"].units:
+        sizes[layout.family.width_key] = width
+    return sizes
+
+
+def _fix_sizes(config: Any, layout: Layout) -> None:
+    """Writes sizes into the modules' attributes and, where all layers agree, into the configuration."""
+    for block, couplings in zip(layout.blocks, layout.couplings, strict=True):
+        heads, width = couplings["attention"].units, couplings["mlp"].units
+        if heads:
+            core = block.get_submodule(layout.family.branches["attention"].core)
+            counts = {
+                **dict.fromkeys(_HEAD_COUNTS, heads * layout.group),
+                **dict.fromkeys(_KV_HEAD_COUNTS, heads),
+                "all_head_size": heads * layout.group * layout.head_dim,
+            }
+            for name, count in counts.items():
+                if isinstance(getattr(core, name, None), int):
+                    setattr(core, name, count)
+            if layout.family.heads_from_config:
+                base = core.config.base if isinstance(core.config, LayerConfig) else core.config
+                core.config = LayerConfig(base, heads * layout.group)  # type: ignore[assignment]
+        if width:
+            core = block.get_submodule(layout.family.branches["mlp"].core)
+            if isinstance(getattr(core, "intermediate_size", None), int):
+                core.intermediate_size = width  # type: ignore[assignment]
+    sizes = [_sizes(layout, couplings) for couplings in layout.couplings]
+    for key in {key for each in sizes for key in each}:
+        values = {each[key] for each in sizes if key in each}
+        if len(values) == 1 and getattr(config, key) not in values:
+            value = values.pop()
+            if key in ("num_attention_heads", "num_key_value_heads"):
+                # transformers refuses a configuration whose heads do not divide the hidden size.
+                if not layout.family.head_dim_in_config or config.hidden_size % _heads(sizes):
+                    continue
+                config.head_dim = layout.head_dim
+            setattr(config, key, value)
+
+
+def _heads(sizes: Sequence[Mapping[str, int]]) -> int:
+    """Query heads of the layers that have attention."""
+    return max(each.get("num_attention_heads", 1) for each in sizes)

@@ -1,0 +1,86 @@
+"""The packed operation in a graph: its weights, how it takes the place of others, and how several become one."""
+
+from __future__ import annotations
+
+import json
+
+import openvino as ov
+from openvino import Node, Output
+from openvino.utils.node_factory import NodeFactory
+
+from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER
+from ov_ext.subgraph import RecordError
+
+OPERATION = "SparseMatMul"
+
+
+def is_packed(node: Node) -> bool:
+    """:return: Whether a node is our operation."""
+    return node.get_type_name() == OPERATION and node.get_type_info().version_id == "ov_ext"
+
+
+def records(node: Node) -> list[str]:
+    """:return: What the ``source`` attribute says about each weight, for :func:`ov_ext.subgraph.read_record`.
+
+    :raises RecordError: An operation with several weights does not have a record of each.
+    """
+    source: str = node.get_attributes()["source"]
+    count = node.get_output_size()
+    if count == 1:
+        return [source]
+    try:
+        found = json.loads(source)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or len(found) != count or not all(isinstance(record, str) for record in found):
+        raise RecordError(f"it does not carry a record of each of its {count} weights; go back to the first IR")
+    return found
+
+
+def group(graph: ov.Model, factory: NodeFactory) -> None:
+    """Make one operation of those that read the same activations in the same form, such as q, k and v of attention.
+
+    One operation prepares its activations once and enters one parallel region; the blobs stay apart.
+
+    :param graph: Graph with packed operations of one weight each.
+    :param factory: Knows the packed operation.
+    """
+    alike: dict[tuple[object, ...], list[Node]] = {}
+    for node in graph.get_ordered_ops():
+        if is_packed(node) and node.get_output_size() == 1:
+            x, attributes = node.input_value(0), node.get_attributes()
+            weight_group = HEADER.unpack_from(node.input_value(1).get_node().get_data())[12]
+            form = (attributes["kind"], attributes["k"], attributes["activation_group"], weight_group or 128)
+            alike.setdefault((x.get_node().get_name(), x.get_index(), *form), []).append(node)
+    for nodes in alike.values():
+        if len(nodes) > 1:
+            _merge(nodes, factory)
+
+
+def _merge(nodes: list[Node], factory: NodeFactory) -> None:
+    widths = [node.get_attributes()["n"] for node in nodes]
+    attributes = nodes[0].get_attributes() | {
+        "n": sum(widths),
+        "outputs": widths,
+        "source": json.dumps([record for node in nodes for record in records(node)]),
+    }
+    merged = factory.create(OPERATION, [nodes[0].input_value(0), *(node.input_value(1) for node in nodes)], attributes)
+    merged.set_friendly_name(" + ".join(node.get_friendly_name() for node in nodes))
+    for i, node in enumerate(nodes):
+        redirect(node.output(0), merged.output(i))
+        detach(node)
+
+
+def redirect(old: Output, new: Output) -> None:
+    """Give all consumers and tensor names of an output to another one."""
+    new.set_names(old.get_names())
+    for port in list(old.get_target_inputs()):
+        port.replace_source_output(new)
+
+
+def detach(node: Node) -> None:
+    """Cut a replaced node off from its inputs: as long as anybody holds it, it would count as their consumer."""
+    for port in node.inputs():
+        source = port.get_source_output()
+        stand_in = ov.op.Parameter(source.get_element_type(), source.get_partial_shape())
+        port.replace_source_output(stand_in.output(0))
