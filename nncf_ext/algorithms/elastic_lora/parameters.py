@@ -20,7 +20,8 @@ class Group:
         ``"model"``: one for all of the model.
     :param name: Name of the group in dimensions (``model.layers.0.<name>``, or ``<name>``); by default the last names
         of its layers: ``q_proj+k_proj+v_proj``.
-    :raises nncf.ValidationError: There are no patterns, one is no regular expression, ranks are not distinct positive integers, or `per` is unknown.
+    :raises nncf.ValidationError: There are no patterns, one is no regular expression, ranks are not distinct positive
+        integers, or `per` is unknown.
     """
 
     patterns: Sequence[str]
