@@ -16,10 +16,10 @@ if TYPE_CHECKING:
         AdvancedSparseWeightsParameters as AdvancedSparseWeightsParameters,
     )
     from nncf_ext.algorithms.sqft.algorithm import make_mergeable as make_mergeable
-    from nncf_ext.algorithms.sqft.algorithm import prerounding as prerounding
     from nncf_ext.algorithms.sqft.gptq_checkpoint import load_gptq as load_gptq
     from nncf_ext.algorithms.sqft.merging import merge as merge
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters as AdvancedSqftParameters
+    from nncf_ext.algorithms.sqft.partner import prerounding as prerounding
     from nncf_ext.compression import compress as compress
     from nncf_ext.elastic import make_elastic as make_elastic
     from nncf_ext.exploration.engine import search as search
@@ -64,7 +64,7 @@ _HOMES = {
     "make_elastic": "elastic",
     "make_mergeable": "algorithms.sqft.algorithm",
     "merge": "algorithms.sqft.merging",
-    "prerounding": "algorithms.sqft.algorithm",
+    "prerounding": "algorithms.sqft.partner",
     "sandwich_loss": "algorithms.elastic_lora.training",
     "save_pretrained": "structure.checkpoint",
     "search": "exploration.engine",

@@ -19,7 +19,7 @@ from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE
 from nncf.torch.layer_utils import StatefulModuleInterface as StatefulModuleInterface
 from nncf.torch.quantization.layers import INT4SymmetricWeightsDecompressor as INT4SymmetricWeightsDecompressor
 from nncf.torch.quantization.quantize_functions import unpack_int4 as unpack_int4
-from torch import Tensor
+from torch import Tensor, nn
 
 HOOKS_PREFIX = f"{ATR_HOOK_STORAGE}."
 """Begins the names of the hooks' own tensors in a state dict."""
@@ -31,3 +31,17 @@ def scale_of(decompressor: INT4SymmetricWeightsDecompressor) -> Tensor:
     :return: Its scales, float16: ``[out_features, groups, 1]``, or ``[out_features, 1]`` with one group a row.
     """
     return decompressor._scale
+
+
+def unwrap_model(model: nn.Module) -> None:
+    """
+    Undoes ``wrap_model``; nothing where the model is not wrapped.
+
+    :param model: A model whose hooks have all been removed.
+    """
+    if is_wrapped(model):
+        original = model.forward.orig_forward  # type: ignore[attr-defined]
+        del model.forward, model._replicate_for_data_parallel
+        delattr(model, ATR_HOOK_STORAGE)
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original

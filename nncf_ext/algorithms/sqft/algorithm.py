@@ -1,57 +1,24 @@
 """Makes the adapters of a PEFT model mergeable: masked by the zeros of their base, on request rounded to its grid."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import nncf
+import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
-from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear
+from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales
 from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
+from nncf_ext.algorithms.sqft.partner import Grid, check_partners, into_cells, on_grid, read_grid
 from nncf_ext.parameters import MergeMode
-from nncf_ext.structure.grid import codes_and_scales, decompressors, unpack, weight_hooks
-from nncf_ext.structure.records import record_of, set_record
+from nncf_ext.structure.grid import decompressors
+from nncf_ext.structure.records import set_record
 
-
-def prerounding(model: nn.Module) -> nn.Module:
-    """
-    The floating partner of a model that :func:`nncf_ext.compress` put on the INT4 grid: its weights as they were just
-    before rounding, masked and error-compensated. Adapters are trained on it, with the grid of `model`: at their start
-    (B = 0), rounding gives the codes of `model`, all of GPTQ's corrections included.
-
-    :param model: Compressed with ``AdvancedSparseWeightsParameters(quantization=INT4_SYM, keep_prerounding=True)``.
-    :return: A new model without hooks; `model` is not changed.
-    :raises nncf.ValidationError: A packed layer has no record of its weight before rounding, or no layer is packed.
-    """
-    packed = decompressors(model)
-    if not packed:
-        msg = (
-            f"{type(model).__name__} has no packed INT4 weight, so there is nothing from before rounding to give back."
-        )
-        raise nncf.ValidationError(msg)
-    kept = {path: _prerounding_of(model, path) for path in packed}
-    result = copy.deepcopy(model)
-    for path, weight in kept.items():
-        unpack(result, path)
-        parameter = result.get_parameter(path)
-        parameter.data = weight.to(parameter)
-        set_record(result.get_submodule(path.rpartition(".")[0]), None)
-    return result
-
-
-def _prerounding_of(model: nn.Module, path: str) -> Tensor:
-    record = record_of(model.get_submodule(path.rpartition(".")[0]))
-    if record is None or record.prerounding is None:
-        msg = (
-            f"{path} has no record of its weight before rounding (records are not saved with a model). Compress with "
-            "AdvancedSparseWeightsParameters(keep_prerounding=True), or train on the sparse floating partner."
-        )
-        raise nncf.ValidationError(msg)
-    return record.prerounding
+# Initializations that leave the base weight as it is; the others move a part of it into A and B, zeros included.
+_HARMLESS_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def make_mergeable(
@@ -88,19 +55,41 @@ def make_mergeable(
     if not quantized and (grid is not None or parameters != AdvancedSqftParameters()):
         msg = "grid and AdvancedSqftParameters belong to MergeMode.QUANT_AWARE; the mode is SPARSE."
         raise nncf.ParameterNotSupportedError(msg)
-    scales = _scales(grid, layers) if quantized else {}
+    base: nn.Module = model.get_base_model()  # type: ignore[operator]  # find_layers has made sure
+    shared = _shared_weights(base)
     for path, layer in layers.items():
-        _check_layer(path, layer)
-    for path, layer in layers.items():
-        if quantized:
-            trained_with = adapter if parameters.trainable_scales else None
-            by_input = parameters.dropout == "input"
-            made: MaskedLoraLinear = QuantizedLoraLinear.on_grid(layer, scales[path], trained_with, by_input)
-        else:
-            made = MaskedLoraLinear.around(layer)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_base_model().get_submodule(parent), name, made)  # type: ignore[operator]  # a PeftModel
-    return model  # type: ignore[return-value]  # find_layers has made sure
+        _check_layer(path, layer, shared)
+    weights: dict[str, Any] = {path: layer.get_base_layer().weight for path, layer in layers.items()}
+    if not quantized and not any(bool((weight == 0).any()) for weight in weights.values()):
+        msg = (
+            f"None of the {len(weights)} adapted weights has a zero, so there is nothing to keep. Prune first "
+            "(nncf_ext.compress), or merge with PEFT's merge_and_unload()."
+        )
+        raise nncf.ValidationError(msg)
+    grids: dict[str, Grid] = {}
+    if quantized:
+        grids = _read(grid, base)
+        check_partners(base, weights, grid, grids)  # type: ignore[arg-type]  # _read has made sure
+    with torch.no_grad():
+        for path, layer in layers.items():
+            made: MaskedLoraLinear
+            if quantized:
+                codes, scales = (part.to(weights[path].device) for part in (grids[path].codes, grids[path].scales))
+                if parameters.start == "grid":
+                    weights[path].data = into_cells(weights[path].data, codes, scales)
+                trained = adapter if parameters.trainable_scales else None
+                made = QuantizedLoraLinear.on_grid(layer, scales, trained, parameters.dropout == "input")
+            else:
+                made = MaskedLoraLinear.around(layer)
+            parent, _, name = path.rpartition(".")
+            setattr(base.get_submodule(parent), name, made)
+        for path in (path for path in grids if path not in layers):
+            # Without an adapter: computes with what the merged model holds, and is packed when merging.
+            linear: Any = base.get_submodule(path)
+            linear.weight.data = on_grid(linear.weight, grids[path])
+            put_scales(linear, grids[path].scales.to(linear.weight.device))
+            set_record(linear, grids[path].record)
+    return model  # type: ignore[return-value]
 
 
 def _mode(mode: MergeMode) -> MergeMode:
@@ -159,22 +148,27 @@ def _refused(config: LoraConfig) -> Iterator[tuple[str, str]]:
         yield f"modules_to_save={list(config.modules_to_save)}", "a module trained as a whole keeps no zeros."
     if getattr(config, "trainable_token_indices", None):
         yield "trainable_token_indices", "embeddings are not merged here."
+    if config.init_lora_weights not in _HARMLESS_INITIALIZATIONS:
+        yield (
+            f"init_lora_weights={config.init_lora_weights!r}",
+            "it changes the base weight, and with it the zeros. Use init_lora_weights=True.",
+        )
     if config.fan_in_fan_out:
         yield "fan_in_fan_out=True", "weights are expected as [out, in]."
 
 
-def _check_layer(path: str, layer: LoraLinear) -> None:
+def _check_layer(path: str, layer: LoraLinear, shared: dict[int, list[str]]) -> None:
     base: Any = layer.get_base_layer()
     if isinstance(layer, MaskedLoraLinear):
         raise nncf.ValidationError(f"The adapter of {path} is mergeable already.")
     if layer.merged:
         raise nncf.ValidationError(f"The adapter of {path} is merged. Call unmerge_adapter() of the model first.")
     if not base.weight.is_floating_point():
-        msg = (
-            f"The base weight of {path} is packed ({base.weight.dtype}). Adapters are trained on its sparse floating "
-            "partner, with the packed model as the grid: nncf_ext.prerounding(packed), or the sparse model that was "
-            "quantized."
-        )
+        raise nncf.ValidationError(_packed_base(path))
+    if base.weight.is_meta:
+        raise nncf.ValidationError(f"{path} has no values (meta device). Load the weights first.")
+    if id(base.weight) in shared:
+        msg = f"The weight of {path} is shared ({', '.join(shared[id(base.weight)])}): merging would change both."
         raise nncf.ValidationError(msg)
     if not bool(base.weight.isfinite().all()):
         raise nncf.ValidationError(f"The base weight of {path} holds values that are not finite.")
@@ -187,38 +181,27 @@ def _check_layer(path: str, layer: LoraLinear) -> None:
         raise nncf.ValidationError(msg)
 
 
-def _scales(grid: nn.Module | None, layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
-    """The scales of every layer, on its device."""
+def _shared_weights(base: nn.Module) -> dict[int, list[str]]:
+    holders: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    return {key: names for key, names in holders.items() if len(names) > 1}
+
+
+def _read(grid: nn.Module | None, base: nn.Module) -> dict[str, Grid]:
     if grid is None:
         msg = (
             "QUANT_AWARE needs the grid: grid=MODEL with INT4 weights, from nncf_ext.compress, nncf_ext.load_gptq or "
             "nncf.compress_weights(mode=INT4_SYM)."
         )
         raise nncf.ValidationError(msg)
-    packed, hooks = decompressors(grid), weight_hooks(grid)
-    found = {}
-    for path, layer in layers.items():
-        name = f"{path}.weight"
-        weight: Any = layer.get_base_layer().weight
-        if name not in packed:
-            kind = f"a {type(hooks[name]).__name__}" if name in hooks else "no symmetric INT4 weight"
-            msg = (
-                f"The grid has {kind} at {path}, which has an adapter. Every adapted layer needs symmetric INT4 codes, "
-                "on which zero is a code; or leave it out of the adapter's target modules."
-            )
-            raise nncf.ValidationError(msg)
-        codes, scales = codes_and_scales(grid.get_parameter(name), packed[name])
-        if codes.shape != weight.shape:
-            msg = f"{path} is {list(weight.shape)} in the base and {list(codes.shape)} in the grid: not partners."
-            raise nncf.ValidationError(msg)
-        if not bool((scales.isfinite() & (scales != 0)).all()):
-            raise nncf.ValidationError(f"The grid's scales of {path} are zero or not finite.")
-        regained = (codes.to(weight.device) != 0) & (weight == 0)
-        if bool(regained.any()):
-            msg = (
-                f"{path} has {int(regained.sum())} zeros whose codes in the grid are not zero: the base is not the "
-                "sparse partner of this grid."
-            )
-            raise nncf.ValidationError(msg)
-        found[path] = scales.to(weight.device)
-    return found
+    if packed := sorted(decompressors(base)):
+        raise nncf.ValidationError(_packed_base(packed[0].removesuffix(".weight")))
+    return read_grid(grid)
+
+
+def _packed_base(path: str) -> str:
+    return (
+        f"The base weight of {path} is packed. Adapters are trained on the sparse floating partner of a quantized "
+        "base, with the packed model as the grid: nncf_ext.prerounding(packed), or the sparse model that was quantized."
+    )

@@ -1,29 +1,33 @@
 """
-Products with a masked low-rank delta, and with a weight that is rounded to a grid after the delta was added.
+The product with a weight to which a masked low-rank delta was added, computed as the merged model will compute it.
 
-Neither keeps an ``[out, in]`` matrix for the backward: it is computed once more, some output rows at a time, from what
-a plain adapter keeps as well (inputs, A and B) and the mask, one bit a weight.
+The merged weight is ``W + s (B A) * M``, on a grid the point nearest to it; gradients pass the rounding straight. No
+``[out, in]`` matrix outlives the forward: the backward computes it once more from what a plain adapter keeps as well
+(inputs, A and B) and from the mask, one bit a weight.
 
 Source: SQFT, arXiv 2410.03750, sections 3.2 (SparsePEFT) and 3.3 (QA-SparsePEFT).
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from nncf_ext.structure.grid import HIGHEST_CODE, LOWEST_CODE, dequantize, round_to_grid
 
-_BLOCK_ELEMENTS = 1 << 20  # of [rows, in] matrices: 4 MiB in float32
+# Elements of the pieces of [rows, in] matrices that are in work at a time.
+_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 24
 
 
 def pack_mask(mask: Tensor) -> Tensor:
     """
-    :param mask: Boolean ``[out, in]``.
-    :return: The same, eight columns in a byte, ``[out, ceil(in / 8)]`` uint8.
+    :param mask: Boolean ``[rows, columns]``.
+    :return: The same, eight columns in a byte, ``[rows, ceil(columns / 8)]`` uint8.
     """
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
+    padded = pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
     bits = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.reshape(mask.shape[0], -1, 8) * bits).sum(-1, dtype=torch.uint8)
 
@@ -31,94 +35,130 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor, columns: int) -> Tensor:
     """
     :param packed: From :func:`pack_mask`.
-    :param columns: in.
-    :return: Boolean ``[out, in]``.
+    :param columns: Number of columns.
+    :return: Boolean ``[rows, columns]``.
     """
     bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return (packed.unsqueeze(-1) >> bits & 1).bool().flatten(1)[:, :columns]
 
 
-def masked_delta(lora_A: Tensor, lora_B: Tensor, mask: Tensor, scaling: float) -> Tensor:
+@dataclass(frozen=True)
+class MergedWeight:
     """
-    :param lora_A: A ``[r, in]``.
-    :param lora_B: B ``[out, r]``, or some of its rows.
-    :param mask: Packed mask of the same rows.
-    :param scaling: s.
-    :return: ``s (B A) * M``, ``[out, in]`` in the type of A.
-    """
-    return (lora_B @ lora_A).mul_(scaling).masked_fill_(~unpack_mask(mask, lora_A.shape[1]), 0.0)
+    A base weight, its adapter, and what becomes of both together.
 
+    All arithmetic is float32 (float64 if A is), whatever autocast would choose; only ``B A`` is summed up in float64
+    and then rounded. So the last bit of an entry does not depend on the shape of the matrix product, the number of
+    threads or the device, and codes found here are found again by anybody else.
 
-def merged_codes(
-    weight: Tensor, scales: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, scaling: float
-) -> Tensor:
-    """
-    The codes of a base weight with its delta, as forward and backward compute them: in float32 whatever the types are,
-    and by the same blocks of rows, because the last bit of a matrix product may depend on its shape.
-
-    :param weight: Base weight ``[out, in]``.
-    :param scales: Scales ``[out, groups]``, float16.
+    :param weight: W ``[out, in]``, floating.
+    :param mask: M, packed, ``[out, ceil(in / 8)]`` uint8.
     :param lora_A: A ``[r, in]``.
     :param lora_B: B ``[out, r]``.
-    :param mask: Packed mask.
     :param scaling: s.
-    :return: Codes ``[out, in]``, int8.
+    :param scales: Scales of the grid ``[out, groups]``, used as float16; None without a grid.
     """
-    blocks = _row_blocks(*weight.shape)
-    return torch.cat([_codes(weight[rows], scales[rows], lora_A, lora_B[rows], mask[rows], scaling) for rows in blocks])
 
+    weight: Tensor
+    mask: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    scales: Tensor | None = None
 
-def _codes(weight: Tensor, scales: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    return round_to_grid(_merged(weight, lora_A, lora_B, mask, scaling), scales)
+    @property
+    def precision(self) -> torch.dtype:
+        """Type of the arithmetic."""
+        return torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
 
-
-def _merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    return weight.float() + masked_delta(lora_A.float(), lora_B.float(), mask, scaling)
-
-
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // columns)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-class MaskedLinear(torch.autograd.Function):
-    """``x D^T`` with ``D = s (B A) * M``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    def blocks(self) -> Iterator[slice]:
         """
-        :param ctx: Autograd context.
-        :param x: Inputs ``[.., in]``, in the type of A.
-        :param lora_A: A ``[r, in]``.
-        :param lora_B: B ``[out, r]``.
-        :param mask: Packed mask, no gradient.
-        :param scaling: s.
-        :return: ``[.., out]``.
+        :return: Runs of rows that are worked on one after the other.
         """
-        ctx.save_for_backward(x, lora_A, lora_B)
-        ctx.mask, ctx.scaling = mask, scaling
-        result = x.new_empty(*x.shape[:-1], lora_B.shape[0])
-        for rows in _row_blocks(lora_B.shape[0], lora_A.shape[1]):
-            result[..., rows] = x @ masked_delta(lora_A, lora_B[rows], mask[rows], scaling).T
+        rows, columns = self.weight.shape
+        elements = _BLOCK_ON_CPU if self.weight.device.type == "cpu" else _BLOCK_ELSEWHERE
+        step = max(1, elements // columns)
+        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def kept(self, rows: slice) -> Tensor:
+        """
+        :param rows: Some rows.
+        :return: M, boolean ``[rows, in]``.
+        """
+        return unpack_mask(self.mask[rows], self.weight.shape[1])
+
+    def delta(self, rows: slice) -> Tensor:
+        """
+        :param rows: Some rows.
+        :return: ``s (B A) * M``, ``[rows, in]``.
+        """
+        product = (self.lora_B[rows].double() @ self.lora_A.double()).to(self.precision)
+        return product.mul_(self.scaling).masked_fill_(~self.kept(rows), 0.0)
+
+    def sum(self, rows: slice) -> Tensor:
+        """
+        :param rows: Some rows.
+        :return: ``W + s (B A) * M`` before any rounding, ``[rows, in]``.
+        """
+        return self.weight[rows].to(self.precision) + self.delta(rows)
+
+    def codes(self) -> Tensor:
+        """
+        :return: Codes of the merged weight on the grid, ``[out, in]`` int8.
+        """
+        return torch.cat([self._codes(rows) for rows in self.blocks()])
+
+    def _codes(self, rows: slice) -> Tensor:
+        assert self.scales is not None  # who asks for codes has a grid
+        return round_to_grid(self.sum(rows).float(), self.scales[rows].half())
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """
+        :param dtype: Type of the result.
+        :return: The weight that the merged model holds, ``[out, in]``: rounded to the grid, and to the type of W.
+        """
+        result = torch.empty_like(self.weight, dtype=dtype)
+        for rows in self.blocks():
+            if self.scales is None:
+                merged = self.sum(rows)
+            else:
+                merged = dequantize(self._codes(rows), self.scales[rows].half())
+            result[rows] = merged.to(self.weight.dtype)
         return result
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def deltas(self, dtype: torch.dtype) -> Tensor:
         """
-        :param ctx: Autograd context.
-        :param grad: Gradient of the outputs ``[.., out]``.
-        :return: Gradients of x, A and B.
+        :param dtype: Type of the result.
+        :return: ``s (B A) * M``, ``[out, in]``.
         """
-        x, lora_A, lora_B = ctx.saved_tensors
+        result = torch.empty_like(self.weight, dtype=dtype)
+        for rows in self.blocks():
+            result[rows] = self.delta(rows)
+        return result
 
-        def delta(rows: slice) -> Tensor:
-            return masked_delta(lora_A, lora_B[rows], ctx.mask[rows], ctx.scaling)
+    def through_scales(self, rows: slice, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        The gradient on its way back through rounding to a grid whose scales are trained.
 
-        return *_gradients(ctx, grad, x, lora_A, lora_B, delta), None, None
+        :param rows: Some rows.
+        :param gradient: Gradient of the rounded weight ``[rows, in]``.
+        :return: Gradient of the weight before rounding: zero where it lies outside of the grid. And gradient of the
+            scales ``[rows, groups]``: the code, less what rounding would have followed the scale inside of the grid.
+        """
+        assert self.scales is not None
+        scales = self.scales[rows].half().to(self.precision).unsqueeze(-1)
+        position = self.sum(rows).reshape(*scales.shape[:2], -1) / scales
+        codes = position.round().clamp(LOWEST_CODE, HIGHEST_CODE)
+        inside = (position >= LOWEST_CODE - 0.5) & (position <= HIGHEST_CODE + 0.5)
+        grouped = gradient.reshape(position.shape)
+        slope = torch.where(inside, codes - position, codes)
+        return (grouped * inside).reshape(gradient.shape), (grouped * slope).sum(-1)
 
 
-class QuantizedLinear(torch.autograd.Function):
-    """``x Q^T``, ``Q`` being the grid points nearest to ``W + s (B A) * M``; gradients pass the rounding straight."""
+class MergedLinear(torch.autograd.Function):
+    """
+    ``x V^T + b``, V being the merged weight; with dropout, ``x V^T + (dropout(x) - x) D^T + b``, D being its delta.
+    """
 
     @staticmethod
     def forward(
@@ -126,30 +166,35 @@ class QuantizedLinear(torch.autograd.Function):
         x: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
-        scales: Tensor,
+        scales: Tensor | None,
         weight: Tensor,
         mask: Tensor,
+        bias: Tensor | None,
         scaling: float,
+        dropout: float,
     ) -> Tensor:
         """
         :param ctx: Autograd context.
         :param x: Inputs ``[.., in]``.
         :param lora_A: A ``[r, in]``.
         :param lora_B: B ``[out, r]``.
-        :param scales: Scales ``[out, groups]``; rounded to float16. If they take a gradient, that of A and B is zero
-            where the merged weight lies outside of the grid.
-        :param weight: Base weight ``[out, in]``, no gradient.
-        :param mask: Packed mask, no gradient.
+        :param scales: Scales ``[out, groups]`` or None. If they take a gradient, that of A and B is zero where the sum
+            of base and delta lies outside of the grid.
+        :param weight: W ``[out, in]``, no gradient.
+        :param mask: M, packed.
+        :param bias: b ``[out]`` in the type of x, or None.
         :param scaling: s.
+        :param dropout: Fraction of inputs that the delta does not see, 0..1.
         :return: ``[.., out]``, in the type of x.
         """
-        ctx.save_for_backward(x, lora_A, lora_B, scales)
-        ctx.weight, ctx.mask, ctx.scaling = weight, mask, scaling
-        result = x.new_empty(*x.shape[:-1], lora_B.shape[0])
-        for rows in _row_blocks(lora_B.shape[0], lora_A.shape[1]):
-            steps = scales[rows].half()
-            codes = _codes(weight[rows], steps, lora_A, lora_B[rows], mask[rows], scaling)
-            result[..., rows] = x @ dequantize(codes, steps).to(x.dtype).T
+        merged = MergedWeight(weight, mask, lora_A, lora_B, scaling, scales)
+        kept = None
+        result = linear(x, merged.values(x.dtype), bias)
+        if dropout > 0:
+            kept = pack_mask(torch.rand(x.shape[:-1].numel(), x.shape[-1], device=x.device) >= dropout)
+            result += (x * _excess(kept, dropout, x)) @ merged.deltas(x.dtype).T
+        ctx.save_for_backward(x, lora_A, lora_B, scales, weight, mask, kept)
+        ctx.scaling, ctx.dropout = scaling, dropout
         return result
 
     @staticmethod
@@ -157,50 +202,49 @@ class QuantizedLinear(torch.autograd.Function):
         """
         :param ctx: Autograd context.
         :param grad: Gradient of the outputs ``[.., out]``.
-        :return: Gradients of x, A, B and the scales.
+        :return: Gradients of x, A, B, the scales and b.
         """
-        x, lora_A, lora_B, scales = ctx.saved_tensors
-        grad_scales = torch.zeros_like(scales) if ctx.needs_input_grad[3] else None
+        x, lora_A, lora_B, scales, weight, mask, kept = ctx.saved_tensors
+        merged = MergedWeight(weight, mask, lora_A, lora_B, ctx.scaling, scales)
+        excess = None if kept is None else _excess(kept, ctx.dropout, x)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ merged.values(x.dtype)
+            if excess is not None:
+                grad_x += (grad @ merged.deltas(x.dtype)) * excess
+        trained = ctx.needs_input_grad[3]
+        grad_A = torch.zeros_like(lora_A, dtype=merged.precision)
+        grad_B = torch.zeros_like(lora_B, dtype=merged.precision)
+        grad_scales = torch.zeros_like(scales) if trained else None
+        outputs, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        # Rounding is passed straight, so the gradients of V and D add up to that of what the adapter saw.
+        seen = inputs if excess is None or trained else (x * (1 + excess)).reshape(inputs.shape)
+        unseen = (x * excess).reshape(inputs.shape) if excess is not None and trained else None
+        for rows in merged.blocks():
+            part = outputs[:, rows].T
+            of_sum = (part @ seen).to(merged.precision)
+            if grad_scales is not None:
+                of_sum, grad_scales[rows] = merged.through_scales(rows, of_sum)
+            if unseen is not None:
+                of_sum += (part @ unseen).to(merged.precision)
+            of_delta = of_sum.masked_fill_(~merged.kept(rows), 0.0).mul_(ctx.scaling)
+            grad_B[rows] = of_delta @ lora_A.to(merged.precision).T
+            grad_A += lora_B[rows].to(merged.precision).T @ of_delta
+        grad_bias = outputs.sum(0) if ctx.needs_input_grad[6] else None
+        return (
+            grad_x,
+            grad_A.to(lora_A.dtype),
+            grad_B.to(lora_B.dtype),
+            grad_scales,
+            None,
+            None,
+            grad_bias,
+            None,
+            None,
+        )
 
-        def rounded(rows: slice) -> Tensor:
-            steps = scales[rows].half()
-            codes = _codes(ctx.weight[rows], steps, lora_A, lora_B[rows], ctx.mask[rows], ctx.scaling)
-            return dequantize(codes, steps).to(x.dtype)
 
-        def through_scales(rows: slice, gradient: Tensor) -> Tensor:
-            """Adds to the gradient of the scales; returns the gradient of the merged weight."""
-            if grad_scales is None:
-                return gradient
-            merged = _merged(ctx.weight[rows], lora_A, lora_B[rows], ctx.mask[rows], ctx.scaling)
-            groups = scales.shape[1]
-            grouped = merged.reshape(merged.shape[0], groups, -1) / scales[rows].half().float().unsqueeze(-1)
-            codes = grouped.round().clamp(LOWEST_CODE, HIGHEST_CODE)
-            inside = (grouped >= LOWEST_CODE - 0.5) & (grouped <= HIGHEST_CODE + 0.5)
-            by_group = gradient.reshape(grouped.shape)
-            # d(code * scale) / d(scale): the code, less what rounding would have followed the scale inside the grid.
-            slope = torch.where(inside, codes - grouped, codes)
-            grad_scales[rows] = (by_group * slope).sum(-1).to(scales.dtype)
-            return (by_group * inside).reshape(gradient.shape)
-
-        gradients = _gradients(ctx, grad, x, lora_A, lora_B, rounded, through_scales)
-        return *gradients, grad_scales, None, None, None
-
-
-def _gradients(
-    ctx: Any, grad: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, weight: Any, through: Any = None
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x, A and B of ``x weight(A, B)^T``, where the weight's gradient reaches ``s (B A) * M``."""
-    grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-    grad_A, grad_B = torch.zeros_like(lora_A), torch.empty_like(lora_B)
-    inputs = x.reshape(-1, x.shape[-1])
-    for rows in _row_blocks(lora_B.shape[0], lora_A.shape[1]):
-        part = grad[..., rows]
-        if grad_x is not None:
-            grad_x += part @ weight(rows)
-        of_weight = (part.reshape(inputs.shape[0], -1).T @ inputs).to(lora_A.dtype)
-        if through is not None:
-            of_weight = through(rows, of_weight)
-        of_delta = of_weight.masked_fill(~unpack_mask(ctx.mask[rows], lora_A.shape[1]), 0.0).mul_(ctx.scaling)
-        grad_B[rows] = of_delta @ lora_A.T
-        grad_A += lora_B[rows].T @ of_delta
-    return grad_x, grad_A, grad_B
+def _excess(kept: Tensor, dropout: float, x: Tensor) -> Tensor:
+    """What dropout adds to an input, as a fraction of it: -1 where it was dropped; in the shape of x."""
+    seen = unpack_mask(kept, x.shape[-1]).to(x.dtype).div_(max(1 - dropout, 1e-9))
+    return seen.sub_(1).reshape(x.shape)

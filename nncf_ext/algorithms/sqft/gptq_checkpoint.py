@@ -9,10 +9,10 @@ from typing import Any
 
 import nncf
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nncf_ext.structure.grid import check_hookable, pack
+from nncf_ext.structure.grid import check_hookable, dequantize, pack
 from nncf_ext.structure.records import LayerRecord, set_record
 
 _BITS = 4
@@ -31,10 +31,15 @@ def load_gptq(folder: str | os.PathLike[str], partner: nn.Module) -> nn.Module:
         gptq_v2), ``scales`` [groups, out] float16 and optionally ``g_idx`` [in] int32 for each layer.
     :param partner: The floating model that was quantized, such as the sparse float16 partner of an SQFT base; gives
         everything that is not quantized, and the type of weights. Not changed.
-    :return: A new model with packed INT4 weights: the grid of :func:`nncf_ext.make_mergeable`.
-    :raises nncf.ValidationError: There is no quantized layer, a tensor is missing, or one fits no layer of `partner`.
-    :raises nncf.ParameterNotSupportedError: Not symmetric, not 4 bits, other groups, or columns in another order
-        (desc_act).
+    :return: A new model with packed INT4 weights: the grid of :func:`nncf_ext.make_mergeable`. Codes that are not zero
+        where the partner is, as GPTQ leaves them that does not know of zeros, are set to zero; the report says how
+        many, and how far the weights are from the partner's.
+    :raises nncf.ValidationError: There is no quantized layer, a file is damaged, a tensor is missing, or one fits no
+        layer of `partner`.
+    :raises nncf.UnsupportedModelError: A quantized layer is no floating ``torch.nn.Linear`` of `partner`, or shares its
+        weight with another.
+    :raises nncf.ParameterNotSupportedError: Not symmetric, not 4 bits, other groups, columns in another order
+        (desc_act), or scales that are no float16 numbers.
     """
     tensors = _read(Path(folder))
     layers = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
@@ -45,23 +50,49 @@ def load_gptq(folder: str | os.PathLike[str], partner: nn.Module) -> nn.Module:
     less_one = _format_of(Path(folder)) != "gptq_v2"
     grids = {}
     for layer in layers:
-        try:
-            weight = partner.get_parameter(f"{layer}.weight")
-        except AttributeError:
-            msg = f"{layer} is quantized in {folder}, and {type(partner).__name__} has no such layer."
-            raise nncf.ValidationError(msg) from None
+        weight = _partner_weight(partner, layer)
         missing = [suffix for suffix in _SUFFIXES[:3] if f"{layer}.{suffix}" not in tensors]
         if missing:
             raise nncf.ValidationError(f"{folder} lacks {', '.join(missing)} of {layer}.")
         parts = {suffix: tensors.get(f"{layer}.{suffix}") for suffix in _SUFFIXES}
-        grids[layer] = _grid(layer, parts, tuple(weight.shape), less_one)
+        codes, scales = (each.to(weight.device) for each in _grid(layer, parts, tuple(weight.shape), less_one))
+        codes, record = _like_partner(layer, weight.detach(), codes, scales)
+        grids[layer] = codes, scales, record
     model = copy.deepcopy(partner)
-    for layer, (codes, scales) in grids.items():
-        parameter = model.get_parameter(f"{layer}.weight")
-        before = parameter.nbytes
-        pack(model, f"{layer}.weight", codes.to(parameter.device), scales.to(parameter.device))
-        set_record(model.get_submodule(layer), LayerRecord(mode="gptq_checkpoint", bytes_before=before))
+    for layer, (codes, scales, record) in grids.items():
+        pack(model, f"{layer}.weight", codes, scales)
+        set_record(model.get_submodule(layer), record)
     return model
+
+
+def _like_partner(layer: str, weight: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, LayerRecord]:
+    """The codes with the zeros of the partner, and what is to be noted on the layer."""
+    regained = (weight == 0) & (codes != 0)
+    codes = codes.masked_fill(regained, 0)
+    error = float((dequantize(codes, scales) - weight.float()).norm() / weight.float().norm().clamp_min(1e-30))
+    lost = int(regained.sum())
+    note = f"{lost} codes of pruned weights were set to zero" if lost else None
+    record = LayerRecord("gptq_checkpoint", None, weight.nbytes, error, "weight", note, prerounding=weight)
+    return codes, record
+
+
+def _partner_weight(partner: nn.Module, layer: str) -> Tensor:
+    try:
+        module, weight = partner.get_submodule(layer), partner.get_parameter(f"{layer}.weight")
+    except AttributeError:
+        msg = f"{layer} is quantized in the checkpoint, and {type(partner).__name__} has no such layer."
+        raise nncf.ValidationError(msg) from None
+    if type(module) is not nn.Linear or not weight.is_floating_point():
+        msg = (
+            f"{layer} is a {type(module).__name__} with a weight of {weight.dtype} in the partner. Only floating "
+            "torch.nn.Linear layers, [out, in], can be put on the grid."
+        )
+        raise nncf.UnsupportedModelError(msg)
+    names = [name for name, each in partner.named_parameters(remove_duplicate=False) if each is weight]
+    if len(names) > 1:
+        msg = f"{layer} is quantized in the checkpoint; in the partner, {', '.join(names)} are one weight. Untie them."
+        raise nncf.UnsupportedModelError(msg)
+    return weight
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
@@ -71,10 +102,13 @@ def _read(folder: Path) -> dict[str, Tensor]:
         raise nncf.ValidationError(msg)
     tensors = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # not a dictionary
-                if name.rpartition(".")[2] in _SUFFIXES:
-                    tensors[name] = opened.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # not a dictionary
+                    if name.rpartition(".")[2] in _SUFFIXES:
+                        tensors[name] = opened.get_tensor(name)
+        except SafetensorError as error:
+            raise nncf.ValidationError(f"{file} is damaged ({error}). Get it again.") from error
     return tensors
 
 
@@ -89,9 +123,12 @@ def _format_of(folder: Path) -> str:
 def _configs(folder: Path) -> Iterator[dict[str, Any]]:
     for name in ("quantize_config.json", "config.json"):
         if (folder / name).is_file():
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            try:
+                config = json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise nncf.ValidationError(f"{folder / name} is no JSON ({error}).") from error
             config = config.get("quantization_config", config) if isinstance(config, dict) else {}
-            if int(config.get("bits", _BITS)) != _BITS:
+            if config.get("bits", _BITS) != _BITS:
                 msg = f"The checkpoint has {config['bits']} bits a weight. Here only 4 are read."
                 raise nncf.ParameterNotSupportedError(msg)
             yield config
@@ -131,7 +168,11 @@ def _grid(layer: str, parts: dict[str, Tensor | None], shape: tuple[int, ...], l
         )
         raise nncf.ParameterNotSupportedError(msg)
     codes = (_unpacked(qweight, dim=0) - _ZERO_POINT).T.contiguous().to(torch.int8)
-    return codes, scales.T.contiguous().half()
+    stored = scales.T.contiguous()
+    if not torch.equal(stored.half().to(stored.dtype), stored):
+        msg = f"{layer}.scales is {stored.dtype} with values that float16, the type of the grid's scales, cannot hold."
+        raise nncf.ParameterNotSupportedError(msg)
+    return codes, stored.half()
 
 
 def _unpacked(words: Tensor, dim: int) -> Tensor:

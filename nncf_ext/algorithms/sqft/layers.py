@@ -8,14 +8,33 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import active_rank
-from nncf_ext.algorithms.sqft.delta import (
-    MaskedLinear,
-    QuantizedLinear,
-    masked_delta,
-    merged_codes,
-    pack_mask,
-    unpack_mask,
-)
+from nncf_ext.algorithms.sqft.delta import MergedLinear, MergedWeight, pack_mask, unpack_mask
+
+_SCALES = "nncf_ext_scales"
+
+
+def put_scales(linear: nn.Module, scales: Tensor | None) -> None:
+    """
+    Notes on a floating layer the grid on which its weight is to be stored. Not part of the state dict.
+
+    :param linear: The layer.
+    :param scales: Scales ``[out, groups]``, float16; None takes them off.
+    """
+    if scales is None:
+        linear._buffers.pop(_SCALES, None)
+        linear._non_persistent_buffers_set.discard(_SCALES)
+    else:
+        # As integers: Module.to(dtype) would round a floating buffer, and another scale gives other codes.
+        linear.register_buffer(_SCALES, scales.half().view(torch.int16), persistent=False)
+
+
+def scales_on(linear: nn.Module) -> Tensor | None:
+    """
+    :param linear: Any module.
+    :return: What :func:`put_scales` noted, ``[out, groups]`` float16, or None.
+    """
+    stored = linear._buffers.get(_SCALES)
+    return None if stored is None else stored.view(torch.float16)
 
 
 class MaskedLoraLinear(LoraLinear):
@@ -24,10 +43,11 @@ class MaskedLoraLinear(LoraLinear):
 
     It takes the place of PEFT's layer around the same modules and parameters, so saving, loading, switching and
     disabling adapters are PEFT's. M is fixed when the layer is made, and kept with one bit a weight. An elastic rank
-    (:mod:`nncf_ext.algorithms.elastic_lora`) counts.
+    (:mod:`nncf_ext.algorithms.elastic_lora`) counts; it is read once in a forward.
     """
 
     mask: Tensor
+    _drops_all_inputs = False
 
     @classmethod
     def around(cls, layer: LoraLinear) -> Self:
@@ -38,21 +58,28 @@ class MaskedLoraLinear(LoraLinear):
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.__dict__.update(layer.__dict__)
-        made._buffers = dict(layer._buffers)
-        made._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
         base: Any = layer.get_base_layer()
         made.register_buffer("mask", pack_mask(base.weight.detach() != 0), persistent=False)
         return made
 
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+    def merged_weight(self, adapter: str) -> MergedWeight:
         """
         :param adapter: Name of the adapter.
-        :return: A ``[rank, in]`` and B ``[out, rank]`` of the active rank.
+        :return: The base with what is active of the adapter.
         """
         lora_A: Any = self.lora_A[adapter]
         lora_B: Any = self.lora_B[adapter]
+        base: Any = self.get_base_layer()
         rank = active_rank(lora_A)
-        return lora_A.weight[:rank], lora_B.weight[:, :rank]
+        factors = lora_A.weight[:rank], lora_B.weight[:, :rank]
+        return MergedWeight(base.weight, self.mask, *factors, self.scaling[adapter], self.scales_of(adapter))
+
+    def scales_of(self, adapter: str) -> Tensor | None:
+        """
+        :param adapter: Name of the adapter.
+        :return: Scales of its grid ``[out, groups]``; None: there is no grid.
+        """
+        return None
 
     def check_base(self) -> None:
         """
@@ -68,17 +95,16 @@ class MaskedLoraLinear(LoraLinear):
         :param adapter: Name of the adapter.
         :return: ``s (B A) * M``, ``[out, in]``, in the type of B: what PEFT's own ``merge_adapter`` adds.
         """
-        lora_A, lora_B = self.factors(adapter)
-        delta = masked_delta(lora_A.float(), lora_B.float(), self.mask, self.scaling[adapter])
-        return delta.to(lora_B.dtype)
+        merged = self.merged_weight(adapter)
+        return merged.deltas(merged.lora_B.dtype).detach()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """
         :param x: Inputs ``[.., in]``.
-        :param args: For the base layer.
-        :param kwargs: For the base layer.
-        :return: ``[.., out]``.
-        :raises nncf.ParameterNotSupportedError: A batch mixes adapters (``adapter_names``).
+        :param args: For the base layer, where it is used alone.
+        :param kwargs: The same.
+        :return: ``[.., out]``: what the merged layer gives, but for dropout.
+        :raises nncf.ParameterNotSupportedError: A batch mixes adapters (``adapter_names``), or several are active.
         """
         if kwargs.get("adapter_names") is not None:
             msg = "A batch that mixes adapters (adapter_names=...) is not possible with mergeable adapters."
@@ -86,60 +112,72 @@ class MaskedLoraLinear(LoraLinear):
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not adapters:
             return super().forward(x, *args, **kwargs)
-        return self._adapted(x, adapters)
+        if len(adapters) > 1:
+            msg = f"Adapters {adapters} are active; a weight is merged with one. Use set_adapter(name)."
+            raise nncf.ParameterNotSupportedError(msg)
+        return self._adapted(x, adapters[0])
 
-    def _adapted(self, x: Tensor, adapters: list[str]) -> Tensor:
-        base = self.get_base_layer()
-        result = base(x)
-        for adapter in adapters:
-            lora_A, lora_B = self.factors(adapter)
-            with _no_autocast(x):
-                dropped = self.lora_dropout[adapter](x.to(lora_A.dtype))
-                delta = MaskedLinear.apply(dropped, lora_A, lora_B, self.mask, self.scaling[adapter])
-            result = result + delta.to(result.dtype)
-        return result
+    def _adapted(self, x: Tensor, adapter: str) -> Tensor:
+        merged = self.merged_weight(adapter)
+        bias: Any = self.get_base_layer().bias
+        dropout: Any = self.lora_dropout[adapter]
+        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        if self._drops_all_inputs:
+            x, probability = dropout(x), 0.0
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        x = x.to(torch.get_autocast_dtype(device) if autocast else merged.weight.dtype)
+        with torch.autocast(device, enabled=False):
+            return MergedLinear.apply(
+                x,
+                merged.lora_A,
+                merged.lora_B,
+                merged.scales,
+                merged.weight,
+                merged.mask,
+                None if bias is None else bias.to(x.dtype),
+                merged.scaling,
+                probability,
+            )
 
 
 class QuantizedLoraLinear(MaskedLoraLinear):
     """
     A masked LoRA layer that computes with the grid points nearest to its merged weight: what it will be after merging.
+
+    The scales of the grid are noted on its base layer. Trained ones belong to the adapter: PEFT saves, loads and
+    freezes them together with A and B.
     """
 
-    grid_scales: Tensor
-    input_dropout: bool
+    adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_scales")
+    lora_scales: nn.ParameterDict
 
     @classmethod
-    def on_grid(cls, layer: LoraLinear, scales: Tensor, trained_with: str | None, input_dropout: bool) -> Self:
+    def on_grid(cls, layer: LoraLinear, scales: Tensor, trained: str | None, drops_all_inputs: bool) -> Self:
         """
         :param layer: PEFT's layer; not to be used any more.
         :param scales: Scales ``[out, groups]``, float16.
-        :param trained_with: Adapter with which scales are trained, or None to freeze them. Trained ones are float32,
-            used as float16, and belong to the adapter: PEFT saves and loads them with it.
-        :param input_dropout: Whether dropout acts on all of the layer's input.
+        :param trained: Adapter with which scales are trained, or None; kept in float32 then, and used as float16.
+        :param drops_all_inputs: Whether dropout acts on all of the layer's input.
         :return: The layer that takes its place.
         """
         made = cls.around(layer)
-        made.input_dropout = input_dropout
-        made.register_buffer("grid_scales", scales, persistent=False)
-        made.lora_scales = nn.ParameterDict({trained_with: nn.Parameter(scales.float())} if trained_with else {})
+        base: Any = layer.get_base_layer()
+        put_scales(base, scales)
+        made._drops_all_inputs = drops_all_inputs
+        made.lora_scales = nn.ParameterDict({} if trained is None else {trained: nn.Parameter(scales.float())})
         return made
 
-    def scales(self, adapter: str) -> Tensor:
+    def scales_of(self, adapter: str) -> Tensor:
         """
         :param adapter: Name of the adapter.
-        :return: Scales ``[out, groups]``: those trained with the adapter, float32, or the frozen ones, float16.
+        :return: Scales of its grid ``[out, groups]``: float16, or float32 if they are trained.
         """
-        trained: Any = self.lora_scales
-        return trained[adapter] if adapter in trained else self.grid_scales
-
-    def codes(self, adapter: str) -> Tensor:
-        """
-        :param adapter: Name of the adapter.
-        :return: Codes ``[out, in]`` of the merged weight, int8: those of the forward.
-        """
-        lora_A, lora_B = self.factors(adapter)
-        base: Any = self.get_base_layer()
-        return merged_codes(base.weight, self.scales(adapter).half(), lora_A, lora_B, self.mask, self.scaling[adapter])
+        if adapter in self.lora_scales:
+            return self.lora_scales[adapter]
+        scales = scales_on(self.get_base_layer())
+        assert scales is not None  # on_grid has put them there
+        return scales
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """
@@ -148,26 +186,3 @@ class QuantizedLoraLinear(MaskedLoraLinear):
         """
         msg = "PEFT's merge would leave the INT4 grid. Use nncf_ext.merge(model, nncf_ext.MergeMode.QUANT_AWARE)."
         raise nncf.ParameterNotSupportedError(msg)
-
-    def _adapted(self, x: Tensor, adapters: list[str]) -> Tensor:
-        if len(adapters) > 1:
-            msg = f"Adapters {adapters} are active; a weight is rounded with one. Use set_adapter(name)."
-            raise nncf.ParameterNotSupportedError(msg)
-        (adapter,) = adapters
-        base, dropout, scaling = self.get_base_layer(), self.lora_dropout[adapter], self.scaling[adapter]
-        lora_A, lora_B = self.factors(adapter)
-        with _no_autocast(x):
-            if self.input_dropout:
-                x = dropout(x)
-            result = QuantizedLinear.apply(x, lora_A, lora_B, self.scales(adapter), base.weight, self.mask, scaling)
-            if self.training and not self.input_dropout and not isinstance(dropout, nn.Identity):
-                # What the adapter makes of inputs that are dropped is taken away again.
-                dropped = x.to(lora_A.dtype) - dropout(x.to(lora_A.dtype))
-                taken = MaskedLinear.apply(dropped, lora_A, lora_B, self.mask, scaling)
-                result = result - taken.to(result.dtype)
-        return result if base.bias is None else result + base.bias
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """Deltas and codes have one type, whatever autocast would choose."""
-    return torch.autocast(x.device.type, enabled=False)

@@ -1,6 +1,7 @@
 """Merges adapters into sparse weights, and makes sure that nothing was lost."""
 
 import copy
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,17 @@ from torch import Tensor, nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import active_rank
 from nncf_ext.algorithms.sqft.algorithm import find_layers
-from nncf_ext.algorithms.sqft.delta import masked_delta, pack_mask
-from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear
+from nncf_ext.algorithms.sqft.delta import MergedWeight, pack_mask
+from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales, scales_on
 from nncf_ext.parameters import MergeMode
-from nncf_ext.structure.grid import check_hookable, codes_and_scales, decompressors, dequantize, pack
+from nncf_ext.structure.grid import (
+    check_hookable,
+    codes_and_scales,
+    decompressors,
+    dequantize,
+    pack,
+    round_to_grid,
+)
 from nncf_ext.structure.records import LayerRecord, set_record
 
 
@@ -55,40 +63,83 @@ def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
     copied = copy.deepcopy(model)
     # A trainer in mixed precision wraps the forward of the one model object; its wrapper would run the original.
     copied.__dict__.pop("forward", None)
-    _, layers = find_layers(copied)
+    _, copies = find_layers(copied)
     grids: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
-        for path, layer in layers.items():
+        for path, layer in copies.items():
             try:
                 if isinstance(layer, QuantizedLoraLinear):
-                    grids[path] = _merge_on_grid(layer, adapter)
+                    grids[path] = _codes(layer, adapter)
                 else:
                     _merge_sparse(layer, adapter)
             except nncf.ValidationError as error:
                 raise nncf.ValidationError(f"{path} cannot be merged: {error}") from error
-    base: nn.Module = copied.unload()  # type: ignore[operator]
-    for path, (codes, scales) in grids.items():
-        name = f"{path}.weight"
-        pack(base, name, codes, scales)
-        stored, kept = codes_and_scales(base.get_parameter(name), decompressors(base)[name])
-        if not torch.equal(stored, codes) or not torch.equal(kept, scales):
-            raise nncf.ValidationError(f"{path} cannot be merged: its packed codes differ from those of the forward.")
+        base: nn.Module = copied.unload()  # type: ignore[operator]
+        _make_plain(base)
+        if quantized:
+            grids |= _codes_without_adapter(base, grids.keys())
+        for path, (codes, scales) in grids.items():
+            pack(base, f"{path}.weight", codes, scales)
+        _check(base, layers, adapter, grids)
     return base
 
 
-def _merge_on_grid(layer: QuantizedLoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
-    """Puts the grid points in as weights, and returns their codes and scales."""
+def _codes(layer: QuantizedLoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
+    """The codes and scales of a layer with its adapter."""
     layer.check_base()
-    weight: Any = layer.get_base_layer().weight
-    scales, codes = layer.scales(adapter).detach().half(), layer.codes(adapter)
+    _check_factors(layer, adapter)
+    base: Any = layer.get_base_layer()
+    scales, codes = layer.scales_of(adapter).detach().half(), layer.merged_weight(adapter).codes()
     if not bool((scales.isfinite() & (scales != 0)).all()):
         msg = "its trained scales are zero or not finite."
         raise nncf.ValidationError(msg)
-    _check_factors(layer, adapter)
-    _check_zeros(weight, codes)
-    weight.data = dequantize(codes, scales).to(weight.dtype)
+    _check_zeros(base.weight, codes)
+    put_scales(base, None)
     _note(layer, MergeMode.QUANT_AWARE, None)
     return codes, scales
+
+
+def _codes_without_adapter(base: nn.Module, adapted: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The codes and scales of the layers that lie on the grid and have no adapter."""
+    found = {}
+    for path, module in base.named_modules():
+        scales = scales_on(module)
+        if scales is None or path in adapted:
+            continue
+        weight: Any = module.weight
+        codes = round_to_grid(weight.float(), scales)
+        if not torch.equal(dequantize(codes, scales).to(weight.dtype), weight):
+            msg = f"{path} cannot be merged: it has no adapter, and its weight left the grid since make_mergeable."
+            raise nncf.ValidationError(msg)
+        put_scales(module, None)
+        found[path] = codes, scales
+    return found
+
+
+def _make_plain(base: nn.Module) -> None:
+    """Takes off what training with gradient checkpointing has put on."""
+    for undo in ("disable_input_require_grads", "gradient_checkpointing_disable"):
+        if (undo[0] == "g" or hasattr(base, "_require_grads_hook")) and callable(getattr(base, undo, None)):
+            getattr(base, undo)()
+
+
+def _check(
+    base: nn.Module, layers: Mapping[str, LoraLinear], adapter: str, grids: Mapping[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Compares what the merged model computes with to what the forward of the original layers computes with."""
+    hooks = decompressors(base)
+    for path, layer in layers.items():
+        parameter = base.get_parameter(f"{path}.weight")
+        if path in grids:
+            stored, scales = codes_and_scales(parameter, hooks[f"{path}.weight"])
+            value = hooks[f"{path}.weight"](parameter)
+            same = torch.equal(stored, grids[path][0]) and torch.equal(scales, grids[path][1])
+        else:
+            value, same = parameter, True
+        if isinstance(layer, MaskedLoraLinear):
+            same = same and torch.equal(value, layer.merged_weight(adapter).values(value.dtype))
+        if not same:
+            raise nncf.ValidationError(f"{path} cannot be merged: the result differs from the weight of the forward.")
 
 
 def _merge_sparse(layer: LoraLinear, adapter: str) -> None:
@@ -96,10 +147,9 @@ def _merge_sparse(layer: LoraLinear, adapter: str) -> None:
     _check_factors(layer, adapter)
     if isinstance(layer, MaskedLoraLinear):
         layer.check_base()
-        merged, error = weight.float() + layer.get_delta_weight(adapter).float(), None
+        merged, error = layer.merged_weight(adapter).values(weight.dtype), None
     else:
         merged, error = _merge_foreign(layer, adapter, weight)
-    merged = merged.to(weight.dtype)
     if not bool(merged.isfinite().all()):
         msg = f"the merged weight is not finite in {weight.dtype}."
         raise nncf.ValidationError(msg)
@@ -113,11 +163,11 @@ def _merge_foreign(layer: LoraLinear, adapter: str, weight: Tensor) -> tuple[Ten
     lora_A: Any = layer.lora_A[adapter]
     lora_B: Any = layer.lora_B[adapter]
     rank, scaling = active_rank(lora_A), layer.scaling[adapter]
-    factors = lora_A.weight[:rank].float(), lora_B.weight[:, :rank].float()
-    everything = pack_mask(torch.ones_like(weight, dtype=torch.bool))
-    wanted = weight.float() + masked_delta(*factors, everything, scaling)
-    merged = weight.float() + masked_delta(*factors, pack_mask(weight != 0), scaling)
-    return merged, float((wanted - merged).norm() / wanted.norm())
+    factors = lora_A.weight[:rank], lora_B.weight[:, :rank]
+    merged = MergedWeight(weight, pack_mask(weight != 0), *factors, scaling).values(weight.dtype)
+    wanted = MergedWeight(weight, pack_mask(torch.ones_like(weight, dtype=torch.bool)), *factors, scaling)
+    wanted_values = wanted.values(torch.float32)
+    return merged, float((wanted_values - merged.float()).norm() / wanted_values.norm().clamp_min(1e-30))
 
 
 def _check_factors(layer: LoraLinear, adapter: str) -> None:
