@@ -66,7 +66,7 @@ def search(
     :param test: The measure of the first objective on test data, taken once, of the chosen point, at the end. The
         report tells the gap between validation and test.
     :param storage: File to keep every result in (Optuna's journal), or the URL of a data base; an interrupted or
-        finished search continues from it. None keeps results in memory.
+        finished search continues from it, and several processes may search together. None keeps results in memory.
     :param study_name: Name of the study in the storage.
     :param seed: Seed of the members of SearchSampler. A search that continues from storage gives the same as one that
         was not interrupted.
@@ -84,7 +84,7 @@ def search(
     study = _open(net.space, objectives, storage, study_name)
     before = net.active
     chosen, result, complete = None, None, False
-    known = {_places(trial, net.space): tuple(trial.values) for trial in _complete(study)}
+    known = _measured(study, net.space)
     try:
         _run(study, net, objectives, known, sampler, budget, seed)
         chosen = _report(known, net.space, objectives).pick(**limits)
@@ -213,6 +213,8 @@ def _run(
                 break
             study.sampler = sampler if isinstance(sampler, BaseSampler) else _seeded(sampler, study, seed)
             repeats = 0 if measure(study.ask(distributions)) else repeats + 1
+            # Other processes may work on the same storage.
+            known.update(_measured(study, space))
 
 
 def _seeded(kind: SearchSampler, study: optuna.Study, seed: int) -> BaseSampler:
@@ -224,8 +226,9 @@ def _seeded(kind: SearchSampler, study: optuna.Study, seed: int) -> BaseSampler:
     return RandomSampler(seed=drawn)
 
 
-def _complete(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _measured(study: optuna.Study, space: SearchSpace) -> dict[Places, tuple[float, ...]]:
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {_places(trial, space): tuple(trial.values) for trial in trials}
 
 
 def _places(trial: optuna.Trial | FrozenTrial, space: SearchSpace) -> Places:

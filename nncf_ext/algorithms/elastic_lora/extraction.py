@@ -80,8 +80,8 @@ def _target(path: str, layer: LoraLayer) -> str:
 
 
 def _alpha(scaling: float, rank: int, rslora: bool) -> float:
-    """The alpha for which PEFT, dividing, gets exactly this scaling."""
+    """The alpha that PEFT divides to this scaling: exactly if there is one, else to the last bit of a double."""
     divisor = math.sqrt(rank) if rslora else rank
     alpha = scaling * divisor
     near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((each for each in near if each / divisor == scaling), alpha)
+    return min(near, key=lambda each: abs(each / divisor - scaling))

@@ -199,7 +199,9 @@ def _refused_setting(config: LoraConfig) -> str | None:
     if config.lora_bias:
         return f"lora_bias=True. {frozen}"
     if config.modules_to_save:
-        return f"modules_to_save={list(config.modules_to_save)}. {frozen} Target these modules instead."
+        return (
+            f"modules_to_save={list(config.modules_to_save)} (a task_type may add some). {frozen} Target them instead."
+        )
     if getattr(config, "trainable_token_indices", None):
         return f"trainable_token_indices. {frozen}"
     if getattr(config, "ensure_weight_tying", False):

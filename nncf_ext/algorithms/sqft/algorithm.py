@@ -93,10 +93,9 @@ def make_mergeable(
         _check_layer(path, layer)
     for path, layer in layers.items():
         if quantized:
+            trained_with = adapter if parameters.trainable_scales else None
             by_input = parameters.dropout == "input"
-            made: MaskedLoraLinear = QuantizedLoraLinear.on_grid(
-                layer, scales[path], parameters.trainable_scales, by_input
-            )
+            made: MaskedLoraLinear = QuantizedLoraLinear.on_grid(layer, scales[path], trained_with, by_input)
         else:
             made = MaskedLoraLinear.around(layer)
         parent, _, name = path.rpartition(".")

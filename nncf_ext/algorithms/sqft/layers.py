@@ -105,25 +105,32 @@ class QuantizedLoraLinear(MaskedLoraLinear):
     A masked LoRA layer that computes with the grid points nearest to its merged weight: what it will be after merging.
     """
 
-    scales: Tensor
+    grid_scales: Tensor
     input_dropout: bool
 
     @classmethod
-    def on_grid(cls, layer: LoraLinear, scales: Tensor, trainable: bool, input_dropout: bool) -> Self:
+    def on_grid(cls, layer: LoraLinear, scales: Tensor, trained_with: str | None, input_dropout: bool) -> Self:
         """
         :param layer: PEFT's layer; not to be used any more.
         :param scales: Scales ``[out, groups]``, float16.
-        :param trainable: Whether scales are trained; kept in float32 then, and used as float16.
+        :param trained_with: Adapter with which scales are trained, or None to freeze them. Trained ones are float32,
+            used as float16, and belong to the adapter: PEFT saves and loads them with it.
         :param input_dropout: Whether dropout acts on all of the layer's input.
         :return: The layer that takes its place.
         """
         made = cls.around(layer)
         made.input_dropout = input_dropout
-        if trainable:
-            made.scales = nn.Parameter(scales.float())
-        else:
-            made.register_buffer("scales", scales, persistent=False)
+        made.register_buffer("grid_scales", scales, persistent=False)
+        made.lora_scales = nn.ParameterDict({trained_with: nn.Parameter(scales.float())} if trained_with else {})
         return made
+
+    def scales(self, adapter: str) -> Tensor:
+        """
+        :param adapter: Name of the adapter.
+        :return: Scales ``[out, groups]``: those trained with the adapter, float32, or the frozen ones, float16.
+        """
+        trained: Any = self.lora_scales
+        return trained[adapter] if adapter in trained else self.grid_scales
 
     def codes(self, adapter: str) -> Tensor:
         """
@@ -132,7 +139,7 @@ class QuantizedLoraLinear(MaskedLoraLinear):
         """
         lora_A, lora_B = self.factors(adapter)
         base: Any = self.get_base_layer()
-        return merged_codes(base.weight, self.scales.half(), lora_A, lora_B, self.mask, self.scaling[adapter])
+        return merged_codes(base.weight, self.scales(adapter).half(), lora_A, lora_B, self.mask, self.scaling[adapter])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """
@@ -152,7 +159,7 @@ class QuantizedLoraLinear(MaskedLoraLinear):
         with _no_autocast(x):
             if self.input_dropout:
                 x = dropout(x)
-            result = QuantizedLinear.apply(x, lora_A, lora_B, self.scales, base.weight, self.mask, scaling)
+            result = QuantizedLinear.apply(x, lora_A, lora_B, self.scales(adapter), base.weight, self.mask, scaling)
             if self.training and not self.input_dropout and not isinstance(dropout, nn.Identity):
                 # What the adapter makes of inputs that are dropped is taken away again.
                 dropped = x.to(lora_A.dtype) - dropout(x.to(lora_A.dtype))

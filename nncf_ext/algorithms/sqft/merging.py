@@ -80,7 +80,7 @@ def _merge_on_grid(layer: QuantizedLoraLinear, adapter: str) -> tuple[Tensor, Te
     """Puts the grid points in as weights, and returns their codes and scales."""
     layer.check_base()
     weight: Any = layer.get_base_layer().weight
-    scales, codes = layer.scales.detach().half(), layer.codes(adapter)
+    scales, codes = layer.scales(adapter).detach().half(), layer.codes(adapter)
     if not bool((scales.isfinite() & (scales != 0)).all()):
         msg = "its trained scales are zero or not finite."
         raise nncf.ValidationError(msg)
