@@ -98,6 +98,8 @@ def export(
     """Write a complete OpenVINO folder of a language model in memory: dense with zeros, or compressed by NNCF.
 
     INT4 weights in NNCF's torch form keep their codes and scales bit for bit. Nothing is rounded or compressed on top.
+    Layers may differ in their number of key/value heads or lack attention: each layer with attention has a state of its
+    own shape.
 
     :param model: The torch model.
     :param tokenizer: Its tokenizer.
@@ -105,7 +107,7 @@ def export(
     :param task: Optimum's name of the task.
     :param overwrite: Replace an existing model folder once the new one is complete.
     :return: The folder.
-    :raises ValueError: The tokenizer has more tokens than the model, or the folder exists.
+    :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or the cache has gaps.
     """
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
@@ -117,10 +119,85 @@ def export(
         from optimum.exporters.openvino import export_from_model
 
         half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-        export_from_model(model.eval(), output=draft, task=task, stateful=True, patch_16bit_model=half)
+        export_from_model(
+            model.eval(),
+            output=draft,
+            task=task,
+            stateful=True,
+            patch_16bit_model=half,
+            custom_export_configs=_export_configs(model, task),
+        )
         tokenizer.save_pretrained(draft)
         save_tokenizer_ir(tokenizer, draft)
     return out
+
+
+def _export_configs(model: PreTrainedModel, task: str) -> dict[str, Any] | None:
+    """Optimum's own export config with the model's true cache, or None where Optimum's idea of it is right.
+
+    Optimum shapes the cache by one global number of heads for every layer.
+    """
+    if task != "text-generation-with-past":
+        return None
+    import torch
+
+    config = model.config.get_text_config()
+    uniform = [getattr(config, "num_key_value_heads", None) or config.num_attention_heads] * config.num_hidden_layers
+    # The cache itself knows: one token fills it.
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        cache = model.eval()(input_ids=token, use_cache=True).get("past_key_values")
+    layers = getattr(cache, "layers", None)
+    if layers is None or not all(hasattr(layer, "keys") for layer in layers):
+        return None
+    filled = [layer.keys is not None for layer in layers]
+    heads = [layer.keys.shape[1] for layer in layers if layer.keys is not None]
+    if heads == uniform:
+        return None
+    if not all(filled[: len(heads)]):
+        raise ValueError(
+            f"The layers write to places {[place for place, used in enumerate(filled) if used]} of the cache. "
+            "OpenVINO's states need them without gaps: keep attention in the layers of one kind (full or sliding) only "
+            "if those of the other kind are complete."
+        )
+    return {"model": _with_cache(model, task, heads)}
+
+
+def _with_cache(model: PreTrainedModel, task: str, heads: list[int]) -> Any:
+    from optimum.exporters.tasks import TasksManager
+
+    constructor = TasksManager.get_exporter_config_constructor(
+        model=model, exporter="openvino", task=task, library_name="transformers"
+    )
+    base = constructor(model.config)
+
+    class TrueCache(type(base)):  # type: ignore[misc]
+        """The family's export config with one pair of keys and values for each layer that has attention."""
+
+        def add_past_key_values(self, inputs_or_outputs: dict[str, dict[int, str]], direction: str) -> None:
+            super().add_past_key_values(inputs_or_outputs, direction)
+            for name in list(inputs_or_outputs):
+                place = name.split(".")[1] if name.startswith(("past_key_values.", "present.")) else ""
+                if place.isdigit() and int(place) >= len(heads):
+                    del inputs_or_outputs[name]
+
+        def overwrite_shape_and_generate_input(
+            self, dummy_input_gen: Any, input_name: str, framework: str, input_shapes: dict[str, int]
+        ) -> Any:
+            made = super().overwrite_shape_and_generate_input(dummy_input_gen, input_name, framework, input_shapes)
+            if input_name != "past_key_values":
+                return made
+            key, value = made[0]
+            return [(key[:, :1].repeat(1, count, 1, 1), value[:, :1].repeat(1, count, 1, 1)) for count in heads]
+
+    return TrueCache(
+        model.config,
+        task=base.task,
+        use_past=True,
+        use_past_in_inputs=True,
+        int_dtype=base.int_dtype,
+        float_dtype=base.float_dtype,
+    )
 
 
 def save_tokenizer_ir(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

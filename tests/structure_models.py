@@ -1,5 +1,7 @@
 """Tiny seeded models of every family whose structure can be removed."""
 
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
@@ -33,14 +35,15 @@ CAUSAL = {
 ENCODERS = {"bert": ("Bert", FOUR), "roberta": ("Roberta", FOUR)}
 
 
-def make(name: str) -> nn.Module:
+def make(name: str, **overrides: Any) -> nn.Module:
     """
     :param name: A key of CAUSAL or ENCODERS.
+    :param overrides: Settings that replace those of the table.
     :return: The model in evaluation mode, biases and norms random, too, so that nothing cancels out by chance.
     """
     kind, settings = (CAUSAL | ENCODERS)[name]
     config_name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
-    config = getattr(transformers, config_name)(**{**SIZES, **TOKENS, **settings})
+    config = getattr(transformers, config_name)(**{**SIZES, **TOKENS, **settings, **overrides})
     torch.manual_seed(3)
     model = getattr(transformers, f"{kind}ForCausalLM" if name in CAUSAL else f"{kind}ForMaskedLM")(config).eval()
     for parameter in model.parameters():

@@ -52,8 +52,8 @@ def search(
     """
     Looks for the best sub-networks of an elastic network.
 
-    The heuristic point (the middle size of every dimension) is measured first, so the chosen point is never worse than
-    it on the first objective. No point is measured twice. Ctrl-C ends the search early with what was found.
+    The heuristic point (the middle size of every dimension) is measured first, so without limits the chosen point is
+    never worse on the first objective. No point is measured twice. Ctrl-C ends the search early with what was found.
 
     :param net: Elastic network: what ``make_elastic`` returns. Its active point is the same before and after.
     :param objectives: What to maximize or minimize, the measure on validation data first: it decides which point is
@@ -83,14 +83,14 @@ def search(
     _check(objectives, sampler, budget, limits, test)
     study = _open(net.space, objectives, storage, study_name)
     before = net.active
-    chosen, result, complete = None, None, False
+    result, complete = None, False
     known = _measured(study, net.space)
     try:
         _run(study, net, objectives, known, sampler, budget, seed)
         chosen = _report(known, net.space, objectives).pick(**limits)
         if test is not None and chosen is not None:
             net.activate(chosen.point)
-            result = float(test(chosen.point))
+            result = replace(objectives[0], function=test)(chosen.point)
         complete = True
     except KeyboardInterrupt:
         if not known:
@@ -129,7 +129,7 @@ def _check(
     if not isinstance(sampler, SearchSampler | BaseSampler):
         msg = f"Unknown sampler {sampler!r}. Use {_members()} or an Optuna sampler."
         raise nncf.ParameterNotSupportedError(msg)
-    if sampler is SearchSampler.HILL_CLIMBING and len(objectives) > 1:
+    if len(objectives) > 1 and (sampler is SearchSampler.HILL_CLIMBING or isinstance(sampler, HillClimbingSampler)):
         msg = f"Hill climbing needs one objective; got {names}. Use SearchSampler.NSGA2."
         raise nncf.ParameterNotSupportedError(msg)
     if budget < 1:

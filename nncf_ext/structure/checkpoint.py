@@ -67,6 +67,10 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         stored.add(tensor.untyped_storage().data_ptr())
     _save_config(model, target, overrides)
     write_whole(target / GRID_WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+    if overrides:
+        # Stock classes that are named explicitly would read weights that were here before.
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            (target / name).unlink(missing_ok=True)
     if is_wrapped(model):
         config = json.dumps(nncf.torch.get_config(model), indent=1)
         write_whole(target / GRID_CONFIG, lambda aside: aside.write_text(config))
@@ -231,7 +235,8 @@ def _load_strictly(model: nn.Module, source: Path, dtype: torch.dtype | None) ->
         msg = f"The weights in {source} do not fit its configuration: {error}"
         raise nncf.ValidationError(msg) from error
     model.tie_weights()  # type: ignore[operator]
-    missing = [name for name in missing if name not in _tied_names(model, state)]
+    present = _tied_names(model, state)
+    missing = [name for name in missing if name not in present]
     if missing or unexpected:
         msg = (
             f"The weights in {source} do not fit its configuration: missing {missing[:4]}, unexpected {unexpected[:4]}."
@@ -273,7 +278,8 @@ def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mappin
         missing, unexpected = model.load_state_dict(own_state, strict=False, assign=True)
         if callable(getattr(model, "tie_weights", None)):
             model.tie_weights()  # type: ignore[operator]
-        missing = [name for name in missing if name not in _tied_names(model, own_state)]
+        present = _tied_names(model, own_state)
+        missing = [name for name in missing if name not in present]
         model = nncf.torch.load_from_config(model, dict(config), allowed_modules=("nncf.*", "nncf_ext.*"))
         missing += [name for name in model.state_dict() if name.startswith(HOOKS_PREFIX) and name not in hook_state]
         unexpected += model.load_state_dict(hook_state, strict=False, assign=True).unexpected_keys

@@ -32,7 +32,7 @@ def count_costs(model: nn.Module, plan: StructurePlan | None = None) -> Costs:
             for parameter, numbers in _removed(block, coupling, kept):
                 total -= numbers
                 size -= numbers * parameter.element_size()
-    kv_bytes = 2 * kv_heads * layout.head_dim * kv_type if layout.family.decodes else 0
+    kv_bytes = 2 * kv_heads * layout.head_dim * kv_type if layout.decodes else 0
     return Costs(total, total - outside, size, kv_bytes)
 
 

@@ -69,6 +69,7 @@ class Layout:
     :param couplings: For each block its branches by name.
     :param head_dim: Size of one head, channels.
     :param group: Query heads that read one key/value head.
+    :param decodes: The model generates with a cache of keys and values.
     """
 
     family: Family
@@ -77,6 +78,7 @@ class Layout:
     couplings: tuple[Mapping[str, Coupling], ...]
     head_dim: int
     group: int
+    decodes: bool
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -91,6 +93,9 @@ def layout_of(model: nn.Module) -> Layout:
     if family is None or path is None:
         raise nncf.UnsupportedModelError(_no_record(model))
     config: Any = model.config
+    if getattr(config, "add_cross_attention", False):
+        msg = f"{type(model).__name__} attends to an encoder as well, which no record describes. A plain decoder works."
+        raise nncf.UnsupportedModelError(msg)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     group = heads // (getattr(config, "num_key_value_heads", None) or heads)
@@ -106,7 +111,8 @@ def layout_of(model: nn.Module) -> Layout:
             sizes = (group * head_dim, head_dim, head_dim) if name == "attention" else (1,) * 3
             found[name] = _coupling(block, branch, sizes, f"{path}.{index}")
         couplings.append(found)
-    return Layout(family, path, blocks, tuple(couplings), head_dim, group)
+    decodes = family.decodes or getattr(config, "is_decoder", False)
+    return Layout(family, path, blocks, tuple(couplings), head_dim, group, decodes)
 
 
 def unit_weights(block: nn.Module, coupling: Coupling) -> list[Tensor]:

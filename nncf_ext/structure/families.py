@@ -50,7 +50,7 @@ class Family:
     :param width_key: The configuration's name for the number of MLP channels.
     :param head_dim_in_config: The configuration can state the head size, so that the number of heads may change.
     :param heads_from_config: The attention's forward reads the number of heads from its configuration.
-    :param decodes: Generates with a cache of keys and values.
+    :param decodes: Generates with a cache of keys and values, whatever the configuration says.
     """
 
     name: str

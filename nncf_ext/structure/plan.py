@@ -302,7 +302,7 @@ def check_plan(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
 
 
 def _check_cache(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
-    if not layout.family.decodes:
+    if not layout.decodes:
         return
     config: Any = model.config
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layout.blocks)
@@ -322,8 +322,9 @@ def _check_sharing(model: nn.Module, plan: StructurePlan, layout: Layout) -> Non
             coupling = layout.couplings[index][name]
             if kept == tuple(range(coupling.units)):
                 continue
-            for cut in coupling.cuts:
-                for parameter in layout.blocks[index].get_submodule(cut.module).parameters(recurse=False):
+            paths = [cut.module for cut in coupling.cuts] if kept else coupling.branch.skip
+            for path in paths:
+                for parameter in layout.blocks[index].get_submodule(path).parameters():
                     if len(holders[id(parameter)]) > 1:
                         msg = f"Asked to cut a weight that is shared: {', '.join(holders[id(parameter)])}. Untie it."
                         raise nncf.UnsupportedModelError(msg)

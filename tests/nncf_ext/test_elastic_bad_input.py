@@ -43,6 +43,8 @@ GROUPS = [
               r"both be named model.layers.0.a.*name=\.\.\."),
     BadGroups("patterns in one string", lambda: [Group(".*", [6])], "must be a list of regular expressions; got '.*'"),
     BadGroups("no pattern", lambda: [Group([], [6])], "must be a list of regular expressions"),
+    BadGroups("no regular expression", lambda: [Group(["*.q_proj"], [6])],
+              r"'\*.q_proj'.*no regular expression: nothing"),
     BadGroups("no rank", lambda: [Group([".*"], [])], r"distinct positive integers.*got \[\]"),
     BadGroups("rank zero", lambda: [Group([".*"], [6, 0])], "distinct positive integers"),
     BadGroups("rank twice", lambda: [Group([".*"], [6, 4, 4])], "distinct positive integers"),

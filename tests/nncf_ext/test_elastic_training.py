@@ -287,9 +287,11 @@ def test_sandwich_training_with_accumulation_and_checkpoints(tmp_path):
     for reentrant in CHECKPOINTING:
         net = elastic()
         checkpointing = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        recorder = Recorder(net)
         run = trainer(
             net,
             tmp_path,
+            recorder,
             ElasticCallback(net, seed=3),
             kind=sandwich_trainer(net),
             gradient_accumulation_steps=2,
@@ -300,6 +302,14 @@ def test_sandwich_training_with_accumulation_and_checkpoints(tmp_path):
         run.train()
         states.append(adapter_state(net))
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+        for step in range(6):
+            forwards = [net.maximal(), net.minimal(), net.random(3, step)]
+            # Of each micro-batch: the forwards and, with checkpoints, their blocks again from the last to the first.
+            order = 2 * (forwards if reentrant is None else forwards + forwards[::-1])
+            runs = recorder.runs[step]
+            assert len(runs) == 6 * len(order)
+            for number, point in enumerate(order):
+                assert all(rank == point[name] for name, rank in runs[6 * number : 6 * number + 6])
     for other, loss in zip(states[1:], losses[1:], strict=True):
         assert all(math.isclose(mine, theirs, rel_tol=1e-4) for mine, theirs in zip(losses[0], loss, strict=True))
         for name, value in states[0].items():

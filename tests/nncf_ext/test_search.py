@@ -398,6 +398,11 @@ def sample(distribution: Callable, directions=("maximize",)) -> None:
         (lambda: search(network(), [ACCURACY], sampler="grid"), nncf.ParameterNotSupportedError, "grid.*NSGA2"),
         (lambda: search(network(), [ACCURACY], sampler=None), nncf.ParameterNotSupportedError, "None.*Optuna"),
         (lambda: search(network(), [ACCURACY, COST]), nncf.ParameterNotSupportedError, "one objective.*NSGA2"),
+        (
+            lambda: search(network(), [ACCURACY, COST], sampler=HillClimbingSampler()),
+            nncf.ParameterNotSupportedError,
+            "one objective",
+        ),
         (lambda: search(network(), [ACCURACY], budget=0), nncf.ValidationError, "at least 1; got 0"),
         (lambda: search(network(), [ACCURACY], limits={"cost": 1}), nncf.ValidationError, r"limits on \['cost'\]"),
         (

@@ -64,6 +64,7 @@ def test_uniform_layers_load_in_stock_transformers(name, tmp_path) -> None:
 def test_stock_classes_refuse_uneven_layers(branch, tmp_path) -> None:
     model = make("llama")
     small = extract_structure(model, StructurePlan.dense(model).keep(1, branch, ()))
+    nncf_ext.save_pretrained(model, tmp_path)  # weights that were here before must not come back
     nncf_ext.save_pretrained(small, tmp_path)
     for loader in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
         with pytest.raises((OSError, ValueError)):

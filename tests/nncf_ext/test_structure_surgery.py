@@ -2,8 +2,10 @@
 
 import copy
 
+import nncf
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from nncf_ext.structure.counting import count_costs
@@ -11,7 +13,7 @@ from nncf_ext.structure.coupling import layout_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
-from tests.structure_models import CAUSAL, ENCODERS, LAYERS, cached_logits, logits, make, tokens
+from tests.structure_models import CAUSAL, ENCODERS, FOUR, LAYERS, SIZES, cached_logits, logits, make, tokens
 
 CHANNELS = tuple(range(1, 40, 3)) + (0,)
 
@@ -147,3 +149,22 @@ def test_an_error_inside_the_context_leaves_the_model_whole() -> None:
         raise KeyError
     assert torch.equal(logits(model, ids), dense) and torch.equal(logits(model, ids), dense)
     torch.testing.assert_close(cached_logits(model, ids), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_bert_as_decoder() -> None:
+    torch.manual_seed(3)
+    config = transformers.BertConfig(**SIZES, **FOUR, is_decoder=True)
+    model, ids = transformers.BertLMHeadModel(config).eval().double(), tokens()
+    plan = StructurePlan.dense(model).keep(0, "attention", ()).keep(2, "attention", (3, 1)).keep(1, "mlp", ())
+    with masked(model, plan):
+        tried, tried_cached = logits(model, ids), cached_logits(model, ids)
+    small = extract_structure(model, plan)
+    for found in (tried_cached, logits(small, ids), cached_logits(small, ids)):
+        torch.testing.assert_close(found, tried, rtol=1e-9, atol=1e-9)
+    assert count_costs(small).kv_bytes_per_token == 2 * (4 + 2 + 4) * 8 * 8
+
+
+def test_a_model_that_attends_to_an_encoder_is_refused() -> None:
+    config = transformers.BertConfig(**SIZES, **FOUR, is_decoder=True, add_cross_attention=True)
+    with pytest.raises(nncf.UnsupportedModelError, match="attends to an encoder"):
+        StructurePlan.dense(transformers.BertLMHeadModel(config))

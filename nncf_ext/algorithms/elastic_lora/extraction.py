@@ -26,7 +26,7 @@ def extract_ranks(net: ElasticNetwork, point: Mapping[str, int]) -> PeftModel:
     """
     point = net.space.check(point)
     model = copy.deepcopy(net.model)
-    # A trainer in mixed precision wraps the forward of the one model object; its wrapper would run the original.
+    # A forward that was wrapped on the one model object, by compilation or a trainer, would run the original.
     model.__dict__.pop("forward", None)
     layers = lora_layers(model, net.adapter_name)
     for name, paths in net.layers.items():

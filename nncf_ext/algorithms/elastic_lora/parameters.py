@@ -1,5 +1,6 @@
 """What can be asked of elastic adapters."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,8 @@ class Group:
         ``"model"``: one for all of the model.
     :param name: Name of the group in dimensions (``model.layers.0.<name>``, or ``<name>``); by default the last names
         of its layers: ``q_proj+k_proj+v_proj``.
-    :raises nncf.ValidationError: There are no patterns, ranks are not distinct positive integers, or `per` is unknown.
+    :raises nncf.ValidationError: There are no patterns, one is no regular expression, ranks are not distinct positive
+        integers, or `per` is unknown.
     """
 
     patterns: Sequence[str]
@@ -31,6 +33,12 @@ class Group:
         if isinstance(self.patterns, str) or not self.patterns:
             msg = f"patterns of a Group must be a list of regular expressions; got {self.patterns!r}."
             raise nncf.ValidationError(msg)
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                msg = f"Pattern {pattern!r} of a Group is no regular expression: {error}."
+                raise nncf.ValidationError(msg) from None
         sound = all(type(rank) is int and rank > 0 for rank in self.ranks)
         if not self.ranks or not sound or len(set(self.ranks)) < len(self.ranks):
             msg = f"ranks of a Group must be distinct positive integers, such as [32, 24, 16]; got {self.ranks!r}."
