@@ -78,7 +78,8 @@ def adapted_layers(model):
 def forward_codes(model):
     """The codes that the layers of a quantization-aware adapter compute with."""
     layers = model.get_base_model().named_modules()
-    return {name: layer.codes("default").numpy() for name, layer in layers if hasattr(layer, "codes")}
+    mergeable = {name: layer for name, layer in layers if hasattr(layer, "merged_weight")}
+    return {name: layer.merged_weight("default").codes().numpy() for name, layer in mergeable.items()}
 
 
 def right_operands(ir):
