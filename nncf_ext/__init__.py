@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.elastic_lora.parameters import Group as Group
     from nncf_ext.algorithms.elastic_lora.training import ElasticCallback as ElasticCallback
     from nncf_ext.algorithms.elastic_lora.training import sandwich_loss as sandwich_loss
+    from nncf_ext.algorithms.multipruner.parameters import (
+        AdvancedMultiPrunerParameters as AdvancedMultiPrunerParameters,
+    )
     from nncf_ext.algorithms.sparse_weights.parameters import (
         AdvancedSparseWeightsParameters as AdvancedSparseWeightsParameters,
     )
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters as AdvancedSqftParameters
     from nncf_ext.algorithms.sqft.partner import prerounding as prerounding
     from nncf_ext.compression import compress as compress
+    from nncf_ext.compression import structure_plan as structure_plan
     from nncf_ext.elastic import make_elastic as make_elastic
     from nncf_ext.exploration.engine import search as search
     from nncf_ext.exploration.objectives import Objective as Objective
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from nncf_ext.exploration.samplers import HillClimbingSampler as HillClimbingSampler
     from nncf_ext.exploration.space import SearchSpace as SearchSpace
     from nncf_ext.extraction import extract as extract
+    from nncf_ext.importance.metrics import DivergenceMetric as DivergenceMetric
+    from nncf_ext.importance.metrics import PerplexityMetric as PerplexityMetric
     from nncf_ext.parameters import CompressMode as CompressMode
     from nncf_ext.parameters import ElasticMode as ElasticMode
     from nncf_ext.parameters import MergeMode as MergeMode
@@ -40,10 +46,12 @@ if TYPE_CHECKING:
     from nncf_ext.structure.plan import StructurePlan as StructurePlan
 
 _HOMES = {
+    "AdvancedMultiPrunerParameters": "algorithms.multipruner.parameters",
     "AdvancedSparseWeightsParameters": "algorithms.sparse_weights.parameters",
     "AdvancedSqftParameters": "algorithms.sqft.parameters",
     "CompressMode": "parameters",
     "CompressionReport": "report",
+    "DivergenceMetric": "importance.metrics",
     "ElasticCallback": "algorithms.elastic_lora.training",
     "ElasticMode": "parameters",
     "ElasticNetwork": "algorithms.elastic_lora.algorithm",
@@ -51,6 +59,7 @@ _HOMES = {
     "HillClimbingSampler": "exploration.samplers",
     "MergeMode": "parameters",
     "Objective": "exploration.objectives",
+    "PerplexityMetric": "importance.metrics",
     "SearchReport": "exploration.report",
     "SearchSampler": "parameters",
     "SearchSpace": "exploration.space",
@@ -68,6 +77,7 @@ _HOMES = {
     "sandwich_loss": "algorithms.elastic_lora.training",
     "save_pretrained": "structure.checkpoint",
     "search": "exploration.engine",
+    "structure_plan": "compression",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604
 

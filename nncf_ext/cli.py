@@ -26,8 +26,10 @@ def main() -> None:
 def compress(
     model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors weights and a tokenizer.")],
     out_dir: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    mode: Annotated[CompressMode, typer.Option(help="Which weights become zero.")] = CompressMode.SPARSE_GPT,
-    ratio: Annotated[float, typer.Option(help="Fraction of zeros, 0 <= ratio < 1.")] = 0.5,
+    mode: Annotated[
+        CompressMode, typer.Option(help="Which weights become zero; multipruner: what goes.")
+    ] = CompressMode.SPARSE_GPT,
+    ratio: Annotated[float, typer.Option(help="Fraction of zeros, or of parameters to remove.")] = 0.5,
     pattern: Annotated[str | None, typer.Option(help="N:M: keep N of every M weights, such as 2:4.")] = None,
     quantization: Annotated[str | None, typer.Option(help="int4_sym, or nothing for floating weights.")] = None,
     group_size: Annotated[int, typer.Option(help="Input columns with one scale: 64 or 128.")] = 128,
@@ -41,15 +43,16 @@ def compress(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR if it exists.")] = False,
 ) -> None:
     """
-    Make weights of a language model zero, optionally put the rest on the INT4 grid, and save the model.
+    Make weights of a language model zero, optionally put the rest on the INT4 grid, or remove parts; save the model.
 
-    Without quantization OUT_DIR is an ordinary Hugging Face folder. With it, load OUT_DIR by
-    nncf_ext.load_pretrained(OUT_DIR).
+    Load OUT_DIR by nncf_ext.load_pretrained(OUT_DIR). Without quantization, and where all layers still have one size, it
+    is an ordinary Hugging Face folder. With multipruner, structure_plan.json says what is left.
     """
     import nncf
     from rich.console import Console
     from rich.markup import escape
 
+    from nncf_ext.compression import structure_plan
     from nncf_ext.report import compression_report
     from nncf_ext.structure.checkpoint import save_pretrained
 
@@ -76,6 +79,8 @@ def compress(
             save_pretrained(model, Path(aside) / "model")
             tokenizer.save_pretrained(Path(aside) / "model")
             (Path(aside) / "model" / "compression_report.json").write_text(json.dumps(report.to_dict(), indent=1))
+            if mode is CompressMode.MULTIPRUNER:
+                structure_plan(model).save(Path(aside) / "model" / "structure_plan.json")
             if overwrite and out_dir.exists():
                 shutil.rmtree(out_dir)
             (Path(aside) / "model").rename(out_dir)
@@ -94,6 +99,11 @@ def _compress(
     from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
     from nncf_ext.compression import compress
 
+    if mode is CompressMode.MULTIPRUNER:
+        if pattern is not None or quantization is not None:
+            msg = "multipruner removes structure; it takes neither --pattern nor --quantization. Compress its result next."
+            raise nncf.ParameterNotSupportedError(msg)
+        return compress(model, mode, **settings)
     try:
         grid = None if quantization is None else nncf.CompressWeightsMode(quantization)
     except ValueError:

@@ -7,11 +7,14 @@ from typing import TypeVar
 import nncf
 from torch import nn
 
+from nncf_ext.algorithms.multipruner.algorithm import MultiPruner
+from nncf_ext.algorithms.multipruner.parameters import AdvancedMultiPrunerParameters
 from nncf_ext.algorithms.sparse_weights.algorithm import SparseWeights
 from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
 from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import survey
-from nncf_ext.structure.records import LayerRecord, record_of, set_record
+from nncf_ext.structure.plan import StructurePlan
+from nncf_ext.structure.records import LayerRecord, plan_of, record_of, set_record
 
 TModel = TypeVar("TModel", bound=nn.Module)
 
@@ -26,26 +29,30 @@ def compress(
     subset_size: int = 128,
     do_copy: bool = False,
     resume: str | os.PathLike[str] | None = None,
-    advanced_parameters: AdvancedSparseWeightsParameters | None = None,
+    advanced_parameters: AdvancedSparseWeightsParameters | AdvancedMultiPrunerParameters | None = None,
 ) -> TModel:
     """
-    Makes part of a model's weights zero, and on request puts the others on an INT4 grid.
+    Makes a model smaller in one shot: zeros in its weights, on request on an INT4 grid, or parts of it removed.
 
-    Linear layers of the repeated blocks are treated, or all linear layers of a model without such blocks. Embeddings
-    and the output head keep their weights. The result is the same model with other weights; on the grid, NNCF's own
-    torch form, which exports to OpenVINO like the result of ``nncf.compress_weights``.
+    The sparse modes treat linear layers of the repeated blocks, or all linear layers of a model without such blocks;
+    embeddings and the output head keep their weights. The result is the same model with other weights; on the grid,
+    NNCF's own torch form, which exports to OpenVINO like the result of ``nncf.compress_weights``.
 
-    :param model: Torch model with linear layers; a Hugging Face model, or any other.
+    MULTIPRUNER gives a model of plain modules with smaller shapes; :func:`structure_plan` says what is gone.
+
+    :param model: Torch model with linear layers; a Hugging Face model, or any other. MULTIPRUNER: a causal language
+        model of a known family.
     :param mode: The method.
-    :param ratio: Fraction of each layer's weights to zero, ``0 <= ratio < 1``. With 0, only quantization changes them.
+    :param ratio: Fraction of each layer's weights to zero, ``0 <= ratio < 1``; with 0, only quantization changes them.
+        MULTIPRUNER: fraction of all parameters to remove; the last group removed may exceed it.
     :param dataset: Calibration data: items (after its transform) are what the model takes, a dictionary, a tuple or a
-        tensor. Not needed by SPARSE_MAGNITUDE without quantization.
+        tensor. Not needed by SPARSE_MAGNITUDE without quantization. MULTIPRUNER: ``input_ids`` ``[sequences, tokens]``.
     :param ignored_scope: Layers to leave untouched, by module path, pattern or type.
     :param subset_size: How many items of the dataset to use.
-    :param do_copy: Work on a copy and leave `model` as it is. By default the model is changed in place, block by block.
-    :param resume: Folder in which finished blocks are kept. If it holds blocks of an interrupted run with the same
-        model, data and settings, they are taken from there; the result is the same, bit for bit.
-    :param advanced_parameters: Pattern, quantization and everything else of the method.
+    :param do_copy: Work on a copy and leave `model` as it is. By default the model is changed in place.
+    :param resume: Folder in which finished blocks, or steps, are kept. If it holds those of an interrupted run with the
+        same model, data and settings, they are taken from there; the result is the same, bit for bit.
+    :param advanced_parameters: Pattern, quantization and everything else of the method, in the method's own class.
     :return: The compressed model: `model` itself unless `do_copy`.
     :raises nncf.ValidationError: The ratio is out of range, data is missing or empty, the model has no linear layer or
         is already compressed, settings contradict each other or the layers' shapes.
@@ -77,17 +84,46 @@ def compress(
         msg = f"subset_size is a number of calibration items, at least 1; got {subset_size}."
         raise nncf.ValidationError(msg)
 
-    method = SparseWeights(
-        mode, ratio, dataset, subset_size, resume, advanced_parameters or AdvancedSparseWeightsParameters()
-    )
+    method = _method(mode, ratio, dataset, subset_size, resume, advanced_parameters)
     found = survey(model, ignored_scope)
     method.check(model, found)
     if do_copy:
         model = copy.deepcopy(model)
         found = survey(model, ignored_scope)
-    for weight in found.weights:
+    for weight in found.weights if isinstance(method, SparseWeights) else ():
         earlier = record_of(weight.module)
         if weight.untouched is not None and (earlier is None or earlier.mode is None):
             set_record(weight.module, LayerRecord(untouched=weight.untouched, bytes_before=weight.parameter.nbytes))
     method.apply(model, found)
     return model
+
+
+def structure_plan(model: nn.Module) -> StructurePlan:
+    """
+    :param model: Result of :func:`compress` with MULTIPRUNER.
+    :return: What of the dense model is left, step by step, with scores and costs. ``plan.save(path)`` keeps it.
+    :raises nncf.ValidationError: The model was not cut in this process.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        msg = f"{type(model).__name__} was not cut by compress() in this process, so there is no plan of it."
+        raise nncf.ValidationError(msg)
+    return plan
+
+
+def _method(
+    mode: CompressMode,
+    ratio: float,
+    dataset: nncf.Dataset | None,
+    subset_size: int,
+    resume: str | os.PathLike[str] | None,
+    parameters: AdvancedSparseWeightsParameters | AdvancedMultiPrunerParameters | None,
+) -> SparseWeights | MultiPruner:
+    expected = AdvancedMultiPrunerParameters if mode is CompressMode.MULTIPRUNER else AdvancedSparseWeightsParameters
+    parameters = expected() if parameters is None else parameters
+    if not isinstance(parameters, expected):
+        msg = f"{mode.value} takes advanced_parameters of class {expected.__name__}; got {type(parameters).__name__}."
+        raise nncf.ParameterNotSupportedError(msg)
+    if isinstance(parameters, AdvancedMultiPrunerParameters):
+        return MultiPruner(ratio, dataset, subset_size, resume, parameters)
+    return SparseWeights(mode, ratio, dataset, subset_size, resume, parameters)

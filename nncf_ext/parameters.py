@@ -12,11 +12,14 @@ class CompressMode(StrEnum):
         input norm. Weights that stay are not changed. https://arxiv.org/abs/2306.11695
     :param SPARSE_GPT: Zeros the weights whose removal costs least in the layer's output, block of columns by block of
         columns, and corrects the weights that stay. https://arxiv.org/abs/2301.00774
+    :param MULTIPRUNER: Removes whole attention and MLP branches, then MLP channels, then attention heads, by the loss
+        of the whole model on calibration text. Nothing is trained. https://arxiv.org/abs/2501.09949
     """
 
     SPARSE_MAGNITUDE = "sparse_magnitude"
     SPARSE_WANDA = "sparse_wanda"
     SPARSE_GPT = "sparse_gpt"
+    MULTIPRUNER = "multipruner"
 
 
 class ElasticMode(Flag):

@@ -1,6 +1,6 @@
 """Try a plan without surgery: the dense model computes what the smaller one would, and is itself again afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,20 +37,37 @@ def masked(model: nn.Module, plan: StructurePlan) -> Iterator[None]:
                 undo.append((setattr, core, "layer_idx", core.layer_idx))
                 core.layer_idx = slot
             for name, coupling in couplings.items():
-                kept = kept_units[name]
-                if coupling.units and not kept:
-                    for path, replacement in coupling.branch.skip.items():
-                        undo.append((nn.Module.set_submodule, block, path, block.get_submodule(path)))
-                        block.set_submodule(path, replacement())
-                elif len(kept) < coupling.units:
-                    undo.append((_mask_inputs(block, coupling, kept).remove,))
+                if len(kept_units[name]) < coupling.units:
+                    undo.append((mask_branch(block, coupling, kept_units[name]),))
         yield
     finally:
         for action, *arguments in reversed(undo):
             action(*arguments)
 
 
-def _mask_inputs(block: nn.Module, coupling: Coupling, kept: tuple[int, ...]) -> Any:
+def mask_branch(block: nn.Module, coupling: Coupling, kept: Sequence[int]) -> Callable[[], None]:
+    """
+    Lets one branch of a block compute as if only some of its units were there.
+
+    :param block: The block.
+    :param coupling: The branch, with more units than are kept. It may be masked already: masks add up.
+    :param kept: Units that stay; none takes the branch out.
+    :return: What takes the mask off again. Masks come off in the opposite order.
+    """
+    if kept:
+        return _mask_inputs(block, coupling, kept)
+    modules = {path: block.get_submodule(path) for path in coupling.branch.skip}
+    for path, replacement in coupling.branch.skip.items():
+        block.set_submodule(path, replacement())
+
+    def put_back() -> None:
+        for path, module in modules.items():
+            block.set_submodule(path, module)
+
+    return put_back
+
+
+def _mask_inputs(block: nn.Module, coupling: Coupling, kept: Sequence[int]) -> Callable[[], None]:
     output: Any = block.get_submodule(coupling.branch.output)
     mask = torch.zeros(output.in_features, dtype=torch.bool, device=output.weight.device)
     mask[coupling.cuts[-1].indices(kept, mask.device)] = True
@@ -58,4 +75,4 @@ def _mask_inputs(block: nn.Module, coupling: Coupling, kept: tuple[int, ...]) ->
     def zero_removed(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (torch.where(mask, inputs[0], inputs[0].new_zeros(())), *inputs[1:])
 
-    return output.register_forward_pre_hook(zero_removed)
+    return output.register_forward_pre_hook(zero_removed).remove

@@ -297,11 +297,17 @@ def check_plan(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
                     f"0..{units - 1}, once. {_unit(name, layout)}."
                 )
                 raise nncf.ValidationError(msg)
-    _check_cache(model, plan, layout)
+    check_cache(model, plan, layout)
     _check_sharing(model, plan, layout)
 
 
-def _check_cache(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
+def check_cache(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
+    """
+    :param model: The dense model.
+    :param plan: A plan for it.
+    :param layout: The model's layout.
+    :raises nncf.ValidationError: No attention is left by which a cache can tell positions.
+    """
     if not layout.decodes:
         return
     config: Any = model.config

@@ -1,10 +1,12 @@
 """What compression noted about a layer: kept on the layer itself, so that it follows the model through copies."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 _ATTRIBUTE = "nncf_ext_record"
+_PLAN = "nncf_ext_plan"
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,19 @@ def record_of(module: nn.Module) -> LayerRecord | None:
     :return: Its record, or None if compression never came by.
     """
     return module.__dict__.get(_ATTRIBUTE)
+
+
+def set_plan(model: nn.Module, plan: Any) -> None:
+    """
+    :param model: A cut model.
+    :param plan: The :class:`nncf_ext.structure.plan.StructurePlan` by which it was cut.
+    """
+    model.__dict__[_PLAN] = plan
+
+
+def plan_of(model: nn.Module) -> Any:
+    """
+    :param model: Any model.
+    :return: The plan by which it was cut in this process, or None.
+    """
+    return model.__dict__.get(_PLAN)

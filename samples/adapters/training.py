@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -56,6 +57,7 @@ def add_adapter(model: nn.Module, settings: Settings) -> PeftModel:
     :return: The model with an adapter on every linear layer of its blocks, by stock PEFT.
     """
     rank = settings.ranks[0]
+    torch.manual_seed(settings.seed)
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=list(LINEARS)))
 
 

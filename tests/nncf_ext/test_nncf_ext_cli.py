@@ -53,6 +53,21 @@ def test_sparse_model_is_an_ordinary_folder(folder, tmp_path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 
 
+def test_smaller_model_reloads(folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = [
+        folder, out, "--mode", "multipruner", "--ratio", "0.2", "--dataset", tmp_path / "text.txt", "--window", "32",
+        "--samples", "4",
+    ]  # fmt: skip
+    assert run(*arguments, "--pattern", "2:4")[0] == 2
+    code, output = run(*arguments)
+    assert code == 0, output
+    plan = nncf_ext.StructurePlan.load(out / "structure_plan.json")
+    model = nncf_ext.load_pretrained(out)
+    assert sum(each.numel() for each in model.parameters()) == plan.costs_after.parameters
+    assert plan.costs_after.parameters <= 0.8 * plan.costs_before.parameters and plan.steps
+
+
 def test_quantized_model_reloads(folder, tmp_path):
     out = tmp_path / "out"
     arguments = [

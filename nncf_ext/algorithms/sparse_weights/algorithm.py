@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from nncf_ext.algorithms.sparse_weights.journal import Journal, LayerResult, digest
+from nncf_ext.algorithms.sparse_weights.journal import Journal, LayerResult
 from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
 from nncf_ext.algorithms.sparse_weights.solver import (
     AdaptiveMask,
@@ -35,6 +35,7 @@ from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, obs
 from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
 from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import Survey
+from nncf_ext.structure.files import digest
 from nncf_ext.structure.grid import check_hookable, decompressors, dequantize, pack, unpack, weight_hooks
 from nncf_ext.structure.records import LayerRecord, set_record
 from nncf_ext.upstream import HOOKS_PREFIX

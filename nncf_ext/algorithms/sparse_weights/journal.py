@@ -8,18 +8,17 @@ safetensors file for each finished unit. Files are written aside and renamed, so
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import nncf
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nncf_ext.structure.files import write_whole
+from nncf_ext.structure.files import digest, write_whole
 from nncf_ext.structure.records import LayerRecord
 
 _VERSION = 1
@@ -40,32 +39,6 @@ class LayerResult:
     codes: Tensor | None
     scales: Tensor | None
     record: LayerRecord
-
-
-def digest(values: Iterable[Any]) -> str:
-    """
-    :param values: Tensors of any type, mappings or sequences of them, or plain values.
-    :return: SHA-256 of their types, shapes and bytes, hexadecimal.
-    """
-    sha = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, Mapping):
-            for key in sorted(value):
-                add(key)
-                add(value[key])
-        elif isinstance(value, tuple | list):
-            for part in value:
-                add(part)
-        else:
-            sha.update(repr(value).encode())
-
-    for value in values:
-        add(value)
-    return sha.hexdigest()
 
 
 class Journal:

@@ -1,0 +1,1 @@
+"""Training-free removal of blocks, MLP channels and heads."""

@@ -1,0 +1,290 @@
+"""
+MultiPruner: first whole attention and MLP branches go, then groups of MLP channels, then groups of heads.
+
+Which layer pays is chosen by the loss of the whole model, which channels of a layer go by the size of their weights.
+Nothing is trained.
+
+Source: Munoz et al., MultiPruner: Balanced Structure Removal in Foundation Models (arXiv 2501.09949).
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import nncf
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from nncf_ext.algorithms.multipruner.parameters import AdvancedMultiPrunerParameters
+from nncf_ext.calibration.stream import evaluation, read_items
+from nncf_ext.structure.blocks import IGNORED, Survey
+from nncf_ext.structure.counting import count_costs
+from nncf_ext.structure.coupling import Layout, unit_weights
+from nncf_ext.structure.files import digest
+from nncf_ext.structure.plan import StructurePlan, check_cache, check_plan, fingerprint
+from nncf_ext.structure.records import set_plan
+from nncf_ext.structure.removal import Elimination, Removal, Scorer, layout_for_removal
+from nncf_ext.structure.surgery import cut_structure
+from nncf_ext.upstream import is_wrapped
+
+logger = logging.getLogger("nncf_ext")
+
+STAGES = ("blocks", "MLP channels", "heads")
+
+
+class MultiPruner:
+    """
+    One run. Parameters and data are checked on construction; :meth:`apply` does the work.
+
+    :param ratio: Fraction of all parameters to remove, 0 <= ratio < 1.
+    :param dataset: Calibration data: batches of token ids.
+    :param subset_size: Number of calibration items that score blocks.
+    :param resume: Folder of a journal, or None.
+    :param parameters: Everything else.
+    :raises nncf.ValidationError: A parameter is out of range, or data is missing, empty, short or of another kind.
+    """
+
+    def __init__(
+        self,
+        ratio: float,
+        dataset: nncf.Dataset | None,
+        subset_size: int,
+        resume: str | os.PathLike[str] | None,
+        parameters: AdvancedMultiPrunerParameters,
+    ) -> None:
+        parameters.check()
+        if dataset is None:
+            msg = "multipruner scores candidates on calibration text and needs a dataset; got None."
+            raise nncf.ValidationError(msg)
+        self._ratio = ratio
+        self._parameters = parameters
+        self._resume = None if resume is None else Path(resume)
+        self._batches = [_batch(index, item) for index, item in enumerate(read_items(dataset, subset_size))]
+        width = parameters.width_subset_size or max(1, len(self._batches) // 2)
+        self._width_batches = self._batches[:width]
+
+    def check(self, model: nn.Module, survey: Survey) -> None:
+        """
+        Refuses what cannot work, before any candidate is scored.
+
+        :param model: The model.
+        :param survey: Its weights; what is in the ignored scope keeps its branch whole.
+        :raises nncf.ValidationError: Group sizes do not fit, or the ratio is out of reach.
+        :raises nncf.UnsupportedModelError: The model's structure is unknown, shared, or already compressed.
+        """
+        if is_wrapped(model):
+            msg = "Asked to cut a model that carries NNCF hooks. Remove structure first, then compress the result."
+            raise nncf.UnsupportedModelError(msg)
+        layout = layout_for_removal(model)
+        plan = StructurePlan.dense(model)
+        self._groups(layout)
+        floor = plan
+        for stage in STAGES:
+            if self._share(stage):
+                floor = self._all_removed(model, layout, floor, stage, self._ignored(model, layout, survey))
+        check_plan(model, floor, layout)  # shared weights
+        reach = 1 - count_costs(model, floor).parameters / count_costs(model).parameters
+        if reach < self._ratio:
+            raise nncf.ValidationError(self._unreachable(reach))
+
+    def apply(self, model: nn.Module, survey: Survey) -> None:
+        """
+        Searches, and cuts the model in place.
+
+        :param model: The model.
+        :param survey: Its weights.
+        :raises nncf.ValidationError: The journal is another run's, or a stage ran out of candidates.
+        """
+        layout = layout_for_removal(model)
+        ignored = self._ignored(model, layout, survey)
+        before = count_costs(model)
+        order = self._order(layout)
+        dense = replace(StructurePlan.dense(model), calibration=self._calibration(), costs_before=before)
+        search = Elimination(dense, self._resume, self._header(model, ignored), self._parameters.rescore_top)
+        metric, paid = self._parameters.metric, 0.0
+        with evaluation(model), _progress() as progress:
+            for stage in STAGES:
+                paid += self._share(stage)
+                batches = self._batches if stage == "blocks" else self._width_batches
+                scorer = Scorer(
+                    model,
+                    batches,
+                    metric.losses,
+                    needs_dense=metric.needs_dense,
+                    early_stop=self._parameters.early_stop,
+                )
+                task = progress.add_task(stage, total=None, best="")
+                while self._share(stage) and _removed(model, search.plan, before.parameters) < self._ratio * paid:
+                    candidates = [
+                        each
+                        for each in self._candidates(layout, search.plan, stage, order)
+                        if (each.branch, each.layer) not in ignored and _allowed(model, layout, search.plan, each)
+                    ]
+                    if not candidates:
+                        raise nncf.ValidationError(
+                            self._unreachable(_removed(model, search.plan, before.parameters), stage)
+                        )
+                    progress.reset(task, total=len(candidates) * len(batches))
+                    step = search.step(scorer, candidates, metric.shown, lambda task=task: progress.advance(task))  # type: ignore[misc]
+                    share = _removed(model, search.plan, before.parameters)
+                    best = f"{step.branch} of layer {step.layer}: {step.score:.4g}, {share:.1%} removed"
+                    progress.update(task, best=best)
+                    logger.info("%s: %s", stage, best)
+        plan = replace(search.plan, costs_after=count_costs(model, search.plan))
+        check_plan(model, plan, layout)
+        cut_structure(model, plan.layers)
+        set_plan(model, plan)
+
+    # What each stage may remove, in the order that breaks ties: attention before MLP, lower layers first.
+    def _candidates(
+        self, layout: Layout, plan: StructurePlan, stage: str, order: Mapping[tuple[str, int], list[int]]
+    ) -> Iterator[Removal]:
+        if stage == "blocks":
+            for branch in ("attention", "mlp"):
+                yield from (Removal(layer, branch, ()) for layer, kept in enumerate(plan.layers) if kept[branch])
+            return
+        branch = "mlp" if stage == "MLP channels" else "attention"
+        size = self._groups(layout)[branch]
+        for layer, kept in enumerate(plan.layers):
+            count = len(kept[branch]) - size
+            if count > 0:
+                yield Removal(layer, branch, tuple(sorted(order[branch, layer][:count])))
+
+    def _order(self, layout: Layout) -> dict[tuple[str, int], list[int]]:
+        """Units of each branch, the most important first."""
+        found = {}
+        for layer, (block, couplings) in enumerate(zip(layout.blocks, layout.couplings, strict=True)):
+            for branch, coupling in couplings.items():
+                found[branch, layer] = list(range(coupling.units))
+                if self._parameters.order is not None and coupling.units:
+                    scores = self._parameters.order(unit_weights(block, coupling))
+                    found[branch, layer] = torch.argsort(scores, descending=True, stable=True).tolist()
+        return found
+
+    def _groups(self, layout: Layout) -> dict[str, int]:
+        """Units that go together, by branch."""
+        channels = layout.group * layout.head_dim
+        heads = max(couplings["attention"].units for couplings in layout.couplings)
+        width = max(couplings["mlp"].units for couplings in layout.couplings)
+        asked = self._parameters.attention_group or channels
+        if asked % channels or asked > heads * channels:
+            msg = (
+                f"attention_group={asked} query channels. A key/value head goes with its {layout.group} query heads, "
+                f"{channels} channels; a multiple of {channels} below {heads * channels} works."
+            )
+            raise nncf.ValidationError(msg)
+        group = self._parameters.mlp_group or min(1024, max(1, width // 16))
+        if self._share("MLP channels") and group >= width:
+            msg = f"mlp_group={group}, but the MLP has {width} channels. A number well below that works."
+            raise nncf.ValidationError(msg)
+        return {"attention": asked // channels, "mlp": group}
+
+    def _share(self, stage: str) -> float:
+        return self._parameters.distribution[STAGES.index(stage)] / sum(self._parameters.distribution)
+
+    def _ignored(self, model: nn.Module, layout: Layout, survey: Survey) -> set[tuple[str, int]]:
+        """Branches of which a layer is in the ignored scope."""
+        scope = {id(each.module) for each in survey.weights if each.untouched == IGNORED}
+        return {
+            (branch, layer)
+            for layer, (block, couplings) in enumerate(zip(layout.blocks, layout.couplings, strict=True))
+            for branch, coupling in couplings.items()
+            if any(id(block.get_submodule(cut.module)) in scope for cut in coupling.cuts)
+        }
+
+    def _all_removed(
+        self, model: nn.Module, layout: Layout, plan: StructurePlan, stage: str, ignored: set[tuple[str, int]]
+    ) -> StructurePlan:
+        """The plan after everything has gone that a stage may remove."""
+        order = {
+            (branch, layer): list(range(coupling.units))
+            for layer, couplings in enumerate(layout.couplings)
+            for branch, coupling in couplings.items()
+        }
+        while True:
+            candidates = [
+                each
+                for each in self._candidates(layout, plan, stage, order)
+                if (each.branch, each.layer) not in ignored and _allowed(model, layout, plan, each)
+            ]
+            if not candidates:
+                return plan
+            for each in candidates:
+                if _allowed(model, layout, plan, each):
+                    plan = each.on(plan)
+
+    def _unreachable(self, reached: float, stage: str | None = None) -> str:
+        where = f"The stage of {stage} ran out of candidates: it" if stage else "It"
+        return (
+            f"Asked to remove {self._ratio:.1%} of the parameters. {where} reached {reached:.1%}. A lower ratio, "
+            "smaller groups, another distribution or a smaller ignored scope would work."
+        )
+
+    def _calibration(self) -> dict[str, Any]:
+        return {
+            "sequences": sum(len(batch["input_ids"]) for batch in self._batches),
+            "sequences_width": sum(len(batch["input_ids"]) for batch in self._width_batches),
+            "tokens": [int(batch["input_ids"].shape[1]) for batch in self._batches[:1]][0],
+            "digest": digest(self._batches),
+        }
+
+    def _header(self, model: nn.Module, ignored: set[tuple[str, int]]) -> dict[str, Any]:
+        order = self._parameters.order
+        return {
+            "model": asdict(fingerprint(model)),
+            "ratio": self._ratio,
+            "distribution": list(self._parameters.distribution),
+            "groups": [self._parameters.mlp_group, self._parameters.attention_group],
+            "metric": repr(self._parameters.metric),
+            "order": None if order is None else getattr(order, "__qualname__", repr(order)),
+            "rescore_top": self._parameters.rescore_top,
+            "ignored": sorted(map(list, ignored)),
+            "calibration": self._calibration(),
+        }
+
+
+def _batch(index: int, item: Any) -> dict[str, Tensor]:
+    """What the model takes, by name."""
+    batch = {"input_ids": item} if isinstance(item, Tensor) else item
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        msg = (
+            f"Item {index} of the calibration dataset holds no input_ids [sequences, tokens]. multipruner scores text: "
+            "give nncf.Dataset a transform_func that makes {'input_ids': tensor} of it."
+        )
+        raise nncf.ValidationError(msg)
+    if ids.shape[1] < 2 or not len(ids):
+        msg = (
+            f"Item {index} of the calibration dataset has {len(ids)} sequences of {ids.shape[1]} tokens. The next "
+            "token is scored, so a sequence needs at least 2; hundreds are usual."
+        )
+        raise nncf.ValidationError(msg)
+    return {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+
+
+def _removed(model: nn.Module, plan: StructurePlan, parameters: int) -> float:
+    return 1 - count_costs(model, plan).parameters / parameters
+
+
+def _allowed(model: nn.Module, layout: Layout, plan: StructurePlan, removal: Removal) -> bool:
+    if removal.kept:
+        return True
+    try:
+        check_cache(model, removal.on(plan), layout)
+    except nncf.ValidationError:
+        return False
+    return True
+
+
+def _progress() -> Progress:
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+        TextColumn("{task.fields[best]}"),
+    )
+    return Progress(*columns, console=Console(file=sys.stderr))

@@ -1,0 +1,307 @@
+"""
+Greedy backward elimination: which part of a model is missed least? Remove it, and ask again.
+
+Every candidate is scored by the loss of the whole model on calibration batches. Batches come outside, candidates
+inside: one pass of the model as it is records what every block gives, and a candidate starts from the record of the
+block before its own. Its blocks, and everything behind them, run as in a pass of the whole masked model, so scores are
+the same, bit for bit.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nncf
+import torch
+from torch import Tensor, nn
+
+from nncf_ext.structure.coupling import Layout, layout_of
+from nncf_ext.structure.files import write_whole
+from nncf_ext.structure.masking import mask_branch, masked
+from nncf_ext.structure.plan import Step, StructurePlan
+
+Losses = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
+"""From logits ``[sequences, tokens, vocabulary]``, the batch, and the dense model's logits, to ``[sequences]`` float64,
+none below zero."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """
+    One candidate.
+
+    :param layer: Index of the layer.
+    :param branch: Name of the branch.
+    :param kept: Units of it that would stay, ascending; none removes the branch.
+    """
+
+    layer: int
+    branch: str
+    kept: tuple[int, ...]
+
+    def on(self, plan: StructurePlan) -> StructurePlan:
+        """
+        :param plan: Any plan of the model.
+        :return: The plan with this removal carried out.
+        """
+        return plan.keep(self.layer, self.branch, self.kept)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    :param totals: Mean loss over sequences by candidate, float64 ``[candidates]``; of one that was given up, a lower
+        bound of it.
+    :param complete: Which candidates saw all sequences, bool ``[candidates]``.
+    """
+
+    totals: Tensor
+    complete: Tensor
+
+    @property
+    def best(self) -> int:
+        """:return: The first of the candidates with the least loss."""
+        return int(torch.where(self.complete, self.totals, torch.inf).argmin())
+
+    @property
+    def margin(self) -> float | None:
+        """:return: Least distance of another candidate to the best, at least; None if there is no other."""
+        others = torch.cat([self.totals[: self.best], self.totals[self.best + 1 :]])
+        return float(others.min() - self.totals[self.best]) if len(others) else None
+
+
+class Scorer:
+    """
+    Scores candidates on one calibration set.
+
+    :param model: The dense model, in evaluation mode and without gradients.
+    :param batches: Inputs of the model by name; with ``input_ids`` ``[sequences, tokens]``.
+    :param losses: Loss of each sequence of a batch.
+    :param needs_dense: Whether losses look at the dense model's logits.
+    :param early_stop: Give a candidate up once its sum exceeds the best complete one. Decisions stay the same.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        losses: Losses,
+        *,
+        needs_dense: bool = False,
+        early_stop: bool = True,
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._losses = losses
+        self._needs_dense = needs_dense
+        self._early_stop = early_stop
+        self._layout = layout_of(model)
+        self.evaluations = 0
+
+    def score(
+        self, plan: StructurePlan, candidates: Sequence[Removal], advance: Callable[[], None] = lambda: None
+    ) -> Scores:
+        """
+        :param plan: What is there without the candidates.
+        :param candidates: What to score, in the order that breaks ties.
+        :param advance: Called after every candidate of every batch.
+        :return: Their scores.
+        """
+        sums = torch.zeros(len(candidates), dtype=torch.float64)
+        complete = torch.zeros(len(candidates), dtype=torch.bool)
+        sequences = 0
+        for number, batch in enumerate(self._batches):
+            dense = self._logits(batch) if self._needs_dense else None
+            last = number == len(self._batches) - 1
+            # The likeliest winner first: then most others need not be finished.
+            order = torch.argsort(sums, stable=True).tolist() if last and self._early_stop else range(len(candidates))
+            least = torch.inf
+            with masked(self._model, plan), self._prefixes(batch) as prefix:
+                for index in order:
+                    advance()
+                    if last and self._early_stop and sums[index] > least:
+                        continue
+                    with prefix(candidates[index].layer), self._masked(candidates[index]):
+                        losses = self._losses(self._logits(batch), batch, dense)
+                    sums[index] += losses.sum().nan_to_num(nan=torch.inf).cpu()
+                    self.evaluations += 1
+                    if last:
+                        complete[index] = True
+                        least = min(least, float(sums[index]))
+            sequences += len(batch["input_ids"])
+        return Scores(sums / sequences, complete)
+
+    def loss(self, plan: StructurePlan) -> float:
+        """
+        :param plan: What is there.
+        :return: Mean loss over sequences.
+        """
+        total, sequences = 0.0, 0
+        for batch in self._batches:
+            dense = self._logits(batch) if self._needs_dense else None
+            with masked(self._model, plan):
+                total += float(self._losses(self._logits(batch), batch, dense).sum())
+            sequences += len(batch["input_ids"])
+        return total / sequences
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._model(**batch, use_cache=False).logits
+
+    @contextmanager
+    def _masked(self, candidate: Removal) -> Iterator[None]:
+        block = self._layout.blocks[candidate.layer]
+        undo = mask_branch(block, self._layout.couplings[candidate.layer][candidate.branch], candidate.kept)
+        try:
+            yield
+        finally:
+            undo()
+
+    @contextmanager
+    def _prefixes(self, batch: Mapping[str, Tensor]) -> Iterator[Callable[[int], Any]]:
+        """One pass of the model; gives the context in which all blocks before one repeat what they gave."""
+        blocks: Any = self._model.get_submodule(self._layout.path)
+        outputs: list[Any] = []
+        hooks = [
+            block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for block in blocks
+        ]
+        try:
+            self._logits(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+        @contextmanager
+        def prefix(layer: int) -> Iterator[None]:
+            for index in range(layer):
+                blocks[index] = _Repeated(outputs[index])
+            try:
+                yield
+            finally:
+                for index in range(layer):
+                    blocks[index] = self._layout.blocks[index]
+
+        yield prefix
+
+
+class _Repeated(nn.Module):
+    """Stands for a block whose output is known."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._output
+
+
+class Elimination:
+    """
+    The greedy loop, with its journal.
+
+    :param plan: Where to begin.
+    :param folder: Where each step is kept, or None. A folder that holds steps is continued.
+    :param header: What the run was asked for, as plain data: a folder of another run is refused.
+    :param rescore_top: Score only this many of the candidates that came out best when they were last scored. An
+        approximation: every eighth step scores all of them again.
+    :raises nncf.ValidationError: The folder belongs to another run.
+    """
+
+    full_sweep_every = 8
+
+    def __init__(
+        self,
+        plan: StructurePlan,
+        folder: Path | None = None,
+        header: Mapping[str, Any] | None = None,
+        rescore_top: int | None = None,
+    ) -> None:
+        self.plan = plan
+        self._folder = folder
+        self._rescore_top = rescore_top
+        self._known: dict[str, float] = {}
+        if folder is None:
+            return
+        asked = json.loads(json.dumps(header or {}))
+        file = folder / "search.json"
+        if file.is_file():
+            found = json.loads(file.read_text())
+            differing = sorted(key for key in {*found, *asked} if found.get(key) != asked.get(key))
+            if differing:
+                msg = (
+                    f"{folder} was begun by another search; it differs in {', '.join(differing)}. Resume with the same "
+                    "model, data and settings, or name a new folder."
+                )
+                raise nncf.ValidationError(msg)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            msg = f"resume={str(folder)!r} is neither a journal of an earlier search nor an empty or new folder."
+            raise nncf.ValidationError(msg)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, lambda aside: aside.write_text(json.dumps(asked, indent=1)))
+        kept = sorted(folder.glob("plan.*.json"))
+        if kept:
+            self.plan = StructurePlan.load(kept[-1])
+            self._known = json.loads(kept[-1].with_name(kept[-1].name.replace("plan", "scores")).read_text())
+
+    def step(
+        self,
+        scorer: Scorer,
+        candidates: Sequence[Removal],
+        score: Callable[[float], float],
+        advance: Callable[[], None] = lambda: None,
+    ) -> Step:
+        """
+        Removes what is missed least.
+
+        :param scorer: What scores.
+        :param candidates: What could go, at least one, in the order that breaks ties.
+        :param score: From the mean loss to the score to note, such as from negative log-likelihood to perplexity.
+        :param advance: Called after every evaluation.
+        :return: What was done.
+        """
+        chosen = self._shortlist(candidates)
+        scores = scorer.score(self.plan, chosen, advance)
+        self._known |= {_key(each): float(total) for each, total in zip(chosen, scores.totals, strict=True)}
+        best, margin = chosen[scores.best], scores.margin
+        found = float(scores.totals[scores.best])
+        distance = None if margin is None else score(found + margin) - score(found)
+        step = Step(best.branch, best.layer, len(best.kept), score(found), distance)
+        plan = best.on(self.plan)
+        self.plan = replace(plan, steps=(*self.plan.steps, step))
+        if self._folder is not None:
+            number = len(self.plan.steps)
+            scores_file = self._folder / f"scores.{number:05}.json"
+            write_whole(scores_file, lambda aside: aside.write_text(json.dumps(self._known)))
+            self.plan.save(self._folder / f"plan.{number:05}.json")
+        return step
+
+    def _shortlist(self, candidates: Sequence[Removal]) -> list[Removal]:
+        known = [self._known.get(_key(each)) for each in candidates]
+        if self._rescore_top is None or None in known or len(self.plan.steps) % self.full_sweep_every == 0:
+            return list(candidates)
+        order = sorted(range(len(candidates)), key=lambda index: (known[index], index))
+        return [candidates[index] for index in sorted(order[: self._rescore_top])]
+
+
+def _key(removal: Removal) -> str:
+    """Names a place, not a width: what is known of a layer's last candidate tells something about its next."""
+    return f"{removal.branch}.{removal.layer}.{'all' if not removal.kept else 'some'}"
+
+
+def layout_for_removal(model: nn.Module) -> Layout:
+    """
+    :param model: The model to search.
+    :return: Its layout.
+    :raises nncf.UnsupportedModelError: Its structure is unknown, or it does not generate text from a cache.
+    """
+    layout = layout_of(model)
+    if not layout.decodes:
+        msg = (
+            f"Asked to search {type(model).__name__}, which is no causal language model: candidates are scored by the "
+            "likelihood of the next token. A plan made by hand works on it."
+        )
+        raise nncf.UnsupportedModelError(msg)
+    return layout

@@ -1,0 +1,282 @@
+"""MultiPruner: the search against a search written here, whole passes of masked models, and interruptions."""
+
+import math
+
+import nncf
+import pytest
+import torch
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import nncf_ext
+from nncf_ext import AdvancedMultiPrunerParameters, CompressMode, DivergenceMetric, PerplexityMetric
+from nncf_ext.structure import removal
+from nncf_ext.structure.masking import masked
+from nncf_ext.structure.plan import StructurePlan
+from nncf_ext.structure.removal import Removal, Scorer
+
+VOCABULARY = 96
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "max_position_embeddings": 64}
+
+
+def models(tiny_llama) -> dict[str, nn.Module]:
+    torch.manual_seed(5)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    made = {
+        "llama": tiny_llama(4, hidden_size=32, intermediate_size=96, **heads),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES, intermediate_size=48, **heads, layer_types=None)),
+        "neox": GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=48, num_attention_heads=4)),
+    }
+    for model in made.values():
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                nn.init.normal_(parameter, std=0.2)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.3)
+    return {name: model.eval() for name, model in made.items()}
+
+
+@pytest.fixture(params=["llama", "qwen2", "neox"])
+def model(request, tiny_llama) -> nn.Module:
+    return models(tiny_llama)[request.param]
+
+
+def items(count=3) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(0, VOCABULARY, (2, 11 + index), generator=generator)} for index in range(count)]
+
+
+def settings(**more) -> AdvancedMultiPrunerParameters:
+    return AdvancedMultiPrunerParameters(**{"mlp_group": 16, "width_subset_size": 2, "distribution": (3, 6, 1), **more})
+
+
+def prune(model, ratio=0.3, count=3, **more):
+    resume = more.pop("resume", None)
+    scope = more.pop("ignored_scope", None)
+    return nncf_ext.compress(
+        model,
+        CompressMode.MULTIPRUNER,
+        ratio=ratio,
+        dataset=nncf.Dataset(items(count)),
+        do_copy=True,
+        resume=resume,
+        ignored_scope=scope,
+        advanced_parameters=settings(**more),
+    )
+
+
+def losses(model, batches) -> list[float]:
+    """Mean negative log-likelihood by sequence, token by token."""
+    found = []
+    for batch in batches:
+        for ids in batch["input_ids"]:
+            with torch.no_grad():
+                logits = model(input_ids=ids[None], use_cache=False).logits[0].double().log_softmax(dim=1)
+            found.append(-sum(float(logits[at, ids[at + 1]]) for at in range(len(ids) - 1)) / (len(ids) - 1))
+    return found
+
+
+def order_of(model, branch, layer):
+    """Units by the L1 norm of their rows, the largest first."""
+    block = model.get_submodule("gpt_neox.layers" if hasattr(model, "gpt_neox") else "model.layers")[layer]
+    if hasattr(model, "gpt_neox"):
+        weight = block.attention.query_key_value.weight if branch == "attention" else block.mlp.dense_h_to_4h.weight
+        rows = weight.abs().sum(dim=1)
+        scores = rows.view(4, -1).mean(dim=1) if branch == "attention" else rows
+    elif branch == "mlp":
+        scores = block.mlp.gate_proj.weight.abs().sum(dim=1) + block.mlp.up_proj.weight.abs().sum(dim=1)
+    else:
+        q, k, v = (getattr(block.self_attn, f"{name}_proj").weight.abs().sum(dim=1) for name in "qkv")
+        scores = q.view(2, -1).mean(dim=1) + k.view(2, -1).mean(dim=1) + v.view(2, -1).mean(dim=1)
+    return torch.argsort(scores, descending=True, stable=True).tolist()
+
+
+def size(model, plan):
+    return sum(each.numel() for each in nncf_ext.extract(model, plan).parameters())
+
+
+def greedy(model, ratio, distribution, groups):
+    """The search as the paper has it, with a whole pass of an extracted or masked model for every candidate."""
+    plan, dense, steps, paid = StructurePlan.dense(model), size(model, StructurePlan.dense(model)), [], 0.0
+    for stage, share in enumerate(distribution):
+        paid += share / sum(distribution)
+        batches = items() if stage == 0 else items()[:2]
+        while share and 1 - size(model, plan) / dense < ratio * paid:
+            best = None
+            for branch in ("attention", "mlp") if stage == 0 else (("mlp",), ("attention",))[stage - 1]:
+                for layer in range(4):
+                    now = len(plan.layers[layer][branch])
+                    left = 0 if stage == 0 else now - groups[branch]
+                    attentions = sum(bool(kept["attention"]) for kept in plan.layers)
+                    if not now or left < 0 or (stage and left == 0):
+                        continue
+                    if stage == 0 and branch == "attention" and attentions == 1:
+                        continue
+                    candidate = plan.keep(layer, branch, sorted(order_of(model, branch, layer)[:left]))
+                    with masked(model, candidate):
+                        found = losses(model, batches)
+                    loss = sum(found) / len(found)
+                    if best is None or loss < best[0]:
+                        best = loss, candidate, (branch, layer, left)
+            plan = best[1]
+            steps.append((*best[2], math.exp(best[0])))
+    return plan, steps
+
+
+def test_search_is_greedy_search(model) -> None:
+    expected, steps = greedy(model, 0.3, (3, 6, 1), {"mlp": 16, "attention": 1})
+    for early_stop in (True, False):
+        small = prune(model, early_stop=early_stop)
+        plan = nncf_ext.structure_plan(small)
+        assert [(step.branch, step.layer, step.kept) for step in plan.steps] == [step[:3] for step in steps]
+        assert [step.score for step in plan.steps] == pytest.approx([step[3] for step in steps], rel=1e-5)
+        assert plan.layers == expected.layers
+    assert {step.branch for step in plan.steps} == {"attention", "mlp"} and len(steps) > 5
+    assert sum(each.numel() for each in small.parameters()) == size(model, plan) == plan.costs_after.parameters
+    assert 1 - plan.costs_after.parameters / plan.costs_before.parameters >= 0.3
+    ids = items()[0]["input_ids"]
+    with torch.no_grad(), masked(model, plan):
+        masked_logits = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(small(input_ids=ids, use_cache=False).logits, masked_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_those_of_whole_passes(model) -> None:
+    """The beginning of the model is not run again for each candidate, and no bit differs."""
+    plan = StructurePlan.dense(model).keep(1, "attention", (0,)).keep(2, "mlp", range(20))
+    candidates = [Removal(layer, branch, ()) for branch in ("attention", "mlp") for layer in range(4)]
+    candidates += [Removal(2, "mlp", tuple(range(3, 9)))]
+    metric = PerplexityMetric()
+    with torch.no_grad():
+        found = Scorer(model, items(), metric.losses, early_stop=False).score(plan, candidates)
+        for candidate, total in zip(candidates, found.totals, strict=True):
+            with masked(model, candidate.on(plan)):
+                parts = [metric.losses(model(**item, use_cache=False).logits, item, None) for item in items()]
+            assert total == sum(part.sum() for part in parts) / sum(len(part) for part in parts)
+    assert found.complete.all()
+
+
+def test_early_stop_saves_work_and_no_choice(model) -> None:
+    candidates = [Removal(layer, branch, ()) for branch in ("attention", "mlp") for layer in range(4)]
+    plan, metric = StructurePlan.dense(model), PerplexityMetric()
+    with torch.no_grad():
+        thorough = Scorer(model, items(4), metric.losses, early_stop=False)
+        quick = Scorer(model, items(4), metric.losses)
+        all_of_them, some = thorough.score(plan, candidates), quick.score(plan, candidates)
+    assert all_of_them.best == some.best and thorough.evaluations == 32
+    assert (some.totals <= all_of_them.totals).all() and some.margin <= all_of_them.margin
+    assert quick.evaluations == 24 + int(some.complete.sum())
+
+
+def test_perplexity_is_a_mean_of_means() -> None:
+    """By hand: two tokens, of which the model believes one with 3/4; unequal numbers of targets."""
+    logits = torch.tensor([[[3.0, 1.0]] * 4] * 2).log()
+    batch = {"input_ids": torch.tensor([[0, 0, 1, 1], [1, 0, 0, 0]]), "attention_mask": torch.ones(2, 4)}
+    good, bad = -math.log(0.75), -math.log(0.25)
+    metric = PerplexityMetric()
+    assert metric.losses(logits, batch, None).tolist() == pytest.approx([(good + 2 * bad) / 3, good])
+    assert metric.shown((good + bad) / 2) == pytest.approx(math.sqrt(1 / (0.75 * 0.25)))
+    ignoring = PerplexityMetric(ignored_token=0)
+    assert ignoring.losses(logits, batch, None).tolist() == pytest.approx([bad, 0.0])
+    padded = {**batch, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    assert metric.losses(logits, padded, None).tolist() == pytest.approx([(good + bad) / 2, good])
+    divergence = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    found = DivergenceMetric().losses(logits, batch, torch.zeros(2, 4, 2))
+    assert found.tolist() == pytest.approx([divergence, divergence]) and DivergenceMetric().shown(2.0) == 2.0
+
+
+def test_divergence_chooses_too(model) -> None:
+    plan = nncf_ext.structure_plan(prune(model, ratio=0.1, metric=DivergenceMetric()))
+    best = plan.steps[0]
+    ids = items()
+    with torch.no_grad():
+        dense = [model(**item, use_cache=False).logits.log_softmax(dim=2).double() for item in ids]
+    totals = {}
+    for branch in ("attention", "mlp"):
+        for layer in range(4):
+            with torch.no_grad(), masked(model, StructurePlan.dense(model).keep(layer, branch, ())):
+                ours = [model(**item, use_cache=False).logits.log_softmax(dim=2).double() for item in ids]
+            parts = [((a.exp() * (a - b)).sum(dim=2)[:, :-1]).mean(dim=1) for a, b in zip(dense, ours, strict=True)]
+            totals[branch, layer] = float(torch.cat(parts).mean())
+    assert min(totals, key=totals.get) == (best.branch, best.layer)
+    assert best.score == pytest.approx(totals[best.branch, best.layer], rel=1e-4)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("rescore_top", [None, 2])
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_resumed_search_gives_the_same_plan(tiny_llama, tmp_path, monkeypatch, at, rescore_top) -> None:
+    model = models(tiny_llama)["llama"]
+    expected = nncf_ext.structure_plan(prune(model, rescore_top=rescore_top))
+    step, done = removal.Elimination.step, []
+
+    def killed(self, *args):
+        if len(done) == at:
+            raise Killed
+        done.append(step(self, *args))
+        return done[-1]
+
+    monkeypatch.setattr(removal.Elimination, "step", killed)
+    with pytest.raises(Killed):
+        prune(model, resume=tmp_path / "journal", rescore_top=rescore_top)
+    monkeypatch.setattr(removal.Elimination, "step", step)
+    resumed = nncf_ext.structure_plan(prune(model, resume=tmp_path / "journal", rescore_top=rescore_top))
+    assert resumed == expected and len(resumed.steps) > at
+    assert StructurePlan.load(sorted((tmp_path / "journal").glob("plan.*.json"))[-1]).layers == expected.layers
+    for other in ({"ratio": 0.2}, {"mlp_group": 8}, {"count": 2}, {"distribution": (1, 1, 1)}):
+        with pytest.raises(nncf.ValidationError, match="begun by another search"):
+            prune(model, resume=tmp_path / "journal", **{"rescore_top": rescore_top, **other})
+
+
+def test_ignored_branches_stay(tiny_llama) -> None:
+    model = models(tiny_llama)["llama"]
+    scope = nncf.IgnoredScope(patterns=[r".*mlp\.down_proj", r".*layers\.0\..*"])
+    plan = nncf_ext.structure_plan(prune(model, ratio=0.05, distribution=(1, 0, 0), ignored_scope=scope))
+    dense = StructurePlan.dense(model)
+    assert all(kept["mlp"] == full["mlp"] for kept, full in zip(plan.layers, dense.layers, strict=True))
+    assert plan.layers[0] == dense.layers[0] and plan.layers != dense.layers
+
+
+def test_what_is_refused(tiny_llama) -> None:
+    model = models(tiny_llama)["llama"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for options, message in (
+        ({"ratio": 0.95}, r"95.0%.*reached \d+\.\d%"),
+        ({"attention_group": 24}, "attention_group=24.*16 channels.*multiple of 16"),
+        ({"attention_group": 64}, "attention_group=64"),
+        ({"mlp_group": 4096}, "mlp_group=4096.*96 channels"),
+        ({"mlp_group": 0}, "mlp_group must be at least 1"),
+        ({"distribution": (0, 0, 0)}, "three shares"),
+        ({"metric": lambda model: 0.0}, "Metric"),
+        ({"ignored_scope": nncf.IgnoredScope(patterns=[".*layers.*"])}, r"reached 0\.0%"),
+    ):
+        with pytest.raises(nncf.ValidationError, match=message):
+            prune(model, **options)
+    for dataset, message in (
+        (None, "needs a dataset"),
+        (nncf.Dataset([]), "empty"),
+        (nncf.Dataset([{"input_ids": torch.zeros(2, 1, dtype=torch.int64)}]), "2 sequences of 1 tokens"),
+        (nncf.Dataset([{"pixels": torch.zeros(2, 5)}]), "no input_ids"),
+    ):
+        with pytest.raises(nncf.ValidationError, match=message):
+            nncf_ext.compress(model, CompressMode.MULTIPRUNER, ratio=0.1, dataset=dataset)
+    with pytest.raises(nncf.ParameterNotSupportedError, match="AdvancedMultiPrunerParameters"):
+        nncf_ext.compress(
+            model,
+            CompressMode.MULTIPRUNER,
+            ratio=0.1,
+            dataset=nncf.Dataset(items()),
+            advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(),
+        )
+    shared = models(tiny_llama)["llama"]
+    shared.model.layers[2].mlp.up_proj.weight = shared.model.layers[1].mlp.up_proj.weight
+    with pytest.raises(nncf.UnsupportedModelError, match=r"shared: .*layers\.1.*layers\.2"):
+        prune(shared)
+    with pytest.raises(nncf.UnsupportedModelError, match="no record"):
+        nncf_ext.compress(nn.Linear(4, 4), CompressMode.MULTIPRUNER, ratio=0.1, dataset=nncf.Dataset(items()))
+    with pytest.raises(nncf.ValidationError, match="not cut by compress"):
+        nncf_ext.structure_plan(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
