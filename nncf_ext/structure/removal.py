@@ -66,12 +66,6 @@ class Scores:
         """:return: The first of the candidates with the least loss."""
         return int(torch.where(self.complete, self.totals, torch.inf).argmin())
 
-    @property
-    def margin(self) -> float | None:
-        """:return: Least distance of another candidate to the best, at least; None if there is no other."""
-        others = torch.cat([self.totals[: self.best], self.totals[self.best + 1 :]])
-        return float(others.min() - self.totals[self.best]) if len(others) else None
-
 
 class Scorer:
     """
@@ -252,6 +246,7 @@ class Elimination:
         candidates: Sequence[Removal],
         score: Callable[[float], float],
         advance: Callable[[], None] = lambda: None,
+        saved: Mapping[Removal, float] | None = None,
     ) -> Step:
         """
         Removes what is missed least.
@@ -260,15 +255,24 @@ class Elimination:
         :param candidates: What could go, at least one, in the order that breaks ties.
         :param score: From the mean loss to the score to note, such as from negative log-likelihood to perplexity.
         :param advance: Called after every evaluation.
-        :return: What was done.
+        :param saved: What each candidate saves, above 0, of a cost: the loss that is added for each unit of it decides.
+            The scorer must not stop early. None: the loss decides.
+        :return: What was done. Its margin is a least distance of scores, None if there was one candidate or costs
+            decided.
         """
         chosen = self._shortlist(candidates)
         scores = scorer.score(self.plan, chosen, advance)
-        self._known |= {_key(each): float(total) for each, total in zip(chosen, scores.totals, strict=True)}
-        best, margin = chosen[scores.best], scores.margin
-        found = float(scores.totals[scores.best])
-        distance = None if margin is None else score(found + margin) - score(found)
-        step = Step(best.branch, best.layer, len(best.kept), score(found), distance)
+        keys = scores.totals
+        if saved is not None:
+            gains = torch.tensor([saved[each] for each in chosen], dtype=torch.float64)
+            keys = (scores.totals - scorer.loss(self.plan)) / gains
+        self._known |= {_key(each): float(key) for each, key in zip(chosen, keys, strict=True)}
+        winner = int(torch.where(scores.complete, keys, torch.inf).argmin())
+        best, found, margin = chosen[winner], float(scores.totals[winner]), None
+        if saved is None and len(chosen) > 1:
+            others = torch.cat([scores.totals[:winner], scores.totals[winner + 1 :]])
+            margin = score(float(others.min())) - score(found)
+        step = Step(best.branch, best.layer, len(best.kept), score(found), margin)
         plan = best.on(self.plan)
         self.plan = replace(plan, steps=(*self.plan.steps, step))
         if self._folder is not None:

@@ -10,8 +10,9 @@ Source: Munoz et al., MultiPruner: Balanced Structure Removal in Foundation Mode
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from nncf_ext.algorithms.multipruner.parameters import AdvancedMultiPrunerParameters
+from nncf_ext.algorithms.multipruner.parameters import COSTS, AdvancedMultiPrunerParameters
 from nncf_ext.calibration.stream import evaluation, read_items
 from nncf_ext.structure.blocks import IGNORED, Survey
 from nncf_ext.structure.counting import count_costs
@@ -89,7 +90,7 @@ class MultiPruner:
             if self._share(stage):
                 floor = self._all_removed(model, layout, floor, stage, self._ignored(model, layout, survey))
         check_plan(model, floor, layout)  # shared weights
-        reach = 1 - count_costs(model, floor).parameters / count_costs(model).parameters
+        reach = self._saved(model, floor, self._cost(model, plan))
         if reach < self._ratio:
             raise nncf.ValidationError(self._unreachable(reach))
 
@@ -103,39 +104,40 @@ class MultiPruner:
         """
         layout = layout_for_removal(model)
         ignored = self._ignored(model, layout, survey)
-        before = count_costs(model)
         order = self._order(layout)
-        dense = replace(StructurePlan.dense(model), calibration=self._calibration(), costs_before=before)
+        dense = StructurePlan.dense(model)
+        whole = self._cost(model, dense)
+        dense = replace(dense, calibration=self._calibration(), costs_before=count_costs(model))
         search = Elimination(dense, self._resume, self._header(model, ignored), self._parameters.rescore_top)
-        metric, paid = self._parameters.metric, 0.0
+        metric, joint = self._parameters.metric, self._parameters.joint_cost is not None
+        paying = [stage for stage in STAGES if self._share(stage)]
+        paid = 0.0
         with evaluation(model), _progress() as progress:
-            for stage in STAGES:
-                paid += self._share(stage)
-                batches = self._batches if stage == "blocks" else self._width_batches
-                scorer = Scorer(
-                    model,
-                    batches,
-                    metric.losses,
-                    needs_dense=metric.needs_dense,
-                    early_stop=self._parameters.early_stop,
-                )
-                task = progress.add_task(stage, total=None, best="")
-                while self._share(stage) and _removed(model, search.plan, before.parameters) < self._ratio * paid:
+            for stages in [paying] if joint else [[stage] for stage in paying]:
+                paid += sum(self._share(stage) for stage in stages)
+                batches = self._batches if STAGES[0] in stages else self._width_batches
+                early_stop = self._parameters.early_stop and not joint
+                scorer = Scorer(model, batches, metric.losses, needs_dense=metric.needs_dense, early_stop=early_stop)
+                name = ", ".join(stages)
+                task = progress.add_task(name, total=None, best="")
+                while self._saved(model, search.plan, whole) < self._ratio * min(paid, 1.0):
                     candidates = [
                         each
+                        for stage in stages
                         for each in self._candidates(layout, search.plan, stage, order)
                         if (each.branch, each.layer) not in ignored and _allowed(model, layout, search.plan, each)
                     ]
+                    saved = self._savings(model, search.plan, candidates) if joint else None
+                    if saved is not None:
+                        candidates = list(saved)
                     if not candidates:
-                        raise nncf.ValidationError(
-                            self._unreachable(_removed(model, search.plan, before.parameters), stage)
-                        )
+                        raise nncf.ValidationError(self._unreachable(self._saved(model, search.plan, whole), name))
                     progress.reset(task, total=len(candidates) * len(batches))
-                    step = search.step(scorer, candidates, metric.shown, lambda task=task: progress.advance(task))  # type: ignore[misc]
-                    share = _removed(model, search.plan, before.parameters)
+                    step = search.step(scorer, candidates, metric.shown, partial(progress.advance, task), saved)
+                    share = self._saved(model, search.plan, whole)
                     best = f"{step.branch} of layer {step.layer}: {step.score:.4g}, {share:.1%} removed"
                     progress.update(task, best=best)
-                    logger.info("%s: %s", stage, best)
+                    logger.info("%s: %s", name, best)
         plan = replace(search.plan, costs_after=count_costs(model, search.plan))
         check_plan(model, plan, layout)
         cut_structure(model, plan.layers)
@@ -188,6 +190,20 @@ class MultiPruner:
     def _share(self, stage: str) -> float:
         return self._parameters.distribution[STAGES.index(stage)] / sum(self._parameters.distribution)
 
+    def _cost(self, model: nn.Module, plan: StructurePlan) -> float:
+        cost = self._parameters.joint_cost
+        return float(cost(plan)) if callable(cost) else float(getattr(count_costs(model, plan), cost or COSTS[0]))
+
+    def _saved(self, model: nn.Module, plan: StructurePlan, whole: float) -> float:
+        """Fraction of the cost."""
+        return 1 - self._cost(model, plan) / whole
+
+    def _savings(self, model: nn.Module, plan: StructurePlan, candidates: Sequence[Removal]) -> dict[Removal, float]:
+        """What each candidate saves of the cost, for those that save some."""
+        now = self._cost(model, plan)
+        found = {each: now - self._cost(model, each.on(plan)) for each in candidates}
+        return {each: saved for each, saved in found.items() if saved > 0}
+
     def _ignored(self, model: nn.Module, layout: Layout, survey: Survey) -> set[tuple[str, int]]:
         """Branches of which a layer is in the ignored scope."""
         scope = {id(each.module) for each in survey.weights if each.untouched == IGNORED}
@@ -220,9 +236,11 @@ class MultiPruner:
                     plan = each.on(plan)
 
     def _unreachable(self, reached: float, stage: str | None = None) -> str:
+        cost = self._parameters.joint_cost
+        cost = "cost" if callable(cost) else cost or "parameters"
         where = f"The stage of {stage} ran out of candidates: it" if stage else "It"
         return (
-            f"Asked to remove {self._ratio:.1%} of the parameters. {where} reached {reached:.1%}. A lower ratio, "
+            f"Asked to remove {self._ratio:.1%} of the {cost}. {where} reached {reached:.1%}. A lower ratio, "
             "smaller groups, another distribution or a smaller ignored scope would work."
         )
 
@@ -235,13 +253,14 @@ class MultiPruner:
         }
 
     def _header(self, model: nn.Module, ignored: set[tuple[str, int]]) -> dict[str, Any]:
-        order = self._parameters.order
+        order, cost = self._parameters.order, self._parameters.joint_cost
         return {
             "model": asdict(fingerprint(model)),
             "ratio": self._ratio,
             "distribution": list(self._parameters.distribution),
             "groups": [self._parameters.mlp_group, self._parameters.attention_group],
             "metric": repr(self._parameters.metric),
+            "joint_cost": cost if isinstance(cost, str | None) else getattr(cost, "__qualname__", repr(cost)),
             "order": None if order is None else getattr(order, "__qualname__", repr(order)),
             "rescore_top": self._parameters.rescore_top,
             "ignored": sorted(map(list, ignored)),
@@ -266,10 +285,6 @@ def _batch(index: int, item: Any) -> dict[str, Tensor]:
         )
         raise nncf.ValidationError(msg)
     return {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
-
-
-def _removed(model: nn.Module, plan: StructurePlan, parameters: int) -> float:
-    return 1 - count_costs(model, plan).parameters / parameters
 
 
 def _allowed(model: nn.Module, layout: Layout, plan: StructurePlan, removal: Removal) -> bool:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.importance.metrics import Metric, PerplexityMetric
+from nncf_ext.structure.plan import StructurePlan
+
+COSTS = ("parameters", "bytes", "kv_bytes_per_token")
 
 
 @dataclass
@@ -25,6 +28,10 @@ class AdvancedMultiPrunerParameters:
     :param metric: How good a candidate is.
     :param order: Importance of the units within a layer, ``[units]``, from the weights that write into them; the least
         important go first. None: the last go first.
+    :param joint_cost: None: stages, as published. Else one pool of everything that a stage with a share may remove,
+        of which goes what adds least loss for each unit of this cost that it saves; `ratio` is then the fraction of
+        the cost to save. ``"parameters"``, ``"bytes"``, ``"kv_bytes_per_token"``, or a function of a plan, such as a
+        measured latency.
     :param early_stop: Give up candidates that cannot win any more. The choice is the same; margins become lower bounds.
     :param rescore_top: Approximation: score only so many of the candidates that came out best at the last full sweep,
         which every eighth step is. None: always all.
@@ -36,6 +43,7 @@ class AdvancedMultiPrunerParameters:
     width_subset_size: int | None = None
     metric: Metric = field(default_factory=PerplexityMetric)
     order: Callable[[Sequence[Tensor]], Tensor] | None = l1_norm
+    joint_cost: str | Callable[[StructurePlan], float] | None = None
     early_stop: bool = True
     rescore_top: int | None = None
 
@@ -56,6 +64,9 @@ class AdvancedMultiPrunerParameters:
             if value is not None and value < 1:
                 msg = f"{name} must be at least 1, or None; got {value}."
                 raise nncf.ValidationError(msg)
+        if isinstance(self.joint_cost, str) and self.joint_cost not in COSTS:
+            msg = f"joint_cost={self.joint_cost!r}. It is one of {', '.join(COSTS)}, a function of a plan, or None."
+            raise nncf.ValidationError(msg)
         if not isinstance(self.metric, Metric):
             msg = (
                 f"metric must be a nncf_ext.importance.metrics.Metric, such as PerplexityMetric(); got "
