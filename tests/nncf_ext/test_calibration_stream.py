@@ -9,6 +9,7 @@ from torch import nn
 
 import nncf_ext
 from nncf_ext import CompressMode
+from nncf_ext.algorithms.sparse_weights.algorithm import MODES
 from nncf_ext.calibration.chain import shared
 from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import CalibrationStream, evaluation, observe_inputs
@@ -204,7 +205,7 @@ def test_model_without_blocks_is_walked_in_running_order_by_shared_input():
         assert [list(unit.layers) for unit in stream.units()] == [["left", "right"], ["last"], ["unused"]]
 
 
-@pytest.mark.parametrize("mode", CompressMode)
+@pytest.mark.parametrize("mode", MODES)
 def test_model_without_blocks_is_compressed(mode):
     model, samples = Mlp(), [torch.randn(5, 8) for _ in range(3)]
     unused = model.unused.weight.detach().clone()

@@ -15,6 +15,7 @@ from torch import nn
 
 import nncf_ext
 from nncf_ext import AdvancedSparseWeightsParameters, CompressMode
+from nncf_ext.algorithms.sparse_weights.algorithm import MODES
 
 
 class Mlp(nn.Module):
@@ -140,9 +141,9 @@ class Case:
 
 
 CASES = [
-    *(Case(mode, model) for mode in CompressMode for model in MODELS),
-    *(Case(mode, MODELS[1], {"pattern": "2:4"}, ratio=0.5) for mode in CompressMode),
-    *(Case(mode, model, GRID, unit=float("inf")) for mode in CompressMode for model in MODELS[1:]),
+    *(Case(mode, model) for mode in MODES for model in MODELS),
+    *(Case(mode, MODELS[1], {"pattern": "2:4"}, ratio=0.5) for mode in MODES),
+    *(Case(mode, model, GRID, unit=float("inf")) for mode in MODES for model in MODELS[1:]),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
