@@ -20,3 +20,19 @@ def l1_norm(parts: Sequence[Tensor]) -> Tensor:
     total = sum(part.float().abs().sum(dim=2).mean(dim=1) for part in parts)
     assert isinstance(total, Tensor)
     return total
+
+
+def activation_norm(mean_square: Tensor, weight: Tensor, units: int) -> Tensor:
+    """
+    How much a unit writes to the residual stream: root of the sum over its channels of
+    ``mean(a_c^2) * |W[:, c]|^2``.
+
+    :param mean_square: Mean square of each input of the output projection, ``[in_features]`` float32.
+    :param weight: Of the output projection, ``[out_features, in_features]``, any floating type.
+    :param units: Number of units, which share the input features evenly and in order.
+    :return: Score ``[units]``, float32.
+
+    Source: Sun et al., Wanda (arXiv 2306.11695), section 3, applied to whole columns.
+    """
+    energy = mean_square * weight.float().square().sum(dim=0)
+    return energy.view(units, -1).sum(dim=1).sqrt()

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_ext.structure.coupling import Coupling, layout_of
+from nncf_ext.structure.coupling import Coupling, Layout, layout_of
 from nncf_ext.structure.plan import StructurePlan, check_plan
 from nncf_ext.structure.surgery import cache_slots
 
 
 @contextmanager
-def masked(model: nn.Module, plan: StructurePlan) -> Iterator[None]:
+def masked(model: nn.Module, plan: StructurePlan, layout: Layout | None = None) -> Iterator[None]:
     """
     Within the context the model computes as if the plan were carried out. Weights are neither copied nor changed:
     inputs of output projections are zeroed where units go, and removed branches are stood in for.
@@ -22,11 +22,13 @@ def masked(model: nn.Module, plan: StructurePlan) -> Iterator[None]:
 
     :param model: The dense model.
     :param plan: What stays.
+    :param layout: The model's layout, from one who knows that the plan fits; None: find it, and check the plan.
     :raises nncf.ValidationError: The plan does not fit the model.
     :raises nncf.UnsupportedModelError: The model's structure is unknown or shared.
     """
-    layout = layout_of(model)
-    check_plan(model, plan, layout)
+    if layout is None:
+        layout = layout_of(model)
+        check_plan(model, plan, layout)
     undo: list[Any] = []
     attends = [len(kept["attention"]) > 0 for kept in plan.layers]
     slots = cache_slots(model.config, layout, attends)

@@ -9,7 +9,7 @@ the same, bit for bit.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Scorer:
     :param losses: Loss of each sequence of a batch.
     :param needs_dense: Whether losses look at the dense model's logits.
     :param early_stop: Give a candidate up once its sum exceeds the best complete one. Decisions stay the same.
+    :param as_dense: Context in which the model is the dense one, when its weights change between steps.
     """
 
     def __init__(
@@ -86,12 +87,14 @@ class Scorer:
         *,
         needs_dense: bool = False,
         early_stop: bool = True,
+        as_dense: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
         self._batches = batches
         self._losses = losses
         self._needs_dense = needs_dense
         self._early_stop = early_stop
+        self._as_dense = as_dense
         self._layout = layout_of(model)
         self.evaluations = 0
 
@@ -108,12 +111,12 @@ class Scorer:
         complete = torch.zeros(len(candidates), dtype=torch.bool)
         sequences = 0
         for number, batch in enumerate(self._batches):
-            dense = self._logits(batch) if self._needs_dense else None
+            dense = self._dense_logits(batch)
             last = number == len(self._batches) - 1
             # The likeliest winner first: then most others need not be finished.
             order = torch.argsort(sums, stable=True).tolist() if last and self._early_stop else range(len(candidates))
             least = torch.inf
-            with masked(self._model, plan), self._prefixes(batch) as prefix:
+            with masked(self._model, plan, self._layout), self._prefixes(batch) as prefix:
                 for index in order:
                     advance()
                     if last and self._early_stop and sums[index] > least:
@@ -135,14 +138,20 @@ class Scorer:
         """
         total, sequences = 0.0, 0
         for batch in self._batches:
-            dense = self._logits(batch) if self._needs_dense else None
-            with masked(self._model, plan):
+            dense = self._dense_logits(batch)
+            with masked(self._model, plan, self._layout):
                 total += float(self._losses(self._logits(batch), batch, dense).sum())
             sequences += len(batch["input_ids"])
         return total / sequences
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self._model(**batch, use_cache=False).logits
+
+    def _dense_logits(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        if not self._needs_dense:
+            return None
+        with self._as_dense():
+            return self._logits(batch)
 
     @contextmanager
     def _masked(self, candidate: Removal) -> Iterator[None]:
@@ -213,6 +222,8 @@ class Elimination:
         rescore_top: int | None = None,
     ) -> None:
         self.plan = plan
+        self.earlier: list[StructurePlan] = []
+        """Plans after each step that was found in the folder."""
         self._folder = folder
         self._rescore_top = rescore_top
         self._known: dict[str, float] = {}
@@ -237,7 +248,8 @@ class Elimination:
             write_whole(file, lambda aside: aside.write_text(json.dumps(asked, indent=1)))
         kept = sorted(folder.glob("plan.*.json"))
         if kept:
-            self.plan = StructurePlan.load(kept[-1])
+            self.earlier = [StructurePlan.load(each) for each in kept]
+            self.plan = self.earlier[-1]
             self._known = json.loads(kept[-1].with_name(kept[-1].name.replace("plan", "scores")).read_text())
 
     def step(

@@ -287,6 +287,7 @@ def test_what_is_refused(tiny_llama) -> None:
         ({"mlp_group": 0}, "mlp_group must be at least 1"),
         ({"distribution": (0, 0, 0)}, "three shares"),
         ({"metric": lambda model: 0.0}, "Metric"),
+        ({"order": "size"}, "order='size'.*'activations'"),
         ({"joint_cost": "watts"}, "joint_cost='watts'.*kv_bytes_per_token"),
         ({"ignored_scope": nncf.IgnoredScope(patterns=[".*layers.*"])}, r"reached 0\.0%"),
     ):

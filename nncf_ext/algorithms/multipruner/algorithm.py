@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from nncf_ext.algorithms.multipruner.parameters import COSTS, AdvancedMultiPrunerParameters
+from nncf_ext.algorithms.multipruner.parameters import ACTIVATIONS, COSTS, AdvancedMultiPrunerParameters
+from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import evaluation, read_items
+from nncf_ext.importance.blocks import activation_norm
 from nncf_ext.structure.blocks import IGNORED, Survey
+from nncf_ext.structure.compensation import Compensator
 from nncf_ext.structure.counting import count_costs
-from nncf_ext.structure.coupling import Layout, unit_weights
+from nncf_ext.structure.coupling import Coupling, Layout, unit_weights
 from nncf_ext.structure.files import digest
 from nncf_ext.structure.plan import StructurePlan, check_cache, check_plan, fingerprint
 from nncf_ext.structure.records import set_plan
@@ -104,20 +108,34 @@ class MultiPruner:
         """
         layout = layout_for_removal(model)
         ignored = self._ignored(model, layout, survey)
-        order = self._order(layout)
+        order = self._order(model, layout)
         dense = StructurePlan.dense(model)
         whole = self._cost(model, dense)
         dense = replace(dense, calibration=self._calibration(), costs_before=count_costs(model))
         search = Elimination(dense, self._resume, self._header(model, ignored), self._parameters.rescore_top)
+        check_plan(model, search.plan, layout)
+        compensator = Compensator(model, self._batches) if self._parameters.compensate else None
         metric, joint = self._parameters.metric, self._parameters.joint_cost is not None
         paying = [stage for stage in STAGES if self._share(stage)]
         paid = 0.0
         with evaluation(model), _progress() as progress:
+            if compensator is not None:
+                task = progress.add_task("repairs of earlier steps", total=len(search.earlier), best="")
+                for plan in search.earlier:
+                    compensator.refit(plan, plan.steps[-1].layer, plan.steps[-1].branch)
+                    progress.advance(task)
             for stages in [paying] if joint else [[stage] for stage in paying]:
                 paid += sum(self._share(stage) for stage in stages)
                 batches = self._batches if STAGES[0] in stages else self._width_batches
                 early_stop = self._parameters.early_stop and not joint
-                scorer = Scorer(model, batches, metric.losses, needs_dense=metric.needs_dense, early_stop=early_stop)
+                scorer = Scorer(
+                    model,
+                    batches,
+                    metric.losses,
+                    needs_dense=metric.needs_dense,
+                    early_stop=early_stop,
+                    as_dense=nullcontext if compensator is None else compensator.dense,
+                )
                 name = ", ".join(stages)
                 task = progress.add_task(name, total=None, best="")
                 while self._saved(model, search.plan, whole) < self._ratio * min(paid, 1.0):
@@ -134,12 +152,13 @@ class MultiPruner:
                         raise nncf.ValidationError(self._unreachable(self._saved(model, search.plan, whole), name))
                     progress.reset(task, total=len(candidates) * len(batches))
                     step = search.step(scorer, candidates, metric.shown, partial(progress.advance, task), saved)
+                    if compensator is not None:
+                        compensator.refit(search.plan, step.layer, step.branch)
                     share = self._saved(model, search.plan, whole)
                     best = f"{step.branch} of layer {step.layer}: {step.score:.4g}, {share:.1%} removed"
                     progress.update(task, best=best)
                     logger.info("%s: %s", name, best)
         plan = replace(search.plan, costs_after=count_costs(model, search.plan))
-        check_plan(model, plan, layout)
         cut_structure(model, plan.layers)
         set_plan(model, plan)
 
@@ -158,16 +177,44 @@ class MultiPruner:
             if count > 0:
                 yield Removal(layer, branch, tuple(sorted(order[branch, layer][:count])))
 
-    def _order(self, layout: Layout) -> dict[tuple[str, int], list[int]]:
+    def _order(self, model: nn.Module, layout: Layout) -> dict[tuple[str, int], list[int]]:
         """Units of each branch, the most important first."""
         found = {}
+        spread = self._spread(model, layout) if self._parameters.order == ACTIVATIONS else {}
         for layer, (block, couplings) in enumerate(zip(layout.blocks, layout.couplings, strict=True)):
             for branch, coupling in couplings.items():
                 found[branch, layer] = list(range(coupling.units))
-                if self._parameters.order is not None and coupling.units:
-                    scores = self._parameters.order(unit_weights(block, coupling))
+                scores = self._scores(block, coupling, spread)
+                if scores is not None:
                     found[branch, layer] = torch.argsort(scores, descending=True, stable=True).tolist()
         return found
+
+    def _scores(self, block: nn.Module, coupling: Coupling, spread: Mapping[nn.Module, Tensor]) -> Tensor | None:
+        """Importance of a branch's units, or None where none is asked for."""
+        order = self._parameters.order
+        if order is None or not coupling.units:
+            return None
+        if callable(order):
+            return order(unit_weights(block, coupling))
+        output: Any = block.get_submodule(coupling.branch.output)
+        return activation_norm(spread[output], output.weight.detach(), coupling.units)
+
+    def _spread(self, model: nn.Module, layout: Layout) -> dict[nn.Module, Tensor]:
+        """Mean square of every input of the output projections, on calibration text."""
+        outputs: dict[nn.Module, InputStatistics] = {}
+        with ExitStack() as hooks, evaluation(model):
+            for block, couplings in zip(layout.blocks, layout.couplings, strict=True):
+                for coupling in couplings.values():
+                    output: Any = block.get_submodule(coupling.branch.output) if coupling.units else None
+                    if output is not None:
+                        outputs[output] = InputStatistics(output.in_features, device=output.weight.device)
+                        hook = output.register_forward_pre_hook(
+                            lambda module, inputs: outputs[module].update(inputs[0])
+                        )
+                        hooks.callback(hook.remove)
+            for batch in self._batches:
+                model(**batch, use_cache=False)
+        return {output: statistics.mean_square for output, statistics in outputs.items()}
 
     def _groups(self, layout: Layout) -> dict[str, int]:
         """Units that go together, by branch."""
@@ -261,8 +308,9 @@ class MultiPruner:
             "groups": [self._parameters.mlp_group, self._parameters.attention_group],
             "metric": repr(self._parameters.metric),
             "joint_cost": cost if isinstance(cost, str | None) else getattr(cost, "__qualname__", repr(cost)),
-            "order": None if order is None else getattr(order, "__qualname__", repr(order)),
+            "order": order if isinstance(order, str | None) else getattr(order, "__qualname__", repr(order)),
             "rescore_top": self._parameters.rescore_top,
+            "compensate": self._parameters.compensate,
             "ignored": sorted(map(list, ignored)),
             "calibration": self._calibration(),
         }

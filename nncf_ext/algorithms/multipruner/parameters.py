@@ -10,6 +10,7 @@ from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.importance.metrics import Metric, PerplexityMetric
 from nncf_ext.structure.plan import StructurePlan
 
+ACTIVATIONS = "activations"
 COSTS = ("parameters", "bytes", "kv_bytes_per_token")
 
 
@@ -27,11 +28,14 @@ class AdvancedMultiPrunerParameters:
     :param width_subset_size: Calibration items that score channels and heads. None: half of those that score blocks.
     :param metric: How good a candidate is.
     :param order: Importance of the units within a layer, ``[units]``, from the weights that write into them; the least
-        important go first. None: the last go first.
+        important go first. ``"activations"``: by what they write to the residual stream on calibration text, see
+        :func:`nncf_ext.importance.blocks.activation_norm`. None: the last go first.
     :param joint_cost: None: stages, as published. Else one pool of everything that a stage with a share may remove,
         of which goes what adds least loss for each unit of this cost that it saves; `ratio` is then the fraction of
         the cost to save. ``"parameters"``, ``"bytes"``, ``"kv_bytes_per_token"``, or a function of a plan, such as a
         measured latency.
+    :param compensate: After every step refit the output projection of the branch that lost units, by least squares on
+        calibration text; see :class:`nncf_ext.structure.compensation.Compensator`. Later steps see the repaired model.
     :param early_stop: Give up candidates that cannot win any more. The choice is the same; margins become lower bounds.
     :param rescore_top: Approximation: score only so many of the candidates that came out best at the last full sweep,
         which every eighth step is. None: always all.
@@ -42,8 +46,9 @@ class AdvancedMultiPrunerParameters:
     attention_group: int | None = None
     width_subset_size: int | None = None
     metric: Metric = field(default_factory=PerplexityMetric)
-    order: Callable[[Sequence[Tensor]], Tensor] | None = l1_norm
+    order: Callable[[Sequence[Tensor]], Tensor] | str | None = l1_norm
     joint_cost: str | Callable[[StructurePlan], float] | None = None
+    compensate: bool = False
     early_stop: bool = True
     rescore_top: int | None = None
 
@@ -66,6 +71,9 @@ class AdvancedMultiPrunerParameters:
                 raise nncf.ValidationError(msg)
         if isinstance(self.joint_cost, str) and self.joint_cost not in COSTS:
             msg = f"joint_cost={self.joint_cost!r}. It is one of {', '.join(COSTS)}, a function of a plan, or None."
+            raise nncf.ValidationError(msg)
+        if isinstance(self.order, str) and self.order != ACTIVATIONS:
+            msg = f"order={self.order!r}. It is {ACTIVATIONS!r}, a function of weights, or None."
             raise nncf.ValidationError(msg)
         if not isinstance(self.metric, Metric):
             msg = (

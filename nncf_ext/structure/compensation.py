@@ -1,0 +1,127 @@
+"""
+Repair without training: a branch that has lost units gives, by least squares, what it gave with all of them.
+
+Only the columns of its output projection change that read the units which stay. The smaller model has the same shapes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nncf_ext.structure.coupling import layout_of
+from nncf_ext.structure.masking import masked
+from nncf_ext.structure.plan import StructurePlan
+
+RIDGE = 0.1
+"""How much a changed weight costs, as a share of the mean square of the inputs. Keeps few tokens from being learned by
+heart."""
+
+
+class _Seen(Exception):
+    """Ends a pass as soon as what it was run for has been seen."""
+
+
+class Compensator:
+    """
+    Refits the output projections of a model's branches. Holds the dense weights of those that it has changed.
+
+    With ``a`` the inputs of the output projection over all calibration tokens, ``a_S`` those of the units that stay and
+    ``W`` the dense weight, the new weight of the units that stay is
+    ``argmin_V |W a - V a_S|^2 + RIDGE * mean(a_S^2) * |V - W_S|^2``. A bias takes up the difference of the means.
+
+    :param model: The dense model, in evaluation mode and without gradients; its weights are changed in place.
+    :param batches: Inputs of the model by name.
+
+    Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks (arXiv 1707.06168), section 3.1,
+    reconstruction; An et al., FLAP (arXiv 2312.11983), section 3.3, for the bias.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self._model = model
+        self._batches = batches
+        self._layout = layout_of(model)
+        self._dense: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+
+    def refit(self, plan: StructurePlan, layer: int, branch: str) -> None:
+        """
+        Repairs one branch. What stands before it is as the plan and earlier repairs left it.
+
+        :param plan: What stays of the model.
+        :param layer: Index of the layer.
+        :param branch: Name of the branch. Where all or none of it stays nothing happens.
+        """
+        coupling, kept = self._layout.couplings[layer][branch], plan.layers[layer][branch]
+        if not kept or len(kept) == coupling.units:
+            return
+        output: Any = self._layout.blocks[layer].get_submodule(coupling.branch.output)
+        if (layer, branch) not in self._dense:
+            bias = None if output.bias is None else output.bias.detach().clone()
+            self._dense[layer, branch] = output.weight.detach().clone(), bias
+        weight, bias = self._dense[layer, branch]
+        products, sums, count = self._moments(plan, output)
+        if bias is not None:
+            products -= sums.outer(sums) / count
+        columns = coupling.cuts[-1].indices(kept, products.device)
+        own = products[columns][:, columns]
+        ridge = RIDGE * own.diagonal().mean()
+        own.diagonal().add_(ridge)
+        wide = weight.double()
+        target = wide @ products[:, columns] + ridge * wide[:, columns]
+        refitted = torch.linalg.solve(own, target.T).T
+        with torch.no_grad():
+            output.weight.copy_(weight)
+            output.weight[:, columns] = refitted.to(weight.dtype)
+            if bias is not None:
+                output.bias.copy_(bias + (wide @ sums - refitted @ sums[columns]) / count)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within the context the model has its dense weights."""
+        places = [
+            (self._layout.blocks[layer].get_submodule(self._layout.couplings[layer][branch].branch.output), weights)
+            for (layer, branch), weights in self._dense.items()
+        ]
+        now: list[tuple[Any, Tensor, Any]] = [(each, each.weight.data, each.bias) for each, _ in places]  # type: ignore[misc]
+        biases = [None if bias is None else bias.data for _, _, bias in now]
+        for (module, _, _), (_, (weight, bias)) in zip(now, places, strict=True):
+            module.weight.data = weight
+            if bias is not None:
+                module.bias.data = bias
+        try:
+            yield
+        finally:
+            for (module, weight, _), bias in zip(now, biases, strict=True):
+                module.weight.data = weight
+                if bias is not None:
+                    module.bias.data = bias
+
+    def _moments(self, plan: StructurePlan, output: nn.Module) -> tuple[Tensor, Tensor, int]:
+        """Sums over tokens of ``a a^T`` and of ``a``, float64, and the number of tokens."""
+        weight: Any = output.weight
+        products = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+        sums, count = products[0].clone(), 0
+        rows = weight.new_empty(0)
+
+        def look(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal rows
+            rows = inputs[0].detach().flatten(0, -2).float()
+            raise _Seen
+
+        handle = output.register_forward_pre_hook(look)  # before the mask's own, so that it sees all units
+        try:
+            with masked(self._model, plan, self._layout):
+                for batch in self._batches:
+                    try:
+                        self._model(**batch, use_cache=False)
+                    except _Seen:
+                        if "attention_mask" in batch:
+                            rows = rows[batch["attention_mask"].flatten().to(rows.device) != 0]
+                        products += (rows.T @ rows).double()
+                        sums += rows.sum(dim=0, dtype=torch.float64)
+                        count += len(rows)
+        finally:
+            handle.remove()
+        return products, sums, count
