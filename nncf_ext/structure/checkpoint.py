@@ -7,7 +7,8 @@ floating) and ``nncf_config.json`` (what ``nncf.torch.get_config`` returns: wher
 
 A model whose layers differ in size, or lack a branch, is saved as ``nncf_model.safetensors``, too, in true shapes. Its
 ``config.json`` tells in ``per_layer_config`` what is special about a layer, in transformers' words, and bears a
-``model_type`` of its own: stock classes, which would fill missing weights with random numbers, refuse the folder.
+``model_type`` of its own: stock classes, which would fill missing weights with random numbers, refuse the folder. A
+file of code beside it reads it where this package is not installed, by ``trust_remote_code=True``.
 """
 
 import json
@@ -22,13 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nncf_ext.structure.files import write_whole
-from nncf_ext.structure.surgery import apply_overrides, layer_overrides
+from nncf_ext.structure.surgery import apply_overrides, edits_from_config, layer_overrides
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped
 
 GRID_WEIGHTS = "nncf_model.safetensors"
 GRID_CONFIG = "nncf_config.json"
 STRUCTURED = "nncf_structured"
 STRUCTURE_VERSION = 1
+REMOTE_CODE = Path(__file__).with_name("modeling_nncf_structured.py")
+
+_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -55,6 +59,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not is_wrapped(model):
         (target / GRID_CONFIG).unlink(missing_ok=True)
         if not overrides:
+            (target / REMOTE_CODE.name).unlink(missing_ok=True)
             (target / GRID_WEIGHTS).unlink(missing_ok=True)
             model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
             return
@@ -96,9 +101,21 @@ def _save_config(model: nn.Module, target: Path, overrides: Mapping[str, Any]) -
         "model_type": STRUCTURED,
         "base_model_type": config.model_type,
         "architectures": [type(model).__name__],
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "per_layer_config": overrides,
         "structure_version": STRUCTURE_VERSION,
     }
+    if not is_wrapped(model):
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            stock = type(model)(config)
+        content["structure_edits"] = edits_from_config(model, stock)
+        content["auto_map"] = {
+            "AutoConfig": f"{REMOTE_CODE.stem}.StructuredConfig",
+            **dict.fromkeys(_AUTO_CLASSES, f"{REMOTE_CODE.stem}.StructuredModel"),
+        }
+        write_whole(target / REMOTE_CODE.name, lambda aside: aside.write_bytes(REMOTE_CODE.read_bytes()))
     write_whole(target / "config.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
 
 
@@ -205,10 +222,10 @@ def _empty_model(source: Path, structure: Mapping[str, Any] | None, options: Map
         config = transformers.AutoConfig.from_pretrained(source, **options)
         with init_empty_weights(include_buffers=False):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])
-    special = ("model_type", "base_model_type", "per_layer_config", "structure_version")
+    own = ("model_type", "base_model_type", "per_layer_config", "structure_version", "structure_edits", "auto_map")
     try:
         config = transformers.AutoConfig.for_model(
-            structure["base_model_type"], **{key: value for key, value in structure.items() if key not in special}
+            structure["base_model_type"], **{key: value for key, value in structure.items() if key not in own}
         )
         architecture = getattr(transformers, structure["architectures"][0])
         if not issubclass(architecture, transformers.PreTrainedModel):

@@ -10,6 +10,7 @@ from torch import nn
 from nncf_ext.structure.coupling import Coupling, Layout, layout_of
 from nncf_ext.structure.plan import StructurePlan, check_plan
 from nncf_ext.structure.records import set_record
+from nncf_ext.structure.skipping import Skipped
 from nncf_ext.upstream import is_wrapped
 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads")
@@ -127,6 +128,41 @@ def layer_overrides(model: nn.Module) -> dict[str, dict[str, Any]]:
         if different or skip:
             overrides[str(index)] = {**different, **({"skip": skip} if skip else {})}
     return overrides
+
+
+def edits_from_config(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """
+    How the modules of a model differ from those that its configuration builds: what
+    :mod:`nncf_ext.structure.modeling_nncf_structured` carries out without knowing the family.
+
+    :param model: A model of a known family.
+    :param stock: What the model's class makes of its configuration; meta device will do.
+    :return: Plain data.
+    """
+    layout = layout_of(model)
+    stock_blocks: Any = stock.get_submodule(layout.path)
+    layers = []
+    for block, stock_block in zip(layout.blocks, stock_blocks, strict=True):
+        theirs = dict(stock_block.named_modules())
+        found: dict[str, dict[str, Any]] = {"skip": {}, "linear": {}, "numbers": {}, "config": {}}
+        for path, module in block.named_modules():
+            if isinstance(module, Skipped):
+                found["skip"][path] = type(module).__name__
+                continue
+            other: Any = theirs[path]
+            if isinstance(module, nn.Linear):
+                if module.weight.shape != other.weight.shape:
+                    found["linear"][path] = list(module.weight.shape)
+                continue
+            numbers = {key: value for key, value in vars(module).items() if type(value) is int}
+            numbers = {key: value for key, value in numbers.items() if getattr(other, key, None) != value}
+            if numbers:
+                found["numbers"][path] = numbers
+            config = getattr(module, "config", None)
+            if isinstance(config, LayerConfig):
+                found["config"][path] = {"num_attention_heads": config.num_attention_heads}
+        layers.append({kind: entries for kind, entries in found.items() if entries})
+    return {"blocks": layout.path, "layers": layers}
 
 
 def apply_overrides(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]]) -> None:

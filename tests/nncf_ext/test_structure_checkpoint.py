@@ -1,6 +1,7 @@
 """Models with layers of different sizes as folders: read strictly, from the folder alone, refused by stock classes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import nncf_ext
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
+from nncf_ext.structure.uniform import snap_to_uniform
 from tests.structure_models import CAUSAL, ENCODERS, cached_logits, logits, make, tokens
 
 
@@ -60,6 +62,26 @@ def test_uniform_layers_load_in_stock_transformers(name, tmp_path) -> None:
     assert loaded.config.num_hidden_layers == 3 and loaded.config.intermediate_size == 16
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_any_plan_can_be_made_uniform(name, tmp_path) -> None:
+    """Layer 1 gone, layer 0 without attention, few channels in layer 2: stock classes load the even one."""
+    model = make(name)
+    plan = StructurePlan.dense(model).keep(1, "attention", ()).keep(1, "mlp", ()).keep(0, "attention", ())
+    plan = plan.keep(2, "mlp", range(6))
+    even = snap_to_uniform(model, plan, multiple=4)
+    sizes = {tuple(len(kept[branch]) for branch in ("attention", "mlp")) for kept in even.layers}
+    assert (0, 0) in sizes and len(sizes) == 2
+    heads, width = max(sizes)
+    assert width == 28 and heads in (1, 2, 4)  # (40 + 6 + 40) / 3; two of three layers had attention
+    small = extract_structure(model, even)
+    nncf_ext.save_pretrained(small, tmp_path)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and loaded.config.num_hidden_layers == 3
+    assert torch.equal(logits(loaded, tokens()), logits(small, tokens()))
+    with pytest.raises(nncf.ValidationError, match="multiple=41 .*40 channels"):
+        snap_to_uniform(model, plan, multiple=41)
+
+
 @pytest.mark.parametrize("branch", ["attention", "mlp"])
 def test_stock_classes_refuse_uneven_layers(branch, tmp_path) -> None:
     model = make("llama")
@@ -84,6 +106,51 @@ def test_a_fresh_process_needs_the_folder_alone(tmp_path) -> None:
         [sys.executable, "-c", code, str(tmp_path), str(ids.tolist()), str(tmp_path / "logits.pt")], check=True
     )
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(small, ids), rtol=1e-5, atol=1e-5)
+
+
+REMOTE = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("nncf_ext", "nncf", "ov_ext"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import torch, transformers
+for name in sys.argv[2:]:
+    folder = f"{sys.argv[1]}/{name}"
+    kind = "AutoModelForCausalLM" if (torch.load(f"{folder}/causal.pt")) else "AutoModelForMaskedLM"
+    model = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True)
+    ids = torch.load(f"{folder}/ids.pt")
+    with torch.no_grad():
+        torch.save(model(input_ids=ids).logits, f"{folder}/logits.pt")
+        if kind == "AutoModelForCausalLM":
+            made = model.generate(input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+            torch.save(made, f"{folder}/generated.pt")
+    half = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    assert {each.dtype for each in half.parameters()} == {torch.bfloat16}
+"""
+
+
+def test_trust_remote_code_needs_no_package_of_ours(tmp_path) -> None:
+    """All families in one process, which cannot import ours."""
+    made = {name: uneven(name) for name in CAUSAL | ENCODERS}
+    for name, small in made.items():
+        nncf_ext.save_pretrained(small, tmp_path / name)
+        torch.save(tokens(), tmp_path / name / "ids.pt")
+        torch.save(name in CAUSAL, tmp_path / name / "causal.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REMOTE, str(tmp_path), *made]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-2000:]
+    for name, small in made.items():
+        found = torch.load(tmp_path / name / "logits.pt")
+        torch.testing.assert_close(found, logits(small, tokens()), rtol=1e-5, atol=1e-5)
+        if name in CAUSAL:
+            asked = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+            expected = small.generate(input_ids=tokens(), **asked)
+            assert torch.equal(torch.load(tmp_path / name / "generated.pt"), expected), name
 
 
 def test_what_the_folder_says(tmp_path) -> None:

@@ -74,8 +74,13 @@ LLAMA32_3B = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
-# Published results of MultiPruner: parameters after pruning, removed attention and MLP blocks, removed MLP channels,
-# removed query channels. The publication counts the normalization of removed blocks, which nobody computes any more.
+QWEN15_7B = {**LLAMA2_7B, "num_key_value_heads": 32, "vocab_size": 151936}
+QWEN15_14B = {**LLAMA2_13B, "intermediate_size": 13696, "num_key_value_heads": 40, "vocab_size": 152064}
+BAICHUAN2_7B = {**LLAMA2_7B, "vocab_size": 125696}  # in Llama's shapes
+BAICHUAN2_13B = {**LLAMA2_13B, "intermediate_size": 13696, "vocab_size": 125696}
+# All published results of MultiPruner: parameters after pruning, removed attention and MLP blocks, removed MLP
+# channels, removed query channels. The publication counts the normalization of removed blocks, which nobody computes
+# any more; for Qwen1.5 the biases of removed attention, too.
 PUBLISHED = [
     ("Llama", LLAMA32_3B, 2_921_769_984, 2, 0, 26_112, 0, 768),
     ("Llama", LLAMA3_8B, 7_224_954_880, 6, 0, 45_056, 0, 1024),
@@ -84,6 +89,19 @@ PUBLISHED = [
     ("Llama", LLAMA2_7B, 5_258_874_880, 9, 1, 56_320, 2_944, 1024),
     ("Llama", LLAMA2_13B, 9_760_035_840, 13, 1, 101_376, 6_016, 1024),
     ("Qwen2", QWEN25_7B, 6_090_697_216, 6, 3, 68_608, 0, 1024),
+    ("Llama", LLAMA3_8B, 6_654_529_536, 4, 0, 98_304, 0, 1024),  # both Llama 3 and 3.1
+    ("Llama", LLAMA3_8B, 7_220_760_576, 4, 0, 52_224, 0, 1024),
+    ("Llama", LLAMA3_8B, 6_423_842_816, 8, 0, 103_424, 0, 1024),
+    ("Llama", LLAMA2_7B, 6_063_132_672, 5, 0, 25_600, 1_536, 1024),
+    ("Llama", LLAMA2_7B, 5_931_012_096, 6, 0, 30_720, 1_664, 1024),
+    ("Llama", LLAMA2_7B, 5_796_794_368, 7, 0, 35_840, 1_920, 1024),
+    ("Llama", LLAMA2_7B, 5_727_588_352, 7, 0, 40_960, 2_304, 1024),
+    ("Llama", LLAMA2_7B, 5_524_164_608, 8, 0, 51_200, 2_944, 1024),
+    ("Qwen2", QWEN15_7B, 6_037_311_488, 8, 2, 66_560, 3_584, 1024),
+    ("Qwen2", QWEN15_14B, 10_836_096_000, 9, 3, 106_496, 5_888, 1024),
+    ("Qwen2", QWEN25_7B, 6_852_230_144, 5, 2, 19_456, 0, 1024),
+    ("Llama", BAICHUAN2_7B, 5_824_057_344, 7, 2, 71_680, 3_712, 1024),
+    ("Llama", BAICHUAN2_13B, 10_559_575_040, 9, 4, 93_184, 5_888, 1024),
 ]
 
 
@@ -105,6 +123,8 @@ def test_published_totals_from_configurations(kind, sizes, published, attention,
             config[name][str(layers - 1 - index % (layers - 14))] -= unit
     plan = StructurePlan.from_reference(config, model)
     expected = published - (attention + mlp) * sizes["hidden_size"]
+    if sizes in (QWEN15_7B, QWEN15_14B):
+        expected -= 3 * (attention * query_channels + queries)
     assert count_costs(model, plan).parameters == expected
     small = extract_structure(model, plan)
     assert sum(each.numel() for each in small.parameters()) == expected

@@ -1,0 +1,131 @@
+"""
+Loads a model whose layers differ in size or lack a branch. Needs torch, transformers and safetensors only.
+
+This file lies beside the weights and is run by ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)``.
+``config.json`` says in ``structure_edits`` how the model differs from the one that its other entries describe.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+WEIGHTS = "nncf_model.safetensors"
+_OWN = ("model_type", "base_model_type", "per_layer_config", "structure_version", "structure_edits", "auto_map")
+
+
+class SkippedNorm(nn.Module):
+    """Gives back the hidden states."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+class SkippedMlp(nn.Module):
+    """Adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+class SkippedAttention(nn.Module):
+    """Adds nothing to the residual stream and has no attention weights."""
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+class SkippedAttentionWithResidual(nn.Module):
+    """Stands for attention, residual and normalization together: gives back the hidden states."""
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+class SkippedOutputWithResidual(nn.Module):
+    """Stands for output projection, residual and normalization together: gives back the residual."""
+
+    def forward(self, _hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return residual
+
+
+_SKIPPED = (SkippedNorm, SkippedMlp, SkippedAttention, SkippedAttentionWithResidual, SkippedOutputWithResidual)
+
+
+class StructuredConfig(transformers.PretrainedConfig):
+    """What ``config.json`` says, as it is."""
+
+    model_type = "nncf_structured"
+
+    def base(self) -> Any:
+        """:return: Configuration of the stock class that the model is built from."""
+        entries = {key: value for key, value in self.to_dict().items() if key not in _OWN}
+        return transformers.AutoConfig.for_model(self.base_model_type, **entries)
+
+
+class StructuredModel:
+    """Stands where transformers wants a class; what it loads is a stock model with other layers."""
+
+    config_class = StructuredConfig
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to remember: a loaded model is saved by the package that made it."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, *_args: Any, config: StructuredConfig, **options: Any) -> Any:
+        """
+        :param folder: Folder or repository.
+        :param config: Its configuration.
+        :param options: ``dtype``, and what finds a file of a repository; nothing that splits or quantizes a model.
+        :return: The model, in evaluation mode.
+        :raises ValueError: An option is not supported, or the weights do not fit.
+        """
+        dtype = options.get("dtype") or config.dtype  # transformers writes the caller's choice into the configuration
+        for name in ("device_map", "quantization_config", "state_dict"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is not supported for a model whose layers differ. Load it, then move it.")
+        names = ("cache_dir", "revision", "token", "local_files_only", "subfolder", "force_download")
+        path: Any = cached_file(folder, WEIGHTS, **{name: options[name] for name in names if name in options})
+        state = load_file(path)
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype)
+        if isinstance(dtype, torch.dtype):
+            state = {name: each.to(dtype) if each.is_floating_point() else each for name, each in state.items()}
+        architecture: str = config.architectures[0]  # type: ignore[index]
+        model = getattr(transformers, architecture)(config.base())
+        edit(model, config.structure_edits)
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        loaded = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in state}
+        tied = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in loaded}
+        missing = [name for name in missing if name not in tied]
+        if missing or unexpected:
+            raise ValueError(f"The weights do not fit: missing {missing[:4]}, unexpected {unexpected[:4]}.")
+        return model.eval()
+
+
+def edit(model: Any, edits: dict[str, Any]) -> None:
+    """
+    :param model: What the configuration describes; changed in place.
+    :param edits: From ``config.json``: path of the blocks, and for each block the stand-ins of removed modules, the
+        sizes of linear layers, and numbers that modules keep.
+    """
+    for block, each in zip(model.get_submodule(edits["blocks"]), edits["layers"], strict=True):
+        for path, name in each.get("skip", {}).items():
+            block.set_submodule(path, {skipped.__name__: skipped for skipped in _SKIPPED}[name]())
+        for path, (rows, columns) in each.get("linear", {}).items():
+            bias = block.get_submodule(path).bias is not None
+            block.set_submodule(path, nn.Linear(columns, rows, bias=bias, device="meta"))
+        for path, numbers in each.get("numbers", {}).items():
+            for name, number in numbers.items():
+                setattr(block.get_submodule(path), name, number)
+        for path, numbers in each.get("config", {}).items():
+            core = block.get_submodule(path)
+            core.config = copy.copy(core.config)
+            for name, number in numbers.items():
+                setattr(core.config, name, number)
