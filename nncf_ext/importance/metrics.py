@@ -55,10 +55,9 @@ class PerplexityMetric(Metric):
         total = torch.zeros(len(targets), dtype=torch.float64, device=logits.device)
         for start in range(0, targets.shape[1], _CHUNK):
             part = slice(start, min(start + _CHUNK, targets.shape[1]))
-            values = nn.functional.cross_entropy(
-                logits[:, part].float().transpose(1, 2), targets[:, part], reduction="none"
-            )
-            total += (values.double() * weights[:, part]).sum(dim=1)
+            few = logits[:, part].float().flatten(0, 1)
+            values = nn.functional.cross_entropy(few, targets[:, part].flatten(), reduction="none")
+            total += (values.view(len(targets), -1).double() * weights[:, part]).sum(dim=1)
         return total / weights.sum(dim=1).clamp_min(1.0)
 
     def shown(self, loss: float) -> float:

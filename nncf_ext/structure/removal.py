@@ -23,6 +23,8 @@ from nncf_ext.structure.files import write_whole
 from nncf_ext.structure.masking import mask_branch, masked
 from nncf_ext.structure.plan import Step, StructurePlan
 
+_LEAST_SEQUENCES = 4  # before anybody is given up in a race
+
 Losses = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
 """From logits ``[sequences, tokens, vocabulary]``, the batch, and the dense model's logits, to ``[sequences]`` float64,
 none below zero."""
@@ -53,13 +55,21 @@ class Removal:
 @dataclass(frozen=True)
 class Scores:
     """
-    :param totals: Mean loss over sequences by candidate, float64 ``[candidates]``; of one that was given up, a lower
-        bound of it.
+    :param losses: float64 ``[candidates, sequences]``; of a candidate that was given up, zero (early stop) or its mean
+        (racing) where it has not been.
     :param complete: Which candidates saw all sequences, bool ``[candidates]``.
+    :param base: Mean loss of the model without any of the candidates removed.
     """
 
-    totals: Tensor
+    losses: Tensor
     complete: Tensor
+    base: float
+
+    @property
+    def totals(self) -> Tensor:
+        """:return: Mean loss over sequences, float64 ``[candidates]``; of a candidate that was given up, a lower bound
+        (early stop) or an estimate (racing)."""
+        return self.losses.mean(dim=1)
 
     @property
     def best(self) -> int:
@@ -76,6 +86,8 @@ class Scorer:
     :param losses: Loss of each sequence of a batch.
     :param needs_dense: Whether losses look at the dense model's logits.
     :param early_stop: Give a candidate up once its sum exceeds the best complete one. Decisions stay the same.
+    :param racing: Approximation: give a candidate up after a batch when its sequences are worse than the leader's by so
+        many standard errors of the mean difference. None: never.
     :param as_dense: Context in which the model is the dense one, when its weights change between steps.
     """
 
@@ -87,6 +99,7 @@ class Scorer:
         *,
         needs_dense: bool = False,
         early_stop: bool = True,
+        racing: float | None = None,
         as_dense: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
@@ -94,42 +107,66 @@ class Scorer:
         self._losses = losses
         self._needs_dense = needs_dense
         self._early_stop = early_stop
+        self._racing = racing
         self._as_dense = as_dense
         self._layout = layout_of(model)
         self.evaluations = 0
 
     def score(
-        self, plan: StructurePlan, candidates: Sequence[Removal], advance: Callable[[], None] = lambda: None
+        self,
+        plan: StructurePlan,
+        candidates: Sequence[Removal],
+        advance: Callable[[], None] = lambda: None,
+        saved: Tensor | None = None,
     ) -> Scores:
         """
         :param plan: What is there without the candidates.
         :param candidates: What to score, in the order that breaks ties.
         :param advance: Called after every candidate of every batch.
+        :param saved: What each candidate saves of a cost, ``[candidates]`` float64, when the loss added for each unit
+            of it will decide. Nobody is stopped early then.
         :return: Their scores.
         """
-        sums = torch.zeros(len(candidates), dtype=torch.float64)
-        complete = torch.zeros(len(candidates), dtype=torch.bool)
-        sequences = 0
+        found = torch.zeros(len(candidates), 0, dtype=torch.float64)  # [candidates, sequences]
+        base = found[0]
+        racing = torch.ones(len(candidates), dtype=torch.bool)
+        complete = ~racing
         for number, batch in enumerate(self._batches):
             dense = self._dense_logits(batch)
             last = number == len(self._batches) - 1
+            early_stop = last and self._early_stop and saved is None
             # The likeliest winner first: then most others need not be finished.
-            order = torch.argsort(sums, stable=True).tolist() if last and self._early_stop else range(len(candidates))
+            order = found.sum(dim=1).argsort(stable=True).tolist() if early_stop else range(len(candidates))
             least = torch.inf
-            with masked(self._model, plan, self._layout), self._prefixes(batch) as prefix:
+            new = torch.zeros(len(candidates), len(batch["input_ids"]), dtype=torch.float64)
+            with masked(self._model, plan, self._layout), self._prefixes(batch) as (logits, prefix):
+                base = torch.cat([base, self._losses(logits, batch, dense).cpu()])
                 for index in order:
                     advance()
-                    if last and self._early_stop and sums[index] > least:
+                    if not racing[index] or (early_stop and found[index].sum() > least):
                         continue
                     with prefix(candidates[index].layer), self._masked(candidates[index]):
                         losses = self._losses(self._logits(batch), batch, dense)
-                    sums[index] += losses.sum().nan_to_num(nan=torch.inf).cpu()
+                    new[index] = losses.nan_to_num(nan=torch.inf).cpu()
                     self.evaluations += 1
                     if last:
                         complete[index] = True
-                        least = min(least, float(sums[index]))
-            sequences += len(batch["input_ids"])
-        return Scores(sums / sequences, complete)
+                        least = min(least, float(found[index].sum() + new[index].sum()))
+            found = torch.cat([found, torch.where(racing.unsqueeze(1), new, found.mean(dim=1, keepdim=True))], dim=1)
+            if self._racing is not None and not last:
+                racing &= self._in_the_race(found if saved is None else (found - base) / saved.unsqueeze(1), racing)
+        return Scores(found, complete, float(base.mean()))
+
+    def _in_the_race(self, keys: Tensor, racing: Tensor) -> Tensor:
+        """Who is not worse than the leader by more than some standard errors of their paired difference."""
+        assert self._racing is not None
+        sequences = keys.shape[1]
+        if sequences < _LEAST_SEQUENCES:
+            return racing
+        leader = torch.where(racing, keys.mean(dim=1), torch.inf).argmin()
+        behind = keys - keys[leader]
+        errors = behind.std(dim=1) / sequences**0.5
+        return behind.mean(dim=1) <= self._racing * errors
 
     def loss(self, plan: StructurePlan) -> float:
         """
@@ -163,15 +200,16 @@ class Scorer:
             undo()
 
     @contextmanager
-    def _prefixes(self, batch: Mapping[str, Tensor]) -> Iterator[Callable[[int], Any]]:
-        """One pass of the model; gives the context in which all blocks before one repeat what they gave."""
+    def _prefixes(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Callable[[int], Any]]]:
+        """One pass of the model; gives its logits, and the context in which all blocks before one repeat what they
+        gave."""
         blocks: Any = self._model.get_submodule(self._layout.path)
         outputs: list[Any] = []
         hooks = [
             block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for block in blocks
         ]
         try:
-            self._logits(batch)
+            logits = self._logits(batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -186,7 +224,7 @@ class Scorer:
                 for index in range(layer):
                     blocks[index] = self._layout.blocks[index]
 
-        yield prefix
+        yield logits, prefix
 
 
 class _Repeated(nn.Module):
@@ -268,16 +306,14 @@ class Elimination:
         :param score: From the mean loss to the score to note, such as from negative log-likelihood to perplexity.
         :param advance: Called after every evaluation.
         :param saved: What each candidate saves, above 0, of a cost: the loss that is added for each unit of it decides.
-            The scorer must not stop early. None: the loss decides.
+            None: the loss decides.
         :return: What was done. Its margin is a least distance of scores, None if there was one candidate or costs
             decided.
         """
         chosen = self._shortlist(candidates)
-        scores = scorer.score(self.plan, chosen, advance)
-        keys = scores.totals
-        if saved is not None:
-            gains = torch.tensor([saved[each] for each in chosen], dtype=torch.float64)
-            keys = (scores.totals - scorer.loss(self.plan)) / gains
+        gains = None if saved is None else torch.tensor([saved[each] for each in chosen], dtype=torch.float64)
+        scores = scorer.score(self.plan, chosen, advance, gains)
+        keys = scores.totals if gains is None else (scores.totals - scores.base) / gains
         self._known |= {_key(each): float(key) for each, key in zip(chosen, keys, strict=True)}
         winner = int(torch.where(scores.complete, keys, torch.inf).argmin())
         best, found, margin = chosen[winner], float(scores.totals[winner]), None

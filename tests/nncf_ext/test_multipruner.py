@@ -150,10 +150,10 @@ def test_scores_are_those_of_whole_passes(model) -> None:
     metric = PerplexityMetric()
     with torch.no_grad():
         found = Scorer(model, items(), metric.losses, early_stop=False).score(plan, candidates)
-        for candidate, total in zip(candidates, found.totals, strict=True):
+        for candidate, own in zip(candidates, found.losses, strict=True):
             with masked(model, candidate.on(plan)):
                 parts = [metric.losses(model(**item, use_cache=False).logits, item, None) for item in items()]
-            assert total == sum(part.sum() for part in parts) / sum(len(part) for part in parts)
+            assert torch.equal(own, torch.cat(parts))
     assert found.complete.all()
 
 
@@ -167,6 +167,37 @@ def test_early_stop_saves_work_and_no_choice(model) -> None:
     assert all_of_them.best == some.best and thorough.evaluations == 32
     assert (some.totals <= all_of_them.totals).all()
     assert quick.evaluations == 24 + int(some.complete.sum())
+
+
+def test_a_race_gives_up_who_is_behind(model) -> None:
+    """Against paired differences computed here; the leader is never given up, and a wide margin gives up nobody."""
+    candidates = [Removal(layer, branch, ()) for branch in ("attention", "mlp") for layer in range(4)]
+    plan, metric, batches = StructurePlan.dense(model), PerplexityMetric(), items(4)
+    saved = torch.arange(1.0, 9.0, dtype=torch.float64)
+    with torch.no_grad():
+        for gains in (None, saved):
+            full = Scorer(model, batches, metric.losses, early_stop=False).score(plan, candidates, saved=gains)
+            base = Scorer(model, batches, metric.losses).loss(plan)
+            assert full.base == pytest.approx(base)
+            raced = Scorer(model, batches, metric.losses, early_stop=False, racing=1.0)
+            found = raced.score(plan, candidates, saved=gains)
+            keys = full.losses if gains is None else (full.losses - losses_of(model, batches)) / gains[:, None]
+            here = torch.ones(8, dtype=torch.bool)
+            for sequences in (4, 6):  # two a batch, and nobody is given up before four
+                seen = keys[:, :sequences]
+                leader = min((float(seen[index].mean()), index) for index in range(8) if here[index])[1]
+                behind = seen - seen[leader]
+                here &= behind.mean(dim=1) <= behind.std(dim=1) / sequences**0.5
+                assert here[leader]
+            assert torch.equal(found.complete, here) and 0 < int(here.sum()) < 8
+            assert torch.equal(found.losses[here], full.losses[here]) and raced.evaluations < 32
+            patient = Scorer(model, batches, metric.losses, early_stop=False, racing=1e6)
+            assert torch.equal(patient.score(plan, candidates, saved=gains).losses, full.losses)
+
+
+def losses_of(model, batches) -> torch.Tensor:
+    metric = PerplexityMetric()
+    return torch.cat([metric.losses(model(**each, use_cache=False).logits, each, None) for each in batches])
 
 
 def test_perplexity_is_a_mean_of_means() -> None:
@@ -287,6 +318,7 @@ def test_what_is_refused(tiny_llama) -> None:
         ({"mlp_group": 0}, "mlp_group must be at least 1"),
         ({"distribution": (0, 0, 0)}, "three shares"),
         ({"metric": lambda model: 0.0}, "Metric"),
+        ({"racing": 0.0}, "racing must be above 0"),
         ({"order": "size"}, "order='size'.*'activations'"),
         ({"joint_cost": "watts"}, "joint_cost='watts'.*kv_bytes_per_token"),
         ({"ignored_scope": nncf.IgnoredScope(patterns=[".*layers.*"])}, r"reached 0\.0%"),

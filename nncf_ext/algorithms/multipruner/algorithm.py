@@ -127,13 +127,13 @@ class MultiPruner:
             for stages in [paying] if joint else [[stage] for stage in paying]:
                 paid += sum(self._share(stage) for stage in stages)
                 batches = self._batches if STAGES[0] in stages else self._width_batches
-                early_stop = self._parameters.early_stop and not joint
                 scorer = Scorer(
                     model,
                     batches,
                     metric.losses,
                     needs_dense=metric.needs_dense,
-                    early_stop=early_stop,
+                    early_stop=self._parameters.early_stop,
+                    racing=self._parameters.racing,
                     as_dense=nullcontext if compensator is None else compensator.dense,
                 )
                 name = ", ".join(stages)
@@ -310,6 +310,7 @@ class MultiPruner:
             "joint_cost": cost if isinstance(cost, str | None) else getattr(cost, "__qualname__", repr(cost)),
             "order": order if isinstance(order, str | None) else getattr(order, "__qualname__", repr(order)),
             "rescore_top": self._parameters.rescore_top,
+            "racing": self._parameters.racing,
             "compensate": self._parameters.compensate,
             "ignored": sorted(map(list, ignored)),
             "calibration": self._calibration(),

@@ -37,6 +37,8 @@ class AdvancedMultiPrunerParameters:
     :param compensate: After every step refit the output projection of the branch that lost units, by least squares on
         calibration text; see :class:`nncf_ext.structure.compensation.Compensator`. Later steps see the repaired model.
     :param early_stop: Give up candidates that cannot win any more. The choice is the same; margins become lower bounds.
+    :param racing: Approximation: give up candidates that are so many standard errors behind after some of the batches;
+        3 is careful. None: never.
     :param rescore_top: Approximation: score only so many of the candidates that came out best at the last full sweep,
         which every eighth step is. None: always all.
     """
@@ -50,6 +52,7 @@ class AdvancedMultiPrunerParameters:
     joint_cost: str | Callable[[StructurePlan], float] | None = None
     compensate: bool = False
     early_stop: bool = True
+    racing: float | None = None
     rescore_top: int | None = None
 
     def check(self) -> None:
@@ -69,6 +72,9 @@ class AdvancedMultiPrunerParameters:
             if value is not None and value < 1:
                 msg = f"{name} must be at least 1, or None; got {value}."
                 raise nncf.ValidationError(msg)
+        if self.racing is not None and not self.racing > 0:
+            msg = f"racing must be above 0, standard errors, or None; got {self.racing}."
+            raise nncf.ValidationError(msg)
         if isinstance(self.joint_cost, str) and self.joint_cost not in COSTS:
             msg = f"joint_cost={self.joint_cost!r}. It is one of {', '.join(COSTS)}, a function of a plan, or None."
             raise nncf.ValidationError(msg)
