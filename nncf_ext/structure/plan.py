@@ -198,7 +198,7 @@ class StructurePlan:
                     )
                     raise nncf.ValidationError(msg)
                 if count < coupling.units:
-                    plan = plan.keep(layer, name, sorted(_order(layout, layer, name, score)[:count]))
+                    plan = plan.keep(layer, name, sorted(units_by_score(layout, layer, name, score)[:count]))
                     steps.append(Step(name, layer, count))
             gone = [int(layer) for layer in content.get(removed) or ()]
             if any(not 0 <= layer < len(layout.blocks) for layer in gone):
@@ -231,7 +231,7 @@ class StructurePlan:
             for layer, kept in enumerate(self.layers):
                 coupling, count = layout.couplings[layer][name], len(kept[name])
                 widths[str(layer)] = (count or coupling.units) * coupling.channels
-                if 0 < count and set(kept[name]) != set(_order(layout, layer, name, score)[:count]):
+                if 0 < count and set(kept[name]) != set(units_by_score(layout, layer, name, score)[:count]):
                     msg = (
                         f"The plan keeps {count} units of the {name} of layer {layer} that are not the first by the "
                         "given score. The reference format holds counts only: keep such a plan in our own format."
@@ -347,8 +347,16 @@ def _by_layer(widths: Mapping[Any, int], layers: int, name: str) -> dict[int, in
     return keys
 
 
-def _order(layout: Layout, layer: int, name: str, score: Callable[[Sequence[Tensor]], Tensor] | None) -> list[int]:
-    """Units of a branch, the most important first."""
+def units_by_score(
+    layout: Layout, layer: int, name: str, score: Callable[[Sequence[Tensor]], Tensor] | None
+) -> list[int]:
+    """
+    :param layout: Of the dense model.
+    :param layer: Index of the layer.
+    :param name: Name of the branch.
+    :param score: Importance of its units from their weights; None: the first are the most important.
+    :return: Units of the branch, the most important first.
+    """
     coupling = layout.couplings[layer][name]
     if score is None:
         return list(range(coupling.units))

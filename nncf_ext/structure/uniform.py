@@ -4,12 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import nncf
-import torch
 from torch import Tensor, nn
 
-from nncf_ext.importance.blocks import l1_norm
-from nncf_ext.structure.coupling import Layout, layout_of, unit_weights
-from nncf_ext.structure.plan import StructurePlan, check_plan
+from nncf_ext.structure.coupling import Layout, layout_of
+from nncf_ext.structure.plan import StructurePlan, check_plan, units_by_score
 
 
 def snap_to_uniform(
@@ -17,7 +15,7 @@ def snap_to_uniform(
     plan: StructurePlan,
     *,
     multiple: int = 1,
-    score: Callable[[Sequence[Tensor]], Tensor] = l1_norm,
+    score: Callable[[Sequence[Tensor]], Tensor] | None = None,
 ) -> StructurePlan:
     """
     Spreads what a plan keeps evenly over the layers that stay. Layers without any branch stay away; one that has lost
@@ -27,7 +25,7 @@ def snap_to_uniform(
     :param model: The dense model.
     :param plan: A plan for it.
     :param multiple: Round the number of MLP channels to a multiple of this; 128 keeps INT4 groups whole.
-    :param score: Which units of a layer to keep, see :func:`nncf_ext.importance.blocks.l1_norm`.
+    :param score: Which units of a layer to keep, such as :func:`nncf_ext.importance.blocks.l1_norm`; None: the first.
     :return: A plan whose layers are alike. The number of heads is one that stock classes accept.
     :raises nncf.ValidationError: The plan does not fit the model, or `multiple` is out of range.
     """
@@ -47,11 +45,8 @@ def snap_to_uniform(
         mean = sum(len(plan.layers[index][name]) for index in staying) / len(staying)
         _, count = min((abs(each - mean), each) for each in counts)
         for index in range(len(plan.layers)):
-            kept: list[int] = []
-            if index in staying:
-                scores = score(unit_weights(layout.blocks[index], layout.couplings[index][name]))
-                kept = sorted(torch.argsort(scores, descending=True, stable=True)[:count].tolist())
-            result = result.keep(index, name, kept)
+            kept = units_by_score(layout, index, name, score)[:count] if index in staying else []
+            result = result.keep(index, name, sorted(kept))
     return result
 
 

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import nncf_ext
+from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
 from nncf_ext.structure.uniform import snap_to_uniform
@@ -68,7 +69,8 @@ def test_any_plan_can_be_made_uniform(name, tmp_path) -> None:
     model = make(name)
     plan = StructurePlan.dense(model).keep(1, "attention", ()).keep(1, "mlp", ()).keep(0, "attention", ())
     plan = plan.keep(2, "mlp", range(6))
-    even = snap_to_uniform(model, plan, multiple=4)
+    even = snap_to_uniform(model, plan, multiple=4, score=l1_norm)
+    assert snap_to_uniform(model, plan, multiple=4).layers[0]["mlp"] == tuple(range(28))
     sizes = {tuple(len(kept[branch]) for branch in ("attention", "mlp")) for kept in even.layers}
     assert (0, 0) in sizes and len(sizes) == 2
     heads, width = max(sizes)
