@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.elastic_lora.parameters import Group as Group
     from nncf_ext.algorithms.elastic_lora.training import ElasticCallback as ElasticCallback
     from nncf_ext.algorithms.elastic_lora.training import sandwich_loss as sandwich_loss
+    from nncf_ext.algorithms.mamba_shedder.parameters import (
+        AdvancedMambaShedderParameters as AdvancedMambaShedderParameters,
+    )
+    from nncf_ext.algorithms.mamba_shedder.parameters import RemovalStage as RemovalStage
     from nncf_ext.algorithms.multipruner.parameters import (
         AdvancedMultiPrunerParameters as AdvancedMultiPrunerParameters,
     )
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from nncf_ext.structure.plan import StructurePlan as StructurePlan
 
 _HOMES = {
+    "AdvancedMambaShedderParameters": "algorithms.mamba_shedder.parameters",
     "AdvancedMultiPrunerParameters": "algorithms.multipruner.parameters",
     "AdvancedSparseWeightsParameters": "algorithms.sparse_weights.parameters",
     "AdvancedSqftParameters": "algorithms.sqft.parameters",
@@ -60,6 +65,7 @@ _HOMES = {
     "MergeMode": "parameters",
     "Objective": "exploration.objectives",
     "PerplexityMetric": "importance.metrics",
+    "RemovalStage": "algorithms.mamba_shedder.parameters",
     "SearchReport": "exploration.report",
     "SearchSampler": "parameters",
     "SearchSpace": "exploration.space",

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Compress PyTorch language models for OpenVINO and NNCF.", no_args_is_help=True)
 
 
+_REMOVAL = (CompressMode.MULTIPRUNER, CompressMode.MAMBA_SHEDDER)
+
+
 @app.callback()
 def main() -> None:
     """Compress PyTorch language models for OpenVINO and NNCF."""
@@ -27,7 +30,7 @@ def compress(
     model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors weights and a tokenizer.")],
     out_dir: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     mode: Annotated[
-        CompressMode, typer.Option(help="Which weights become zero; multipruner: what goes.")
+        CompressMode, typer.Option(help="Which weights become zero, or what goes.")
     ] = CompressMode.SPARSE_GPT,
     ratio: Annotated[float, typer.Option(help="Fraction of zeros, or of parameters to remove.")] = 0.5,
     pattern: Annotated[str | None, typer.Option(help="N:M: keep N of every M weights, such as 2:4.")] = None,
@@ -46,7 +49,8 @@ def compress(
     Make weights of a language model zero, optionally put the rest on the INT4 grid, or remove parts; save the model.
 
     Load OUT_DIR by nncf_ext.load_pretrained(OUT_DIR). Without quantization, and where all layers have one size, it is
-    an ordinary Hugging Face folder. With multipruner, structure_plan.json says what is left.
+    an ordinary Hugging Face folder. With multipruner and mamba_shedder,
+    structure_plan.json says what is left.
     """
     import nncf
     from rich.console import Console
@@ -79,7 +83,7 @@ def compress(
             save_pretrained(model, Path(aside) / "model")
             tokenizer.save_pretrained(Path(aside) / "model")
             (Path(aside) / "model" / "compression_report.json").write_text(json.dumps(report.to_dict(), indent=1))
-            if mode is CompressMode.MULTIPRUNER:
+            if mode in _REMOVAL:
                 structure_plan(model).save(Path(aside) / "model" / "structure_plan.json")
             if overwrite and out_dir.exists():
                 shutil.rmtree(out_dir)
@@ -99,9 +103,9 @@ def _compress(
     from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
     from nncf_ext.compression import compress
 
-    if mode is CompressMode.MULTIPRUNER:
+    if mode in _REMOVAL:
         if pattern is not None or quantization is not None:
-            msg = "multipruner removes structure; it takes no --pattern and no --quantization. Compress its result."
+            msg = f"{mode.value} removes structure; it takes no --pattern and no --quantization. Compress its result."
             raise nncf.ParameterNotSupportedError(msg)
         return compress(model, mode, **settings)
     try:

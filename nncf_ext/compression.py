@@ -7,6 +7,8 @@ from typing import TypeVar
 import nncf
 from torch import nn
 
+from nncf_ext.algorithms.mamba_shedder.algorithm import MambaShedder
+from nncf_ext.algorithms.mamba_shedder.parameters import AdvancedMambaShedderParameters
 from nncf_ext.algorithms.multipruner.algorithm import MultiPruner
 from nncf_ext.algorithms.multipruner.parameters import AdvancedMultiPrunerParameters
 from nncf_ext.algorithms.sparse_weights.algorithm import SparseWeights
@@ -15,6 +17,8 @@ from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import survey
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.records import LayerRecord, plan_of, record_of, set_record
+
+AdvancedParameters = AdvancedSparseWeightsParameters | AdvancedMultiPrunerParameters | AdvancedMambaShedderParameters
 
 TModel = TypeVar("TModel", bound=nn.Module)
 
@@ -29,7 +33,7 @@ def compress(
     subset_size: int = 128,
     do_copy: bool = False,
     resume: str | os.PathLike[str] | None = None,
-    advanced_parameters: AdvancedSparseWeightsParameters | AdvancedMultiPrunerParameters | None = None,
+    advanced_parameters: AdvancedParameters | None = None,
 ) -> TModel:
     """
     Makes a model smaller in one shot: zeros in its weights, on request on an INT4 grid, or parts of it removed.
@@ -38,15 +42,17 @@ def compress(
     embeddings and the output head keep their weights. The result is the same model with other weights; on the grid,
     NNCF's own torch form, which exports to OpenVINO like the result of ``nncf.compress_weights``.
 
-    MULTIPRUNER gives a model of plain modules with smaller shapes; :func:`structure_plan` says what is gone.
+    MULTIPRUNER and MAMBA_SHEDDER give a model of plain modules with smaller shapes; :func:`structure_plan` says what is
+    gone.
 
-    :param model: Torch model with linear layers; a Hugging Face model, or any other. MULTIPRUNER: a causal language
-        model of a known family.
+    :param model: Torch model with linear layers; a Hugging Face model, or any other. MULTIPRUNER and MAMBA_SHEDDER: a
+        causal language model of a known family.
     :param mode: The method.
     :param ratio: Fraction of each layer's weights to zero, ``0 <= ratio < 1``; with 0, only quantization changes them.
-        MULTIPRUNER: fraction of all parameters to remove; the last group removed may exceed it.
+        MULTIPRUNER, MAMBA_SHEDDER: fraction of all parameters to remove; the last group removed may exceed it.
     :param dataset: Calibration data: items (after its transform) are what the model takes, a dictionary, a tuple or a
-        tensor. Not needed by SPARSE_MAGNITUDE without quantization. MULTIPRUNER: ``input_ids`` ``[sequences, tokens]``.
+        tensor. Not needed by SPARSE_MAGNITUDE without quantization. MULTIPRUNER, MAMBA_SHEDDER: ``input_ids``
+        ``[sequences, tokens]``.
     :param ignored_scope: Layers to leave untouched, by module path, pattern or type.
     :param subset_size: How many items of the dataset to use.
     :param do_copy: Work on a copy and leave `model` as it is. By default the model is changed in place.
@@ -100,7 +106,7 @@ def compress(
 
 def structure_plan(model: nn.Module) -> StructurePlan:
     """
-    :param model: Result of :func:`compress` with MULTIPRUNER.
+    :param model: Result of :func:`compress` with MULTIPRUNER or MAMBA_SHEDDER.
     :return: What of the dense model is left, step by step, with scores and costs. ``plan.save(path)`` keeps it.
     :raises nncf.ValidationError: The model was not cut in this process.
     """
@@ -117,13 +123,19 @@ def _method(
     dataset: nncf.Dataset | None,
     subset_size: int,
     resume: str | os.PathLike[str] | None,
-    parameters: AdvancedSparseWeightsParameters | AdvancedMultiPrunerParameters | None,
-) -> SparseWeights | MultiPruner:
-    expected = AdvancedMultiPrunerParameters if mode is CompressMode.MULTIPRUNER else AdvancedSparseWeightsParameters
+    parameters: AdvancedParameters | None,
+) -> SparseWeights | MultiPruner | MambaShedder:
+    classes: dict[CompressMode, type[AdvancedParameters]] = {
+        CompressMode.MULTIPRUNER: AdvancedMultiPrunerParameters,
+        CompressMode.MAMBA_SHEDDER: AdvancedMambaShedderParameters,
+    }
+    expected = classes.get(mode, AdvancedSparseWeightsParameters)
     parameters = expected() if parameters is None else parameters
     if not isinstance(parameters, expected):
         msg = f"{mode.value} takes advanced_parameters of class {expected.__name__}; got {type(parameters).__name__}."
         raise nncf.ParameterNotSupportedError(msg)
     if isinstance(parameters, AdvancedMultiPrunerParameters):
         return MultiPruner(ratio, dataset, subset_size, resume, parameters)
+    if isinstance(parameters, AdvancedMambaShedderParameters):
+        return MambaShedder(ratio, dataset, subset_size, resume, parameters)
     return SparseWeights(mode, ratio, dataset, subset_size, resume, parameters)

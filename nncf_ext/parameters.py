@@ -14,12 +14,15 @@ class CompressMode(StrEnum):
         columns, and corrects the weights that stay. https://arxiv.org/abs/2301.00774
     :param MULTIPRUNER: Removes whole attention and MLP branches, then MLP channels, then attention heads, by the loss
         of the whole model on calibration text. Nothing is trained. https://arxiv.org/abs/2501.09949
+    :param MAMBA_SHEDDER: Removes Mamba blocks or their state spaces, in hybrids also attention and MLPs, in the same
+        way. https://arxiv.org/abs/2501.17088
     """
 
     SPARSE_MAGNITUDE = "sparse_magnitude"
     SPARSE_WANDA = "sparse_wanda"
     SPARSE_GPT = "sparse_gpt"
     MULTIPRUNER = "multipruner"
+    MAMBA_SHEDDER = "mamba_shedder"
 
 
 class ElasticMode(Flag):

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +33,17 @@ from tiny_lm import corpus as text
 from tiny_lm.kneser_ney import KneserNey
 from tokenizers import Tokenizer
 from torch.nn import functional as F
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import ov_ext
 
 VOCAB_SIZE = 3072
 WINDOW = 256  # tokens the model sees at once
@@ -154,8 +164,9 @@ class Training:
     """
     A model, its optimizers and its position in the run, all of which a checkpoint holds.
 
-    Embeddings and norms learn with AdamW. Matrices of the decoder begin with Muon, which needs far fewer tokens (Jordan
-    et al., "Muon", 2024; learning rates matched as in Liu et al., arXiv:2502.16982, section 2.2), and end with AdamW:
+    Embeddings, norms and convolutions learn with AdamW. Matrices of the decoder begin with Muon, which needs far fewer
+    tokens (Jordan et al., "Muon", 2024; learning rates matched as in Liu et al., arXiv:2502.16982, section 2.2), and
+    end with AdamW:
     Muon moves all directions of a matrix alike, and what comes out is not like the models that people compress. Of its
     weights, magnitude tells more than Wanda's score does.
 
@@ -163,10 +174,18 @@ class Training:
     :param plan: the run.
     :param tokens: uint16 [tokens], the training stream.
     :param compiled: compile the forward pass and the loss.
+    :param build: makes the model of its configuration.
     :raises ValueError: if the text is shorter than one batch.
     """
 
-    def __init__(self, config: LlamaConfig, plan: Plan, tokens: NDArray[np.uint16], compiled: bool = True) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        plan: Plan,
+        tokens: NDArray[np.uint16],
+        compiled: bool = True,
+        build: Callable[[Any], PreTrainedModel] = AutoModelForCausalLM.from_config,
+    ) -> None:
         if len(tokens) <= plan.batch * plan.window:
             raise ValueError(f"One step needs more than {plan.batch * plan.window} tokens, the text has {len(tokens)}.")
         torch.manual_seed(plan.seed)
@@ -174,21 +193,23 @@ class Training:
         self.plan = plan
         self.tokens = tokens
         with self.device:
-            self.model = LlamaForCausalLM(config)
+            self.model: Any = build(config)
         matrices = [p for name, p in self.model.named_parameters() if p.ndim == 2 and "layers" in name]
         others = [p for name, p in self.model.named_parameters() if p.ndim != 2 or "layers" not in name]
-        embeddings, norms = [p for p in others if p.ndim == 2], [p for p in others if p.ndim == 1]
+        embeddings, small = [p for p in others if p.ndim == 2], [p for p in others if p.ndim != 2]
         decay: dict[str, Any] = {"lr": plan.learning_rate, "weight_decay": plan.weight_decay}
-        groups = [{"params": embeddings, **decay}, {"params": norms, **decay, "weight_decay": 0.0}]
+        groups = [{"params": embeddings, **decay}, {"params": small, **decay, "weight_decay": 0.0}]
         groups.append({"params": matrices, **decay})
         self.muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decay)
         self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         self.step = self.muon_steps = 0
         self.seconds = 0.0
+        # Without instructions for bfloat16 a CPU takes twice as long for it.
+        self._half = self.device.type == "cuda" or ov_ext.cpu_info()["features"]["avx512_bf16"]
         self._loss = torch.compile(self._plain_loss, dynamic=False) if compiled else self._plain_loss
 
     def _plain_loss(self, windows: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
             logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
@@ -278,7 +299,7 @@ class Training:
 
 
 @torch.inference_mode()
-def bits_per_byte(model: LlamaForCausalLM, stream: NDArray[np.uint16], size: int, window: int = WINDOW) -> float:
+def bits_per_byte(model: PreTrainedModel, stream: NDArray[np.uint16], size: int, window: int = WINDOW) -> float:
     """
     Every token but the separators is predicted once, from at least half a window of text before it where there is any.
 

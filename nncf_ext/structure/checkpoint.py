@@ -7,13 +7,15 @@ floating) and ``nncf_config.json`` (what ``nncf.torch.get_config`` returns: wher
 
 A model whose layers differ in size, or lack a branch, is saved as ``nncf_model.safetensors``, too, in true shapes. Its
 ``config.json`` tells in ``per_layer_config`` what is special about a layer, in transformers' words, and bears a
-``model_type`` of its own: stock classes, which would fill missing weights with random numbers, refuse the folder. A
-file of code beside it reads it where this package is not installed, by ``trust_remote_code=True``.
+``model_type`` of its own: stock classes, which would fill missing weights with random numbers, refuse the folder. Files
+of code beside it read it where this package is not installed, by ``trust_remote_code=True``.
 """
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,7 @@ GRID_CONFIG = "nncf_config.json"
 STRUCTURED = "nncf_structured"
 STRUCTURE_VERSION = 1
 REMOTE_CODE = Path(__file__).with_name("modeling_nncf_structured.py")
+REMOTE_FILES = (REMOTE_CODE, *(REMOTE_CODE.with_name(f"{name}.py") for name in ("gated_convolution", "skipping")))
 
 _AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
 
@@ -59,7 +62,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not is_wrapped(model):
         (target / GRID_CONFIG).unlink(missing_ok=True)
         if not overrides:
-            (target / REMOTE_CODE.name).unlink(missing_ok=True)
+            for file in REMOTE_FILES:
+                (target / file.name).unlink(missing_ok=True)
             (target / GRID_WEIGHTS).unlink(missing_ok=True)
             model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
             return
@@ -115,7 +119,8 @@ def _save_config(model: nn.Module, target: Path, overrides: Mapping[str, Any]) -
             "AutoConfig": f"{REMOTE_CODE.stem}.StructuredConfig",
             **dict.fromkeys(_AUTO_CLASSES, f"{REMOTE_CODE.stem}.StructuredModel"),
         }
-        write_whole(target / REMOTE_CODE.name, lambda aside: aside.write_bytes(REMOTE_CODE.read_bytes()))
+        for file in REMOTE_FILES:
+            write_whole(target / file.name, partial(shutil.copyfile, file))
     write_whole(target / "config.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
 
 
@@ -191,7 +196,7 @@ def load_pretrained(
 def _read_structure(source: Path) -> dict[str, Any] | None:
     """The configuration of a folder whose layers differ; None for any other."""
     try:
-        content = json.loads((source / "config.json").read_text())
+        content = json.loads((source / "config.json").read_text(), object_hook=_special_float)
     except (OSError, ValueError):
         return None  # the caller reads the folder as an ordinary one and says what is wrong
     if not isinstance(content, dict) or content.get("model_type") != STRUCTURED:
@@ -211,6 +216,11 @@ def _read_structure(source: Path) -> dict[str, Any] | None:
         msg = f"{source} has layers of different sizes, whose weights belong in {GRID_WEIGHTS}. It is missing."
         raise nncf.ValidationError(msg)
     return content
+
+
+def _special_float(content: dict[str, Any]) -> Any:
+    """Numbers that JSON lacks, as transformers writes them: ``{"__float__": "Infinity"}``."""
+    return float(content["__float__"]) if set(content) == {"__float__"} else content
 
 
 def _empty_model(source: Path, structure: Mapping[str, Any] | None, options: Mapping[str, Any]) -> nn.Module:

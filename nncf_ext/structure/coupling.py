@@ -2,7 +2,9 @@
 Which axes of which weights move together when a unit of a block is removed?
 
 Units are what one can remove exactly. ``"attention"``: a key/value head with all query heads that read it, so that
-every layer keeps the model's ratio of query to key/value heads. ``"mlp"``: one intermediate channel.
+every layer keeps the model's ratio of query to key/value heads; in Zamba2, whose attention has no residual of its own,
+the whole of it. ``"mlp"``: one intermediate channel. ``"mamba"`` has two: unit 0 is the mixer as a gated convolution,
+unit 1 its state space, which can go alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 from nncf_ext.structure.blocks import find_block_lists
 from nncf_ext.structure.families import FAMILIES, Branch, Family, blocks_path, family_of
+from nncf_ext.structure.gated_convolution import GatedConvMixer
+from nncf_ext.structure.skipping import Skipped
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,22 @@ class Coupling:
     :param branch: The branch's record.
     :param units: Number of units that are there; 0 if the branch was removed before.
     :param channels: Input channels of the output projection that belong to one unit.
-    :param cuts: What moves together; the output projection last.
+    :param cuts: What moves together; the output projection last. Empty where units have no channels of their own.
     """
 
     branch: Branch
     units: int
     channels: int
     cuts: tuple[Cut, ...]
+
+    def stand_ins(self, kept: Sequence[int]) -> Mapping[str, type[Skipped] | type[GatedConvMixer]]:
+        """
+        :param kept: Units to keep.
+        :return: What replaces which module of the block; nothing where weights are cut or all stays.
+        """
+        if not len(kept):
+            return self.branch.skip if self.units else {}
+        return self.branch.without_ssm if len(kept) < self.units else {}
 
 
 @dataclass(frozen=True)
@@ -67,9 +80,9 @@ class Layout:
     :param path: Path of the block list in the model.
     :param blocks: The blocks, in order.
     :param couplings: For each block its branches by name.
-    :param head_dim: Size of one head, channels.
-    :param group: Query heads that read one key/value head.
-    :param decodes: The model generates with a cache of keys and values.
+    :param head_dim: Size of one head of attention, channels; 0 without attention.
+    :param group: Query heads that read one key/value head; 0 without attention.
+    :param decodes: The model generates with a cache.
     """
 
     family: Family
@@ -79,6 +92,25 @@ class Layout:
     head_dim: int
     group: int
     decodes: bool
+
+    def users(self, layer: int, branch: str) -> tuple[int, ...]:
+        """
+        :param layer: Index of a layer.
+        :param branch: Name of one of its branches.
+        :return: Layers that use the same weights there, itself included, in order.
+        """
+        coupling = self.couplings[layer][branch]
+        if not coupling.cuts:
+            return (layer,)
+        output = coupling.branch.output
+        own = self.blocks[layer].get_parameter(f"{output}.weight")
+        return tuple(
+            index
+            for index, (block, couplings) in enumerate(zip(self.blocks, self.couplings, strict=True))
+            if branch in couplings
+            and couplings[branch].cuts
+            and block.get_parameter(f"{couplings[branch].branch.output}.weight") is own
+        )
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -96,9 +128,10 @@ def layout_of(model: nn.Module) -> Layout:
     if getattr(config, "add_cross_attention", False):
         msg = f"{type(model).__name__} attends to an encoder as well, which no record describes. A plain decoder works."
         raise nncf.UnsupportedModelError(msg)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = group = 0
+    if heads := getattr(config, "num_attention_heads", 0):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
     block_list: Any = model.get_submodule(path)
     blocks: tuple[nn.Module, ...] = tuple(block_list)  # children() would list a shared block once
     if len({id(block) for block in blocks}) < len(blocks):
@@ -107,7 +140,7 @@ def layout_of(model: nn.Module) -> Layout:
     couplings = []
     for index, block in enumerate(blocks):
         found = {}
-        for name, branch in family.branches.items():
+        for name, branch in family.branches_of(block).items():
             sizes = (group * head_dim, head_dim, head_dim) if name == "attention" else (1,) * 3
             found[name] = _coupling(block, branch, sizes, f"{path}.{index}")
         couplings.append(found)
@@ -136,6 +169,13 @@ def _coupling(block: nn.Module, branch: Branch, sizes: tuple[int, ...], place: s
     modules = dict(block.named_modules())
     if all(isinstance(modules.get(path), replacement) for path, replacement in branch.skip.items()):
         return Coupling(branch, 0, sizes[0], ())
+    if not branch.inputs:
+        for path in (*branch.skip, branch.core):
+            if path not in modules:
+                msg = f"{place} has no {path}, which the family's record names."
+                raise nncf.UnsupportedModelError(msg)
+        without_ssm = isinstance(modules[branch.core], GatedConvMixer)
+        return Coupling(branch, 2 if branch.without_ssm and not without_ssm else 1, 0, ())
     for path in (*branch.inputs, branch.output):
         if not isinstance(modules.get(path), nn.Linear):
             found = type(modules[path]).__name__ if path in modules else "nothing"
@@ -159,6 +199,10 @@ def _coupling(block: nn.Module, branch: Branch, sizes: tuple[int, ...], place: s
         cuts = tuple(
             Cut(path, 0, ((0, size),)) for path, size in zip(branch.inputs, sizes[: len(branch.inputs)], strict=True)
         )
+    if branch.adapters:
+        adapters: Any = modules[branch.adapters]
+        ends = [index for index, adapter in enumerate(adapters) if isinstance(adapter, nn.Sequential)]
+        cuts += tuple(Cut(f"{branch.adapters}.{index}.1", 0, cuts[0].parts) for index in ends)
     for cut in cuts:
         rows, expected = modules[cut.module].out_features, units * sum(size for _, size in cut.parts)
         if rows != expected or units * channels != width:

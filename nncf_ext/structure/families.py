@@ -5,15 +5,19 @@ A model without a record is probed (:mod:`nncf_ext.structure.blocks`) for its bl
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
 
+from nncf_ext.structure.gated_convolution import GatedConvMixer
 from nncf_ext.structure.skipping import (
+    BypassedSharedAttention,
     Skipped,
     SkippedAttention,
     SkippedAttentionWithResidual,
+    SkippedMambaNorm,
+    SkippedMambaOfHybrid,
     SkippedMlp,
     SkippedNorm,
     SkippedOutputWithResidual,
@@ -26,18 +30,23 @@ class Branch:
     One residual branch of a block. Paths are seen from the block.
 
     :param core: Module that keeps head counts, sizes and the index into the cache; empty: the block itself.
-    :param inputs: Linear layers whose outputs are cut. Attention: query, key, value, or one fused layer.
-    :param output: Linear layer whose inputs are cut.
     :param skip: What replaces which module when the whole branch is removed.
+    :param inputs: Linear layers whose outputs are cut. Attention: query, key, value, or one fused layer. Empty: the
+        branch goes as a whole, or loses its state space.
+    :param output: Linear layer whose inputs are cut.
     :param layout: Rows of a fused layer: ``"stacked"`` (all queries, all keys, all values; all gates, all ups) or
         ``"interleaved"`` (query, key, value of a head together). ``"separate"``: nothing is fused.
+    :param adapters: List of modules whose last linear layers, where they have some, are cut like the inputs.
+    :param without_ssm: What replaces which module when a Mamba mixer loses its state space.
     """
 
     core: str
-    inputs: tuple[str, ...]
-    output: str
     skip: Mapping[str, type[Skipped]]
+    inputs: tuple[str, ...] = ()
+    output: str = ""
     layout: Literal["separate", "stacked", "interleaved"] = "separate"
+    adapters: str = ""
+    without_ssm: Mapping[str, type[GatedConvMixer]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,13 @@ class Family:
     :param name: Name for messages.
     :param model_types: Values of ``model.config.model_type`` that share this layout.
     :param blocks: Path of the list of equal blocks, seen from the model without its head.
-    :param branches: The residual branches of a block by name, ``"attention"`` and ``"mlp"``.
+    :param branches: The residual branches of a block by name: ``"attention"`` and ``"mlp"``, or ``"mamba"``.
+    :param hybrids: The branches of other kinds of blocks, by the name of the block's class.
     :param width_key: The configuration's name for the number of MLP channels.
     :param head_dim_in_config: The configuration can state the head size, so that the number of heads may change.
     :param heads_from_config: The attention's forward reads the number of heads from its configuration.
-    :param decodes: Generates with a cache of keys and values, whatever the configuration says.
+    :param decodes: Generates with a cache, whatever the configuration says.
+    :param renumbers: A layer without any branch can vanish; else it stays as one that does nothing.
     """
 
     name: str
@@ -61,6 +72,12 @@ class Family:
     head_dim_in_config: bool = True
     heads_from_config: bool = False
     decodes: bool = True
+    hybrids: Mapping[str, Mapping[str, Branch]] = field(default_factory=dict)
+    renumbers: bool = True
+
+    def branches_of(self, block: nn.Module) -> Mapping[str, Branch]:
+        """:return: The branches of one block."""
+        return self.hybrids.get(type(block).__name__, self.branches)
 
 
 _LLAMA = Family(
@@ -179,7 +196,60 @@ _BERT = Family(
     decodes=False,
 )
 
-FAMILIES = (_LLAMA, _GEMMA2, _PHI3, _GPT_NEOX, _OPT, _BERT)
+_MAMBA = Family(
+    name="Mamba",
+    model_types=("mamba", "falcon_mamba", "mamba2"),
+    blocks="layers",
+    branches={
+        "mamba": Branch(
+            core="mixer",
+            skip={"mixer": SkippedMlp, "norm": SkippedMambaNorm},
+            without_ssm={"mixer": GatedConvMixer},
+        )
+    },
+)
+_ZAMBA2 = Family(
+    name="Zamba2",
+    model_types=("zamba2",),
+    blocks="layers",
+    branches={
+        "mamba": Branch(
+            core="mamba",
+            skip={"mamba": SkippedMlp, "input_layernorm": SkippedNorm},
+            without_ssm={"mamba": GatedConvMixer},
+        )
+    },
+    hybrids={
+        "Zamba2HybridLayer": {
+            "mamba": Branch(
+                core="mamba_decoder.mamba",
+                skip={"mamba_decoder": SkippedMambaOfHybrid},
+                without_ssm={"mamba_decoder.mamba": GatedConvMixer},
+            ),
+            "attention": Branch(
+                core="shared_transformer.self_attn",
+                skip={
+                    "shared_transformer.self_attn": BypassedSharedAttention,
+                    "shared_transformer.input_layernorm": SkippedNorm,
+                },
+            ),
+            "mlp": Branch(
+                core="shared_transformer.feed_forward",
+                inputs=("shared_transformer.feed_forward.gate_up_proj",),
+                output="shared_transformer.feed_forward.down_proj",
+                skip={
+                    "shared_transformer.feed_forward": SkippedNorm,
+                    "shared_transformer.pre_ff_layernorm": SkippedNorm,
+                },
+                layout="stacked",
+                adapters="shared_transformer.feed_forward.gate_up_proj_adapter_list",
+            ),
+        }
+    },
+    renumbers=False,
+)
+
+FAMILIES = (_LLAMA, _GEMMA2, _PHI3, _GPT_NEOX, _OPT, _BERT, _MAMBA, _ZAMBA2)
 
 
 def family_of(model: nn.Module) -> Family | None:

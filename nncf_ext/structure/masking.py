@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from nncf_ext.structure.coupling import Coupling, Layout, layout_of
 from nncf_ext.structure.plan import StructurePlan, check_plan
-from nncf_ext.structure.surgery import cache_slots
+from nncf_ext.structure.surgery import cache_slots, indexed_modules
 
 
 @contextmanager
 def masked(model: nn.Module, plan: StructurePlan, layout: Layout | None = None) -> Iterator[None]:
     """
     Within the context the model computes as if the plan were carried out. Weights are neither copied nor changed:
-    inputs of output projections are zeroed where units go, and removed branches are stood in for.
+    inputs of output projections are zeroed where units go, and removed branches and state spaces are stood in for.
 
-    Do not carry a cache of keys and values into or out of the context.
+    Do not carry a cache into or out of the context.
 
     :param model: The dense model.
     :param plan: What stays.
@@ -30,14 +30,12 @@ def masked(model: nn.Module, plan: StructurePlan, layout: Layout | None = None) 
         layout = layout_of(model)
         check_plan(model, plan, layout)
     undo: list[Any] = []
-    attends = [len(kept["attention"]) > 0 for kept in plan.layers]
-    slots = cache_slots(model.config, layout, attends)
+    slots = cache_slots(model.config, layout, plan.layers)
     try:
         for block, couplings, kept_units, slot in zip(layout.blocks, layout.couplings, plan.layers, slots, strict=True):
-            core: Any = block.get_submodule(layout.family.branches["attention"].core)
-            if getattr(core, "layer_idx", None) is not None and slot is not None:
-                undo.append((setattr, core, "layer_idx", core.layer_idx))
-                core.layer_idx = slot
+            for module in indexed_modules(layout, block) if slot is not None else ():
+                undo.append((setattr, module, "layer_idx", module.layer_idx))
+                module.layer_idx = slot
             for name, coupling in couplings.items():
                 if len(kept_units[name]) < coupling.units:
                     undo.append((mask_branch(block, coupling, kept_units[name]),))
@@ -56,11 +54,12 @@ def mask_branch(block: nn.Module, coupling: Coupling, kept: Sequence[int]) -> Ca
     :param kept: Units that stay; none takes the branch out.
     :return: What takes the mask off again. Masks come off in the opposite order.
     """
-    if kept:
+    stand_ins = coupling.stand_ins(kept)
+    if not stand_ins:
         return _mask_inputs(block, coupling, kept)
-    modules = {path: block.get_submodule(path) for path in coupling.branch.skip}
-    for path, replacement in coupling.branch.skip.items():
-        block.set_submodule(path, replacement())
+    modules = {path: block.get_submodule(path) for path in stand_ins}
+    for path, stand_in in stand_ins.items():
+        block.set_submodule(path, stand_in.standing_for(modules[path]))
 
     def put_back() -> None:
         for path, module in modules.items():

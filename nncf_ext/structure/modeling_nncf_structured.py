@@ -1,7 +1,8 @@
 """
 Loads a model whose layers differ in size or lack a branch. Needs torch, transformers and safetensors only.
 
-This file lies beside the weights and is run by ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)``.
+This file and those that it imports from its folder lie beside the weights and are run by
+``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)``.
 ``config.json`` says in ``structure_edits`` how the model differs from the one that its other entries describe.
 """
 
@@ -11,49 +12,14 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import cached_file
+
+from .gated_convolution import GatedConvMixer
+from .skipping import Skipped, keep_ties, tied_names
 
 WEIGHTS = "nncf_model.safetensors"
 _OWN = ("model_type", "base_model_type", "per_layer_config", "structure_version", "structure_edits", "auto_map")
-
-
-class SkippedNorm(nn.Module):
-    """Gives back the hidden states."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-
-class SkippedMlp(nn.Module):
-    """Adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.new_zeros(())
-
-
-class SkippedAttention(nn.Module):
-    """Adds nothing to the residual stream and has no attention weights."""
-
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
-        return hidden_states.new_zeros(()), None
-
-
-class SkippedAttentionWithResidual(nn.Module):
-    """Stands for attention, residual and normalization together: gives back the hidden states."""
-
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
-        return hidden_states, None
-
-
-class SkippedOutputWithResidual(nn.Module):
-    """Stands for output projection, residual and normalization together: gives back the residual."""
-
-    def forward(self, _hidden_states: Tensor, residual: Tensor) -> Tensor:
-        return residual
-
-
-_SKIPPED = (SkippedNorm, SkippedMlp, SkippedAttention, SkippedAttentionWithResidual, SkippedOutputWithResidual)
 
 
 class StructuredConfig(transformers.PretrainedConfig):
@@ -115,9 +81,13 @@ def edit(model: Any, edits: dict[str, Any]) -> None:
     :param edits: From ``config.json``: path of the blocks, and for each block the stand-ins of removed modules, the
         sizes of linear layers, and numbers that modules keep.
     """
+    base = model.get_submodule(edits["blocks"].rpartition(".")[0])
+    ties = tied_names(base)
+    stand_ins: dict[str, Any] = {each.__name__: each for each in Skipped.__subclasses__()}
+    stand_ins["GatedConvMixer"] = GatedConvMixer
     for block, each in zip(model.get_submodule(edits["blocks"]), edits["layers"], strict=True):
         for path, name in each.get("skip", {}).items():
-            block.set_submodule(path, {skipped.__name__: skipped for skipped in _SKIPPED}[name]())
+            block.set_submodule(path, stand_ins[name].standing_for(block.get_submodule(path)))
         for path, (rows, columns) in each.get("linear", {}).items():
             bias = block.get_submodule(path).bias is not None
             block.set_submodule(path, nn.Linear(columns, rows, bias=bias, device="meta"))
@@ -129,3 +99,4 @@ def edit(model: Any, edits: dict[str, Any]) -> None:
             core.config = copy.copy(core.config)
             for name, number in numbers.items():
                 setattr(core.config, name, number)
+    keep_ties(base, ties)

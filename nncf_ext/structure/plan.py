@@ -29,8 +29,8 @@ class Step:
     """
     One decision of the search that made a plan.
 
-    :param branch: ``"attention"`` or ``"mlp"``.
-    :param layer: Index of the layer.
+    :param branch: ``"attention"``, ``"mlp"`` or ``"mamba"``.
+    :param layer: Index of the layer; where layers share what was cut, the first of them.
     :param kept: How many units of the branch stay after this step; 0: the branch is gone.
     :param score: Score of the whole model after the step, or None.
     :param margin: Distance to the second best candidate in the same unit, or None.
@@ -50,12 +50,14 @@ class Costs:
     :param parameters_without_embeddings: Without token and position embeddings and the output head.
     :param bytes: Size of all parameters in their present types, bytes.
     :param kv_bytes_per_token: What the cache of keys and values grows by, bytes a token; 0 for encoders.
+    :param state_bytes: What Mamba mixers keep from token to token, bytes a sequence, however long it is.
     """
 
     parameters: int
     parameters_without_embeddings: int
     bytes: int
     kv_bytes_per_token: int
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class StructurePlan:
     """
     :param model: The dense model the plan is for.
     :param layers: For each layer the kept units of each branch in the order in which they shall stand: key/value heads
-        of ``"attention"``, channels of ``"mlp"``. Nothing kept: the branch is removed, its normalization too.
+        of ``"attention"``, channels of ``"mlp"``, ``(0,)`` for a ``"mamba"`` without its state space. Nothing kept: the
+        branch is removed, its normalization too.
     :param steps: How a search came to it, in order; optional.
     :param calibration: What it was scored on, as plain data; optional.
     :param costs_before: Of the dense model; optional.
@@ -108,7 +111,7 @@ class StructurePlan:
     def keep(self, layer: int, branch: str, kept: Sequence[int]) -> "StructurePlan":
         """
         :param layer: Index of the layer.
-        :param branch: ``"attention"`` or ``"mlp"``.
+        :param branch: ``"attention"``, ``"mlp"`` or ``"mamba"``.
         :param kept: The units that stay; none removes the branch.
         :return: The plan with this one branch changed.
         """
@@ -159,85 +162,6 @@ class StructurePlan:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"{path} is no structure plan ({type(error).__name__}: {error})."
             raise nncf.ValidationError(msg) from error
-
-    @classmethod
-    def from_reference(
-        cls,
-        content: Mapping[str, Any],
-        model: nn.Module,
-        score: Callable[[Sequence[Tensor]], Tensor] | None = None,
-    ) -> "StructurePlan":
-        """
-        Reads the ``pruning_config.json`` of MultiPruner's published results.
-
-        :param content: The parsed file: ``pruned_attn_idx``, ``pruned_mlp_idx``, ``pruned_attn_width`` (query channels
-            that stay, by layer) and ``pruned_mlp_width`` (channels that stay, by layer).
-        :param model: The dense model.
-        :param score: Importance of units within a layer, ``[units]``, from their weights (see
-            :func:`nncf_ext.structure.coupling.unit_weights`); the least important go.
-            :func:`nncf_ext.importance.blocks.l1_norm` is the order of files made with weight reordering. None: the last
-            units go.
-        :return: The plan.
-        :raises nncf.ValidationError: A number does not fit the model.
-
-        Source: Munoz et al., MultiPruner: Balanced Structure Removal in Foundation Models (file format).
-        """
-        layout, plan = layout_of(model), cls.dense(model)
-        steps: list[Step] = []
-        for name, removed, widths in (
-            ("attention", "pruned_attn_idx", "pruned_attn_width"),
-            ("mlp", "pruned_mlp_idx", "pruned_mlp_width"),
-        ):
-            for layer, width in _by_layer(content.get(widths) or {}, len(layout.blocks), widths).items():
-                coupling = layout.couplings[layer][name]
-                count = width // coupling.channels
-                if width % coupling.channels or not 0 < count <= coupling.units:
-                    msg = (
-                        f"{widths} keeps {width} channels in layer {layer}. {_unit(name, layout)}, and the layer has "
-                        f"{coupling.units * coupling.channels}: a multiple from {coupling.channels} up to that works."
-                    )
-                    raise nncf.ValidationError(msg)
-                if count < coupling.units:
-                    plan = plan.keep(layer, name, sorted(units_by_score(layout, layer, name, score)[:count]))
-                    steps.append(Step(name, layer, count))
-            gone = [int(layer) for layer in content.get(removed) or ()]
-            if any(not 0 <= layer < len(layout.blocks) for layer in gone):
-                msg = f"{removed} names layers {gone}; the model has layers 0 to {len(layout.blocks) - 1}."
-                raise nncf.ValidationError(msg)
-            for layer in gone:
-                plan = plan.keep(layer, name, ())
-            steps = [*(Step(name, layer, 0) for layer in gone), *steps]
-        return replace(plan, steps=tuple(steps))
-
-    def to_reference(
-        self, model: nn.Module, score: Callable[[Sequence[Tensor]], Tensor] | None = None
-    ) -> dict[str, Any]:
-        """
-        Writes the plan as a ``pruning_config.json``, which holds counts only.
-
-        :param model: The dense model.
-        :param score: Order within a layer that the reader of the file will use; see :meth:`from_reference`.
-        :return: Plain data for ``json.dump``.
-        :raises nncf.ValidationError: The plan keeps other units than the reader would.
-        """
-        layout = layout_of(model)
-        check_plan(model, self, layout)
-        content: dict[str, Any] = {}
-        for name, short in (("attention", "attn"), ("mlp", "mlp")):
-            gone = [layer for layer, kept in enumerate(self.layers) if not kept[name]]
-            ordered = [step.layer for step in self.steps if step.branch == name and step.kept == 0]
-            content[f"pruned_{short}_idx"] = ordered if sorted(ordered) == gone else gone
-            widths = content[f"pruned_{short}_width"] = {}
-            for layer, kept in enumerate(self.layers):
-                coupling, count = layout.couplings[layer][name], len(kept[name])
-                widths[str(layer)] = (count or coupling.units) * coupling.channels
-                if 0 < count and set(kept[name]) != set(units_by_score(layout, layer, name, score)[:count]):
-                    msg = (
-                        f"The plan keeps {count} units of the {name} of layer {layer} that are not the first by the "
-                        "given score. The reference format holds counts only: keep such a plan in our own format."
-                    )
-                    raise nncf.ValidationError(msg)
-        return content
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -294,11 +218,14 @@ def check_plan(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
             if len(set(kept)) < len(kept) or any(not 0 <= unit < units for unit in kept):
                 msg = (
                     f"The plan keeps units {list(kept)[:8]} of the {name} of layer {index}. Each must be one of "
-                    f"0..{units - 1}, once. {_unit(name, layout)}."
+                    f"0..{units - 1}, once. {unit_in_words(name, layout)}."
                 )
                 raise nncf.ValidationError(msg)
+            if couplings[name].branch.without_ssm and kept == (1,):
+                msg = f"The plan keeps the state space of layer {index} without the mixer that it stands in. Keep both."
+                raise nncf.ValidationError(msg)
     check_cache(model, plan, layout)
-    _check_sharing(model, plan, layout)
+    check_sharing(model, plan, layout)
 
 
 def check_cache(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
@@ -311,6 +238,18 @@ def check_cache(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
     if not layout.decodes:
         return
     config: Any = model.config
+    if "mamba" in layout.family.branches:
+        if not any(kept["mamba"] for kept in plan.layers):
+            msg = "The plan removes the Mamba mixer of every layer: no state would be left. Keep one."
+            raise nncf.ValidationError(msg)
+        attending = [index for index, kept in enumerate(plan.layers) if "attention" in kept]
+        if attending and not plan.layers[attending[0]]["attention"]:
+            msg = (
+                f"The plan removes the attention of layer {attending[0]}, the first that has some: the cache tells "
+                "positions by it. Keep it."
+            )
+            raise nncf.ValidationError(msg)
+        return
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layout.blocks)
     staying = [index for index, kept in enumerate(plan.layers) if any(kept.values())]
     if not any(plan.layers[index]["attention"] and kinds[index] == kinds[staying[0]] for index in staying):
@@ -319,32 +258,36 @@ def check_cache(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
         raise nncf.ValidationError(msg)
 
 
-def _check_sharing(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
+def check_sharing(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
+    """
+    :param model: The dense model.
+    :param plan: A plan for it.
+    :param layout: The model's layout.
+    :raises nncf.ValidationError: Layers that share weights would keep other units of them.
+    :raises nncf.UnsupportedModelError: A weight to be cut is used elsewhere, too.
+    """
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name)
     for index, kept_units in enumerate(plan.layers):
         for name, kept in kept_units.items():
             coupling = layout.couplings[index][name]
-            if kept == tuple(range(coupling.units)):
+            if not kept or kept == tuple(range(coupling.units)):
                 continue
-            paths = [cut.module for cut in coupling.cuts] if kept else coupling.branch.skip
-            for path in paths:
+            users = layout.users(index, name)
+            others = {each: plan.layers[each][name] for each in users if plan.layers[each][name]}
+            if len({*others.values()}) > 1:
+                counts = ", ".join(f"{len(units)} in layer {each}" for each, units in others.items())
+                msg = (
+                    f"Layers {', '.join(map(str, users))} share the weights of their {name}, and the plan keeps other "
+                    f"units in each: {counts}. Keep the same ones, or remove the branch of a layer as a whole."
+                )
+                raise nncf.ValidationError(msg)
+            for path in coupling.stand_ins(kept) or [cut.module for cut in coupling.cuts]:
                 for parameter in layout.blocks[index].get_submodule(path).parameters():
-                    if len(holders[id(parameter)]) > 1:
+                    if len(holders[id(parameter)]) > len(users):
                         msg = f"Asked to cut a weight that is shared: {', '.join(holders[id(parameter)])}. Untie it."
                         raise nncf.UnsupportedModelError(msg)
-
-
-def _by_layer(widths: Mapping[Any, int], layers: int, name: str) -> dict[int, int]:
-    keys = {int(key): int(width) for key, width in widths.items()}
-    # One published file counts its MLP layers after the attention layers: 32..63 in a model of 32 layers.
-    if keys and min(keys) >= layers:
-        keys = {key - layers: width for key, width in keys.items()}
-    if any(not 0 <= key < layers for key in keys):
-        msg = f"{name} names layers {sorted(keys)}; the model has layers 0 to {layers - 1}."
-        raise nncf.ValidationError(msg)
-    return keys
 
 
 def units_by_score(
@@ -364,7 +307,14 @@ def units_by_score(
     return torch.argsort(scores, descending=True, stable=True).tolist()
 
 
-def _unit(name: str, layout: Layout) -> str:
+def unit_in_words(name: str, layout: Layout) -> str:
+    """
+    :param name: Name of a branch.
+    :param layout: Of the model.
+    :return: A sentence without its full stop: what a unit of the branch is.
+    """
+    if name == "mamba":
+        return "Unit 0 is the mixer, unit 1 its state space"
     if name != "attention":
         return "A unit is one channel"
     heads = f"{layout.group} query heads" if layout.group > 1 else "query head"

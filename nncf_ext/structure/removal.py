@@ -38,18 +38,31 @@ class Removal:
     :param layer: Index of the layer.
     :param branch: Name of the branch.
     :param kept: Units of it that would stay, ascending; none removes the branch.
+    :param others: Later layers that share the weights and lose the same.
     """
 
     layer: int
     branch: str
     kept: tuple[int, ...]
+    others: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """:return: All layers that lose something, in order."""
+        return (self.layer, *self.others)
 
     def on(self, plan: StructurePlan) -> StructurePlan:
         """
         :param plan: Any plan of the model.
         :return: The plan with this removal carried out.
         """
-        return plan.keep(self.layer, self.branch, self.kept)
+        for layer in self.layers:
+            plan = plan.keep(layer, self.branch, self.kept)
+        return plan
+
+    def as_step(self, score: float | None = None, margin: float | None = None) -> Step:
+        """:return: The removal as a decision that was taken."""
+        return Step(self.branch, self.layer, len(self.kept), score, margin)
 
 
 @dataclass(frozen=True)
@@ -192,12 +205,15 @@ class Scorer:
 
     @contextmanager
     def _masked(self, candidate: Removal) -> Iterator[None]:
-        block = self._layout.blocks[candidate.layer]
-        undo = mask_branch(block, self._layout.couplings[candidate.layer][candidate.branch], candidate.kept)
+        blocks, couplings = self._layout.blocks, self._layout.couplings
+        undo = [
+            mask_branch(blocks[layer], couplings[layer][candidate.branch], candidate.kept) for layer in candidate.layers
+        ]
         try:
             yield
         finally:
-            undo()
+            for each in undo:
+                each()
 
     @contextmanager
     def _prefixes(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Callable[[int], Any]]]:
@@ -320,7 +336,7 @@ class Elimination:
         if saved is None and len(chosen) > 1:
             others = torch.cat([scores.totals[:winner], scores.totals[winner + 1 :]])
             margin = score(float(others.min())) - score(found)
-        step = Step(best.branch, best.layer, len(best.kept), score(found), margin)
+        step = best.as_step(score(found), margin)
         plan = best.on(self.plan)
         self.plan = replace(plan, steps=(*self.plan.steps, step))
         if self._folder is not None:

@@ -1,6 +1,7 @@
 """Make a model smaller for real: cut weights, drop branches and layers, fix sizes and the indices into the cache."""
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -8,10 +9,14 @@ import nncf
 from torch import nn
 
 from nncf_ext.structure.coupling import Coupling, Layout, layout_of
+from nncf_ext.structure.gated_convolution import GatedConvMixer
 from nncf_ext.structure.plan import StructurePlan, check_plan
 from nncf_ext.structure.records import set_record
-from nncf_ext.structure.skipping import Skipped
+from nncf_ext.structure.skipping import Skipped, keep_ties, tied_names
 from nncf_ext.upstream import is_wrapped
+
+SSM = "ssm"
+"""How configurations name the state space of a Mamba mixer, in a layer's ``"skip"``."""
 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads")
 _KV_HEAD_COUNTS = ("num_key_value_heads",)
@@ -60,8 +65,7 @@ def extract_structure(model: TModel, plan: StructurePlan) -> TModel:
     for block, couplings, kept_units in zip(layout.blocks, layout.couplings, plan.layers, strict=True):
         for name, coupling in couplings.items():
             if kept_units[name] != tuple(range(coupling.units)):
-                paths = [cut.module for cut in coupling.cuts] if kept_units[name] else list(coupling.branch.skip)
-                for path in paths:
+                for path in coupling.stand_ins(kept_units[name]) or [cut.module for cut in coupling.cuts]:
                     replaced |= {id(each): each for each in block.get_submodule(path).parameters()}
     small = copy.deepcopy(model, replaced)
     cut_structure(small, plan.layers)
@@ -76,39 +80,69 @@ def cut_structure(model: nn.Module, layers: Sequence[Mapping[str, Sequence[int]]
     :param layers: Kept units of each branch of each layer.
     """
     layout = layout_of(model)
+    users = Counter(key for block in layout.blocks for key in {id(each) for each in block.parameters()})
+    shared: dict[int, dict[int, nn.Parameter]] = {key: {} for key, count in users.items() if count > 1}
+    dense = [block.state_dict(keep_vars=True) for block in layout.blocks] if shared else []  # no other gets their ids
+    base = model.get_submodule(layout.path.rpartition(".")[0])
+    ties = tied_names(base)
     for block, couplings, kept_units in zip(layout.blocks, layout.couplings, layers, strict=True):
         for name, coupling in couplings.items():
-            _cut_branch(block, coupling, kept_units[name])
+            _cut_branch(block, coupling, kept_units[name], shared)
+    del dense
+    keep_ties(base, ties)
     config: Any = model.config
     staying = [index for index, kept_units in enumerate(layers) if any(len(kept) for kept in kept_units.values())]
-    if len(staying) < len(layers):
+    if len(staying) < len(layers) and layout.family.renumbers:
         model.set_submodule(layout.path, nn.ModuleList(layout.blocks[index] for index in staying))
         config.num_hidden_layers = len(staying)
-        if getattr(config, "layer_types", None):
+        if "attention" in layout.family.branches and getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[index] for index in staying]
     layout = layout_of(model)
     for block, slot in zip(layout.blocks, cache_slots(config, layout), strict=True):
-        core = block.get_submodule(layout.family.branches["attention"].core) if slot is not None else None
-        if getattr(core, "layer_idx", None) is not None:
-            core.layer_idx = slot  # type: ignore[union-attr]
+        for module in indexed_modules(layout, block) if slot is not None else ():
+            module.layer_idx = slot
     _fix_sizes(config, layout)
 
 
-def cache_slots(config: Any, layout: Layout, attends: Sequence[bool] | None = None) -> list[int | None]:
+def cache_slots(
+    config: Any, layout: Layout, layers: Sequence[Mapping[str, Sequence[int]]] | None = None
+) -> list[int | None]:
     """
-    Where in the cache each layer's keys and values go. Slots have kinds (full, sliding); each kind is filled from its
-    first slot, because transformers reads lengths and masks from the first slot of each kind.
+    Where in the cache each layer's keys and values, or states, go. Slots have kinds (full, sliding); each kind is
+    filled from its first slot, because transformers reads lengths and masks from the first slot of each kind. Mamba's
+    slots are filled to the last, because transformers asks the last one whether there is a state.
 
     :param config: The model's configuration, whose ``layer_types`` gives the kinds of slots.
     :param layout: The model's layout.
-    :param attends: Which layers have attention; None: those that still hold one.
-    :return: A slot for each layer, None for a layer without attention.
+    :param layers: The units that stay, by layer and branch; None: those that are there.
+    :return: A slot for each layer, None for a layer that needs none or keeps its own.
     """
-    if attends is None:
-        attends = [couplings["attention"].units > 0 for couplings in layout.couplings]
-    kinds = getattr(config, "layer_types", None) or [""] * len(attends)
-    free = {kind: iter([slot for slot, each in enumerate(kinds) if each == kind]) for kind in set(kinds)}
-    return [next(free[kind]) if attention else None for kind, attention in zip(kinds, attends, strict=True)]
+    if not layout.family.renumbers:
+        return [None] * len(layout.blocks)
+    name = "mamba" if "mamba" in layout.family.branches else "attention"
+    counts = [couplings[name].units for couplings in layout.couplings]
+    if layers is not None:
+        counts = [len(kept_units[name]) for kept_units in layers]
+    kinds = getattr(config, "layer_types", None) if name == "attention" else None
+    kinds = kinds or [""] * len(counts)
+    places = {kind: [slot for slot, each in enumerate(kinds) if each == kind] for kind in set(kinds)}
+    if name == "mamba":
+        places[""] = places[""][counts.count(0) :]
+    free = {kind: iter(slots) for kind, slots in places.items()}
+    return [next(free[kind]) if count else None for kind, count in zip(kinds, counts, strict=True)]
+
+
+def indexed_modules(layout: Layout, block: nn.Module) -> list[Any]:
+    """
+    :param layout: The model's layout.
+    :param block: One of its blocks.
+    :return: Modules of the block that know their layer's slot in the cache.
+    """
+    modules: list[Any] = [block] if "mamba" in layout.family.branches else []
+    for name, branch in layout.family.branches.items():
+        if name != "mlp":
+            modules += [each for path, each in block.named_modules() if path == branch.core]
+    return [each for each in modules if getattr(each, "layer_idx", None) is not None]
 
 
 def layer_overrides(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -125,6 +159,7 @@ def layer_overrides(model: nn.Module) -> dict[str, dict[str, Any]]:
         own = _sizes(layout, couplings)
         different = {key: value for key, value in own.items() if getattr(config, key) != value}
         skip = [name for name, coupling in couplings.items() if coupling.units == 0]
+        skip += [SSM for coupling in couplings.values() if coupling.branch.without_ssm and coupling.units == 1]
         if different or skip:
             overrides[str(index)] = {**different, **({"skip": skip} if skip else {})}
     return overrides
@@ -146,8 +181,10 @@ def edits_from_config(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
         theirs = dict(stock_block.named_modules())
         found: dict[str, dict[str, Any]] = {"skip": {}, "linear": {}, "numbers": {}, "config": {}}
         for path, module in block.named_modules():
-            if isinstance(module, Skipped):
+            if isinstance(module, Skipped | GatedConvMixer):
                 found["skip"][path] = type(module).__name__
+                continue
+            if any(path.startswith(f"{gone}.") for gone in found["skip"]):
                 continue
             other: Any = theirs[path]
             if isinstance(module, nn.Linear):
@@ -179,8 +216,9 @@ def apply_overrides(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]]
         own = overrides.get(str(index), {})
         kept = {}
         for name, coupling in couplings.items():
-            if name in own.get("skip", ()):
-                kept[name] = range(0)
+            if name in own.get("skip", ()) or not coupling.cuts:
+                without_ssm = bool(coupling.branch.without_ssm) and SSM in own.get("skip", ())
+                kept[name] = range(0 if name in own.get("skip", ()) else 1 if without_ssm else coupling.units)
                 continue
             key, per_unit = layout.family.width_key, 1
             if name == "attention":
@@ -201,45 +239,62 @@ def apply_overrides(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]]
     cut_structure(model, layers)
 
 
-def _cut_branch(block: nn.Module, coupling: Coupling, kept: Sequence[int]) -> None:
+def _cut_branch(
+    block: nn.Module, coupling: Coupling, kept: Sequence[int], shared: Mapping[int, dict[int, nn.Parameter]]
+) -> None:
+    """Cuts one branch; ``shared`` holds, by axis, what became of weights that several blocks share."""
     if list(kept) == list(range(coupling.units)):
         return
-    if not len(kept):
-        for path, replacement in coupling.branch.skip.items():
-            block.set_submodule(path, replacement())
+    if stand_ins := coupling.stand_ins(kept):
+        for path, stand_in in stand_ins.items():
+            replacement = stand_in.standing_for(block.get_submodule(path))
+            for parameter in replacement.parameters():
+                parameter.data = parameter.data.clone()
+            block.set_submodule(path, replacement)
         return
     for cut in coupling.cuts:
         linear: Any = block.get_submodule(cut.module)
         indices = cut.indices(kept, linear.weight.device)
-        linear.weight = _selected(linear.weight, cut.axis, indices)
+        linear.weight = _selected(linear.weight, cut.axis, indices, shared)
         if cut.axis == 0 and linear.bias is not None:
-            linear.bias = _selected(linear.bias, 0, indices)
+            linear.bias = _selected(linear.bias, 0, indices, shared)
         linear.out_features, linear.in_features = linear.weight.shape
         set_record(linear, None)
 
 
-def _selected(parameter: nn.Parameter, axis: int, indices: Any) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().index_select(axis, indices), requires_grad=parameter.requires_grad)
+def _selected(
+    parameter: nn.Parameter, axis: int, indices: Any, shared: Mapping[int, dict[int, nn.Parameter]]
+) -> nn.Parameter:
+    known = shared.get(id(parameter), {})
+    if axis not in known:
+        cut = parameter.detach().index_select(axis, indices)
+        known[axis] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+    return known[axis]
 
 
 def _sizes(layout: Layout, couplings: Mapping[str, Coupling]) -> dict[str, int]:
     """Sizes of one layer by the configuration's names; branches that are gone have none."""
     sizes = {}
-    if heads := couplings["attention"].units:
+    if heads := _cut_units(couplings, "attention"):
         sizes["num_attention_heads"] = heads * layout.group
         if layout.family.head_dim_in_config:
             sizes["num_key_value_heads"] = heads
-    if width := couplings["mlp"].units:
+    if width := _cut_units(couplings, "mlp"):
         sizes[layout.family.width_key] = width
     return sizes
+
+
+def _cut_units(couplings: Mapping[str, Coupling], name: str) -> int:
+    """Units of a branch whose weights can be cut; 0 where there is none, or it goes as a whole only."""
+    return couplings[name].units if name in couplings and couplings[name].cuts else 0
 
 
 def _fix_sizes(config: Any, layout: Layout) -> None:
     """Writes sizes into the modules' attributes and, where all layers agree, into the configuration."""
     for block, couplings in zip(layout.blocks, layout.couplings, strict=True):
-        heads, width = couplings["attention"].units, couplings["mlp"].units
+        heads, width = _cut_units(couplings, "attention"), _cut_units(couplings, "mlp")
         if heads:
-            core = block.get_submodule(layout.family.branches["attention"].core)
+            core: Any = block.get_submodule(couplings["attention"].branch.core)
             counts = {
                 **dict.fromkeys(_HEAD_COUNTS, heads * layout.group),
                 **dict.fromkeys(_KV_HEAD_COUNTS, heads),
@@ -250,11 +305,11 @@ def _fix_sizes(config: Any, layout: Layout) -> None:
                     setattr(core, name, count)
             if layout.family.heads_from_config:
                 base = core.config.base if isinstance(core.config, LayerConfig) else core.config
-                core.config = LayerConfig(base, heads * layout.group)  # type: ignore[assignment]
+                core.config = LayerConfig(base, heads * layout.group)
         if width:
-            core = block.get_submodule(layout.family.branches["mlp"].core)
+            core = block.get_submodule(couplings["mlp"].branch.core)
             if isinstance(getattr(core, "intermediate_size", None), int):
-                core.intermediate_size = width  # type: ignore[assignment]
+                core.intermediate_size = width
     sizes = [_sizes(layout, couplings) for couplings in layout.couplings]
     for key in {key for each in sizes for key in each}:
         values = {each[key] for each in sizes if key in each}

@@ -16,6 +16,7 @@ from nncf_ext.structure.counting import count_costs
 from nncf_ext.structure.coupling import layout_of, unit_weights
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import Costs, Step, StructurePlan
+from nncf_ext.structure.reference import plan_from_reference, plan_to_reference
 from nncf_ext.structure.surgery import extract_structure
 from tests.structure_models import CAUSAL, LAYERS, logits, make, tokens
 
@@ -121,14 +122,14 @@ def test_published_totals_from_configurations(kind, sizes, published, attention,
     for name, total, unit in (("pruned_mlp_width", channels, step), ("pruned_attn_width", queries, 128)):
         for index in range(total // unit):
             config[name][str(layers - 1 - index % (layers - 14))] -= unit
-    plan = StructurePlan.from_reference(config, model)
+    plan = plan_from_reference(config, model)
     expected = published - (attention + mlp) * sizes["hidden_size"]
     if sizes in (QWEN15_7B, QWEN15_14B):
         expected -= 3 * (attention * query_channels + queries)
     assert count_costs(model, plan).parameters == expected
     small = extract_structure(model, plan)
     assert sum(each.numel() for each in small.parameters()) == expected
-    assert StructurePlan.from_reference(plan.to_reference(model), model) == plan
+    assert plan_from_reference(plan_to_reference(plan, model), model) == plan
 
 
 @pytest.mark.parametrize("score", [None, l1_norm])
@@ -143,8 +144,8 @@ def test_reference_round_trip(name, score) -> None:
         "pruned_attn_width": {**widths, "2": (heads.units - 1) * heads.channels},
         "pruned_mlp_width": {"0": 40, "1": 40, "2": 17, "3": 40},
     }
-    plan = StructurePlan.from_reference(config, model, score=score)
-    assert plan.to_reference(model, score=score) == config
+    plan = plan_from_reference(config, model, score=score)
+    assert plan_to_reference(plan, model, score=score) == config
     assert len(plan.layers[2]["attention"]) == heads.units - 1 and len(plan.layers[2]["mlp"]) == 17
     assert (plan.layers[2]["mlp"] == tuple(range(17))) == (score is None)
 
@@ -152,7 +153,7 @@ def test_reference_round_trip(name, score) -> None:
 def test_the_importer_follows_a_shifted_index(llama) -> None:
     shifted = {"pruned_mlp_width": {str(4 + layer): 40 - layer for layer in range(4)}}
     plain = {"pruned_mlp_width": {str(layer): 40 - layer for layer in range(4)}}
-    assert StructurePlan.from_reference(shifted, llama) == StructurePlan.from_reference(plain, llama)
+    assert plan_from_reference(shifted, llama) == plan_from_reference(plain, llama)
 
 
 def test_order_by_l1_norm_by_hand(llama) -> None:
@@ -198,13 +199,27 @@ def test_reordering_everything_changes_nothing(name) -> None:
 )
 def test_reference_files_that_do_not_fit(config, message, llama) -> None:
     with pytest.raises(nncf.ValidationError, match=message):
-        StructurePlan.from_reference(config, llama)
+        plan_from_reference(config, llama)
 
 
 def test_units_the_reference_format_cannot_name(llama) -> None:
     plan = StructurePlan.dense(llama).keep(0, "mlp", (0, 2))
     with pytest.raises(nncf.ValidationError, match="our own format"):
-        plan.to_reference(llama)
+        plan_to_reference(plan, llama)
+
+
+def test_the_last_user_of_a_shared_weight_takes_it_away() -> None:
+    model = make("llama")
+    model.model.layers[2].input_layernorm.weight = model.model.layers[1].input_layernorm.weight
+    one = StructurePlan.dense(model).keep(1, "attention", ())
+    both = one.keep(2, "attention", ())
+    for plan in (one, both):
+        small = extract_structure(model, plan)
+        assert count_costs(model, plan) == count_costs(small)
+    norm = model.model.layers[1].input_layernorm.weight.numel()
+    lost = count_costs(model, one).parameters - count_costs(model, both).parameters
+    alone = count_costs(model).parameters - count_costs(model, one).parameters
+    assert lost - alone == norm
 
 
 def test_plans_that_do_not_fit(llama) -> None:
@@ -235,9 +250,6 @@ def test_plans_that_do_not_fit(llama) -> None:
     tied = make("llama")
     tied.model.layers[2].mlp.up_proj.weight = tied.model.layers[1].mlp.up_proj.weight
     cases.append((tied, StructurePlan.dense(tied).keep(1, "mlp", (0,)), nncf.UnsupportedModelError, "is shared"))
-    norm = make("llama")
-    norm.model.layers[2].input_layernorm.weight = norm.model.layers[1].input_layernorm.weight
-    cases.append((norm, StructurePlan.dense(norm).keep(1, "attention", ()), nncf.UnsupportedModelError, "is shared"))
     for model, wrong, error, message in cases:
         with pytest.raises(error, match=message):
             extract_structure(model, wrong)

@@ -1,0 +1,394 @@
+"""
+What MultiPruner and Mamba-Shedder share: stages of a greedy removal, from calibration text to a smaller model.
+
+A method says what a stage may remove, in the order that breaks ties, and when the stage has paid its share. The loop is
+:mod:`nncf_ext.structure.removal`.
+"""
+
+import logging
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nncf
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from nncf_ext.calibration.stream import evaluation, read_items
+from nncf_ext.importance.blocks import l1_norm
+from nncf_ext.importance.metrics import Metric, PerplexityMetric
+from nncf_ext.structure.blocks import IGNORED, Survey
+from nncf_ext.structure.compensation import Compensator
+from nncf_ext.structure.counting import count_costs
+from nncf_ext.structure.coupling import Coupling, Layout, unit_weights
+from nncf_ext.structure.files import digest
+from nncf_ext.structure.plan import StructurePlan, check_cache, check_plan, check_sharing
+from nncf_ext.structure.records import set_plan
+from nncf_ext.structure.removal import Elimination, Removal, Scorer, layout_for_removal
+from nncf_ext.structure.surgery import cut_structure
+from nncf_ext.upstream import is_wrapped
+
+logger = logging.getLogger("nncf_ext")
+
+
+@dataclass(kw_only=True)
+class RemovalParameters:
+    """
+    What can be asked of any search for what to remove.
+
+    :param metric: How good a candidate is.
+    :param mlp_group: MLP channels that go together, a multiple of 128 keeps INT4 groups whole. None: a sixteenth of the
+        MLP, at most 1024.
+    :param order: Importance of the units within a layer, ``[units]``, from the weights that write into them; the least
+        important go first. None: the last go first.
+    :param early_stop: Give up candidates that cannot win any more. The choice is the same; margins become lower bounds.
+    :param racing: Approximation: give up candidates that are so many standard errors behind after some of the batches;
+        3 is careful. None: never.
+    :param rescore_top: Approximation: score only so many of the candidates that came out best at the last full sweep,
+        which every eighth step is. None: always all.
+    """
+
+    metric: Metric = field(default_factory=PerplexityMetric)
+    mlp_group: int | None = None
+    order: Callable[[Sequence[Tensor]], Tensor] | str | None = l1_norm
+    early_stop: bool = True
+    racing: float | None = None
+    rescore_top: int | None = None
+
+    def check(self) -> None:
+        """
+        Checks what can be checked without a model.
+
+        :raises nncf.ValidationError: A value is out of range.
+        """
+        for name in ("mlp_group", "rescore_top"):
+            check_count(name, getattr(self, name))
+        if self.racing is not None and not self.racing > 0:
+            msg = f"racing must be above 0, standard errors, or None; got {self.racing}."
+            raise nncf.ValidationError(msg)
+        if not isinstance(self.metric, Metric):
+            msg = (
+                f"metric must be a nncf_ext.importance.metrics.Metric, such as PerplexityMetric(); got "
+                f"{type(self.metric).__name__}. A subclass with losses() scores as you like."
+            )
+            raise nncf.ValidationError(msg)
+
+
+def check_count(name: str, value: int | None) -> None:
+    """
+    :param name: Name of a parameter.
+    :param value: What it was set to.
+    :raises nncf.ValidationError: It is neither None nor a positive number.
+    """
+    if value is not None and value < 1:
+        msg = f"{name} must be at least 1, or None; got {value}."
+        raise nncf.ValidationError(msg)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    :param name: For the progress bar and messages.
+    :param candidates: From the plan so far, what could go next, in the order that breaks ties.
+    :param done: Whether a plan has paid what this stage and those before it have to pay.
+    :param batches: What scores the candidates.
+    """
+
+    name: str
+    candidates: Callable[[StructurePlan], Iterator[Removal]]
+    done: Callable[[StructurePlan], bool]
+    batches: Sequence[Mapping[str, Tensor]]
+
+
+class StructureRemoval(ABC):
+    """
+    One run. Parameters and data are checked on construction; :meth:`apply` does the work.
+
+    :param ratio: Fraction of the cost to remove, 0 <= ratio < 1.
+    :param dataset: Calibration data: batches of token ids.
+    :param subset_size: Number of calibration items.
+    :param resume: Folder of a journal, or None.
+    :param parameters: Everything else.
+    :raises nncf.ValidationError: A parameter is out of range, or data is missing, empty, short or of another kind.
+    """
+
+    mode: str
+
+    def __init__(
+        self,
+        ratio: float,
+        dataset: nncf.Dataset | None,
+        subset_size: int,
+        resume: str | os.PathLike[str] | None,
+        parameters: RemovalParameters,
+    ) -> None:
+        parameters.check()
+        if dataset is None:
+            msg = f"{self.mode} scores candidates on calibration text and needs a dataset; got None."
+            raise nncf.ValidationError(msg)
+        self._ratio = ratio
+        self._search = parameters
+        self._resume = None if resume is None else Path(resume)
+        self._batches = [_batch(index, item, self.mode) for index, item in enumerate(read_items(dataset, subset_size))]
+
+    @abstractmethod
+    def stages(self, model: nn.Module, layout: Layout, order: Mapping[tuple[str, int], list[int]]) -> list[Stage]:
+        """
+        :param model: The dense model.
+        :param layout: Its layout.
+        :param order: Units of each branch of each layer, the most important first.
+        :return: What to do, one after the other.
+        :raises nncf.ValidationError: Something that was asked for does not fit the model.
+        """
+
+    def cost(self, model: nn.Module, plan: StructurePlan) -> float:
+        """:return: What the ratio is a fraction of."""
+        return float(count_costs(model, plan).parameters)
+
+    def savings(
+        self, model: nn.Module, plan: StructurePlan, candidates: Sequence[Removal]
+    ) -> Mapping[Removal, float] | None:
+        """:return: What each candidate saves, of those that save some, if that decides as well; None: it does not."""
+        return None
+
+    def compensator(self, model: nn.Module) -> Compensator | None:
+        """:return: What repairs the model after every step, or None."""
+        return None
+
+    def order(self, model: nn.Module, layout: Layout) -> dict[tuple[str, int], list[int]]:
+        """:return: Units of each branch of each layer, the most important first."""
+        found = {}
+        for layer, (block, couplings) in enumerate(zip(layout.blocks, layout.couplings, strict=True)):
+            for branch, coupling in couplings.items():
+                scores = self.scores(block, coupling)
+                found[branch, layer] = list(range(coupling.units))
+                if scores is not None:
+                    found[branch, layer] = torch.argsort(scores, descending=True, stable=True).tolist()
+        return found
+
+    def scores(self, block: nn.Module, coupling: Coupling) -> Tensor | None:
+        """:return: Importance of a branch's units, or None where none is asked for."""
+        order = self._search.order
+        return order(unit_weights(block, coupling)) if callable(order) and coupling.cuts else None
+
+    def header(self) -> dict[str, Any]:
+        """:return: What was asked for, as plain data: what a journal must have been begun with to be continued."""
+        order = self._search.order
+        return {
+            "ratio": self._ratio,
+            "mlp_group": self._search.mlp_group,
+            "metric": repr(self._search.metric),
+            "order": order if isinstance(order, str | None) else getattr(order, "__qualname__", repr(order)),
+            "rescore_top": self._search.rescore_top,
+            "racing": self._search.racing,
+            "calibration": self.calibration(),
+        }
+
+    def calibration(self) -> dict[str, Any]:
+        """:return: What candidates are scored on, as plain data."""
+        return {
+            "sequences": sum(len(batch["input_ids"]) for batch in self._batches),
+            "tokens": [int(batch["input_ids"].shape[1]) for batch in self._batches[:1]][0],
+            "digest": digest(self._batches),
+        }
+
+    def check(self, model: nn.Module, survey: Survey) -> None:
+        """
+        Refuses what cannot work, before any candidate is scored.
+
+        :param model: The model.
+        :param survey: Its weights; what is in the ignored scope keeps its branch whole.
+        :raises nncf.ValidationError: Settings do not fit the model, or the ratio is out of reach.
+        :raises nncf.UnsupportedModelError: The model's structure is unknown, shared, or already compressed.
+        """
+        if is_wrapped(model):
+            msg = "Asked to cut a model that carries NNCF hooks. Remove structure first, then compress the result."
+            raise nncf.UnsupportedModelError(msg)
+        layout = layout_for_removal(model)
+        plan, ignored = StructurePlan.dense(model), _ignored(layout, survey)
+        whole = self.cost(model, plan)
+        natural = {key: list(range(coupling.units)) for key, coupling in _branches(layout)}
+        stages = self.stages(model, layout, natural)
+        for stage in stages:
+            for each in self._candidates(model, layout, stage, plan, ignored):
+                check_sharing(model, each.on(plan), layout)
+        for stage in stages:
+            # Everything that the stage may remove.
+            while candidates := self._candidates(model, layout, stage, plan, ignored):
+                for each in candidates:
+                    if _allowed(model, layout, plan, each):
+                        plan = replace(each.on(plan), steps=(*plan.steps, each.as_step()))
+        for stage in stages:
+            if not stage.done(plan):
+                raise nncf.ValidationError(self._unreachable(stage, 1 - self.cost(model, plan) / whole))
+
+    def apply(self, model: nn.Module, survey: Survey) -> None:
+        """
+        Searches, and cuts the model in place.
+
+        :param model: The model.
+        :param survey: Its weights.
+        :raises nncf.ValidationError: The journal is another run's, or a stage ran out of candidates.
+        """
+        layout = layout_for_removal(model)
+        ignored = _ignored(layout, survey)
+        dense = StructurePlan.dense(model)
+        whole = self.cost(model, dense)
+        stages = self.stages(model, layout, self.order(model, layout))
+        header = {"model": asdict(dense.model), "ignored": sorted(map(list, ignored)), **self.header()}
+        dense = replace(dense, calibration=self.calibration(), costs_before=count_costs(model))
+        search = Elimination(dense, self._resume, header, self._search.rescore_top)
+        check_plan(model, search.plan, layout)
+        metric, compensator = self._search.metric, self.compensator(model)
+        with evaluation(model), _progress() as progress:
+            if compensator is not None:
+                task = progress.add_task("repairs of earlier steps", total=len(search.earlier), best="")
+                for plan in search.earlier:
+                    compensator.refit(plan, plan.steps[-1].layer, plan.steps[-1].branch)
+                    progress.advance(task)
+            for stage in stages:
+                scorer = Scorer(
+                    model,
+                    stage.batches,
+                    metric.losses,
+                    needs_dense=metric.needs_dense,
+                    early_stop=self._search.early_stop,
+                    racing=self._search.racing,
+                    **({} if compensator is None else {"as_dense": compensator.dense}),
+                )
+                task = progress.add_task(stage.name, total=None, best="")
+                while not stage.done(search.plan):
+                    candidates = self._candidates(model, layout, stage, search.plan, ignored)
+                    saved = self.savings(model, search.plan, candidates)
+                    candidates = candidates if saved is None else list(saved)
+                    if not candidates:
+                        reached = 1 - self.cost(model, search.plan) / whole
+                        raise nncf.ValidationError(self._unreachable(stage, reached))
+                    progress.reset(task, total=len(candidates) * len(stage.batches))
+                    step = search.step(scorer, candidates, metric.shown, partial(progress.advance, task), saved)
+                    if compensator is not None:
+                        compensator.refit(search.plan, step.layer, step.branch)
+                    share = 1 - self.cost(model, search.plan) / whole
+                    best = f"{step.branch} of layer {step.layer}: {step.score:.4g}, {share:.1%} removed"
+                    progress.update(task, best=best)
+                    logger.info("%s: %s", stage.name, best)
+        plan = replace(search.plan, costs_after=count_costs(model, search.plan))
+        cut_structure(model, plan.layers)
+        set_plan(model, plan)
+
+    def _candidates(
+        self, model: nn.Module, layout: Layout, stage: Stage, plan: StructurePlan, ignored: set[tuple[str, int]]
+    ) -> list[Removal]:
+        return [
+            each
+            for each in stage.candidates(plan)
+            if not any((each.branch, layer) in ignored for layer in each.layers) and _allowed(model, layout, plan, each)
+        ]
+
+    def _unreachable(self, stage: Stage, reached: float) -> str:
+        return (
+            f"Asked to remove {self._ratio:.1%} of the {self.cost_in_words()}. The stage of {stage.name} ran out of "
+            f"candidates: it reached {reached:.1%}. {self.advice()}"
+        )
+
+    def cost_in_words(self) -> str:
+        """:return: Name of the cost."""
+        return "parameters"
+
+    def advice(self) -> str:
+        """:return: What to ask for instead of what is out of reach."""
+        return "A lower ratio, smaller groups or a smaller ignored scope would work."
+
+
+def width_removals(
+    layout: Layout, plan: StructurePlan, branch: str, size: int, order: Mapping[tuple[str, int], list[int]]
+) -> Iterator[Removal]:
+    """
+    :param layout: Of the dense model.
+    :param plan: What is left.
+    :param branch: Name of a branch whose weights can be cut.
+    :param size: Units that go together; a layer keeps at least one.
+    :param order: Units of each branch of each layer, the most important first.
+    :return: What could go next; layers that share their weights lose the same units.
+    """
+    for layer, kept in enumerate(plan.layers):
+        count = len(kept.get(branch, ())) - size
+        users = [each for each in layout.users(layer, branch) if plan.layers[each][branch]] if count > 0 else []
+        if users and users[0] == layer:
+            yield Removal(layer, branch, tuple(sorted(order[branch, layer][:count])), tuple(users[1:]))
+
+
+def mlp_group(layout: Layout, asked: int | None) -> int:
+    """
+    :param layout: Of the dense model.
+    :param asked: What the parameters say.
+    :return: MLP channels that go together.
+    :raises nncf.ValidationError: No MLP has more.
+    """
+    width = max((couplings["mlp"].units for couplings in layout.couplings if "mlp" in couplings), default=0)
+    group = asked or min(1024, max(1, width // 16))
+    if group >= width:
+        msg = f"mlp_group={group}, but the MLP has {width} channels. A number well below that works."
+        raise nncf.ValidationError(msg)
+    return group
+
+
+def _branches(layout: Layout) -> Iterator[tuple[tuple[str, int], Coupling]]:
+    for layer, couplings in enumerate(layout.couplings):
+        for branch, coupling in couplings.items():
+            yield (branch, layer), coupling
+
+
+def _ignored(layout: Layout, survey: Survey) -> set[tuple[str, int]]:
+    """Branches of which a layer is in the ignored scope."""
+    scope = {id(each.module) for each in survey.weights if each.untouched == IGNORED}
+    return {
+        key
+        for key, coupling in _branches(layout)
+        for path in [cut.module for cut in coupling.cuts] or [coupling.branch.core]
+        if any(id(module) in scope for module in layout.blocks[key[1]].get_submodule(path).modules())
+    }
+
+
+def _allowed(model: nn.Module, layout: Layout, plan: StructurePlan, removal: Removal) -> bool:
+    if removal.kept:
+        return True
+    try:
+        check_cache(model, removal.on(plan), layout)
+    except nncf.ValidationError:
+        return False
+    return True
+
+
+def _batch(index: int, item: Any, mode: str) -> dict[str, Tensor]:
+    """What the model takes, by name."""
+    batch = {"input_ids": item} if isinstance(item, Tensor) else item
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        msg = (
+            f"Item {index} of the calibration dataset holds no input_ids [sequences, tokens]. {mode} scores text: give "
+            "nncf.Dataset a transform_func that makes {'input_ids': tensor} of it."
+        )
+        raise nncf.ValidationError(msg)
+    if ids.shape[1] < 2 or not len(ids):
+        msg = (
+            f"Item {index} of the calibration dataset has {len(ids)} sequences of {ids.shape[1]} tokens. The next "
+            "token is scored, so a sequence needs at least 2; hundreds are usual."
+        )
+        raise nncf.ValidationError(msg)
+    return {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+
+
+def _progress() -> Progress:
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+        TextColumn("{task.fields[best]}"),
+    )
+    return Progress(*columns, console=Console(file=sys.stderr))

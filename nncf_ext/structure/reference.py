@@ -1,0 +1,133 @@
+"""
+Plans in the files of the published results: counts of what was removed, by layer.
+
+Source: file formats of Munoz et al., MultiPruner (arXiv 2501.09949) and Mamba-Shedder (arXiv 2501.17088).
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import nncf
+from torch import Tensor, nn
+
+from nncf_ext.structure.coupling import layout_of
+from nncf_ext.structure.plan import Step, StructurePlan, check_plan, unit_in_words, units_by_score
+
+Score = Callable[[Sequence[Tensor]], Tensor]
+"""Importance of the units within a layer, ``[units]``, from their weights."""
+
+_MAMBA_SHEDDER = {"pruned_mamba_block_idx": ("mamba", 0), "pruned_ssm_idx": ("mamba", 1)}
+_HYBRID = {**_MAMBA_SHEDDER, "pruned_mha_idx": ("attention", 0), "pruned_mlp_idx": ("mlp", 0)}
+
+
+def plan_from_reference(content: Mapping[str, Any], model: nn.Module, score: Score | None = None) -> StructurePlan:
+    """
+    Reads the ``pruning_config.json`` of MultiPruner's or Mamba-Shedder's published results.
+
+    :param content: The parsed file. MultiPruner: ``pruned_attn_idx``, ``pruned_mlp_idx``, ``pruned_attn_width`` (query
+        channels that stay, by layer) and ``pruned_mlp_width`` (channels that stay, by layer). Mamba-Shedder:
+        ``pruned_mamba_block_idx``, ``pruned_ssm_idx``, and for Zamba2 ``pruned_mha_idx`` and ``pruned_mlp_idx``.
+    :param model: The dense model.
+    :param score: The least important units of a layer go, by the weights that
+        :func:`nncf_ext.structure.coupling.unit_weights` gives. :func:`nncf_ext.importance.blocks.l1_norm` is the order
+        of files made with weight reordering. None: the last units go.
+    :return: The plan.
+    :raises nncf.ValidationError: A number does not fit the model.
+    """
+    layout, plan = layout_of(model), StructurePlan.dense(model)
+    steps: list[Step] = []
+    if "mamba" in layout.family.branches:
+        if any((content.get("pruned_mlp_channels") or {}).values()):
+            msg = (
+                "pruned_mlp_channels counts channels of each use of a shared MLP by itself. Here the uses share their "
+                "weights: keep the same channels in all of them with StructurePlan.keep()."
+            )
+            raise nncf.ValidationError(msg)
+        # States first: a block that is removed later takes what is left.
+        for key, (name, kept) in sorted(_HYBRID.items(), key=lambda item: -item[1][1]):
+            gone = _layers(content, key, [index for index, each in enumerate(plan.layers) if name in each])
+            for layer in gone:
+                plan = plan.keep(layer, name, range(kept))
+            steps += [Step(name, layer, kept) for layer in gone]
+        return replace(plan, steps=tuple(steps))
+    for name, removed, widths in (
+        ("attention", "pruned_attn_idx", "pruned_attn_width"),
+        ("mlp", "pruned_mlp_idx", "pruned_mlp_width"),
+    ):
+        for layer, width in _by_layer(content.get(widths) or {}, len(layout.blocks), widths).items():
+            coupling = layout.couplings[layer][name]
+            count = width // coupling.channels
+            if width % coupling.channels or not 0 < count <= coupling.units:
+                msg = (
+                    f"{widths} keeps {width} channels in layer {layer}. {unit_in_words(name, layout)}, and the layer "
+                    f"has {coupling.units * coupling.channels}: a multiple from {coupling.channels} up to that works."
+                )
+                raise nncf.ValidationError(msg)
+            if count < coupling.units:
+                plan = plan.keep(layer, name, sorted(units_by_score(layout, layer, name, score)[:count]))
+                steps.append(Step(name, layer, count))
+        gone = _layers(content, removed, range(len(layout.blocks)))
+        for layer in gone:
+            plan = plan.keep(layer, name, ())
+        steps = [*(Step(name, layer, 0) for layer in gone), *steps]
+    return replace(plan, steps=tuple(steps))
+
+
+def plan_to_reference(plan: StructurePlan, model: nn.Module, score: Score | None = None) -> dict[str, Any]:
+    """
+    Writes a plan as a ``pruning_config.json``, which holds counts only.
+
+    :param plan: The plan.
+    :param model: The dense model.
+    :param score: Order within a layer that the reader of the file will use; see :func:`plan_from_reference`.
+    :return: Plain data for ``json.dump``.
+    :raises nncf.ValidationError: The plan keeps other units than the reader would.
+    """
+    layout = layout_of(model)
+    check_plan(model, plan, layout)
+    content: dict[str, Any] = {}
+    if "mamba" in layout.family.branches:
+        for key, (name, count) in (_HYBRID if layout.family.hybrids else _MAMBA_SHEDDER).items():
+            content[key] = _in_order(plan, name, count)
+        return content
+    for name, short in (("attention", "attn"), ("mlp", "mlp")):
+        content[f"pruned_{short}_idx"] = _in_order(plan, name, 0)
+        widths = content[f"pruned_{short}_width"] = {}
+        for layer, kept in enumerate(plan.layers):
+            coupling, count = layout.couplings[layer][name], len(kept[name])
+            widths[str(layer)] = (count or coupling.units) * coupling.channels
+            if 0 < count and set(kept[name]) != set(units_by_score(layout, layer, name, score)[:count]):
+                msg = (
+                    f"The plan keeps {count} units of the {name} of layer {layer} that are not the first by the "
+                    "given score. The reference format holds counts only: keep such a plan in our own format."
+                )
+                raise nncf.ValidationError(msg)
+    return content
+
+
+def _in_order(plan: StructurePlan, name: str, count: int) -> list[int]:
+    """Layers that keep so many units of a branch, in the order of the plan's steps where it tells them all."""
+    layers = [layer for layer, kept in enumerate(plan.layers) if name in kept and len(kept[name]) == count]
+    ordered = [step.layer for step in plan.steps if step.branch == name and step.kept == count]
+    return ordered if sorted(ordered) == layers else layers
+
+
+def _layers(content: Mapping[str, Any], key: str, possible: Collection[int]) -> list[int]:
+    layers = [int(layer) for layer in content.get(key) or ()]
+    if any(layer not in possible for layer in layers):
+        where = f"layers {min(possible)} to {max(possible)}" if possible else "no such layer"
+        msg = f"{key} names layers {layers}; the model has {where}."
+        raise nncf.ValidationError(msg)
+    return layers
+
+
+def _by_layer(widths: Mapping[Any, int], layers: int, name: str) -> dict[int, int]:
+    keys = {int(key): int(width) for key, width in widths.items()}
+    # One published file counts its MLP layers after the attention layers: 32..63 in a model of 32 layers.
+    if keys and min(keys) >= layers:
+        keys = {key - layers: width for key, width in keys.items()}
+    if any(not 0 <= key < layers for key in keys):
+        msg = f"{name} names layers {sorted(keys)}; the model has layers 0 to {layers - 1}."
+        raise nncf.ValidationError(msg)
+    return keys

@@ -1,0 +1,98 @@
+"""Which text is a model calibrated, trained and measured on?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiny_lm import corpus
+from tokenizers import Tokenizer
+from torch import Tensor
+
+WINDOW = 256  # tokens
+ASSETS = Path(__file__).parents[1] / "assets"
+MAX_PACKAGE_BYTES = 400_000
+"""Of each training package: enough for a recovery, and for every kind of text that the models learned from."""
+
+
+def windows(tokenizer: Any, name: str, limit: int) -> Tensor:
+    """
+    :param tokenizer: Tokenizer of the model.
+    :param name: ``"calibration"`` or ``"heldout"``: the committed text.
+    :param limit: How many at most.
+    :return: ``[windows, WINDOW]`` token ids, spread evenly over the text.
+    """
+    ids = torch.tensor(tokenizer((ASSETS / f"{name}.txt").read_text(encoding="utf-8"))["input_ids"])
+    whole = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    return whole[torch.linspace(0, len(whole) - 1, min(limit, len(whole))).long()]
+
+
+def batches(ids: Tensor, size: int) -> list[dict[str, Tensor]]:
+    """
+    :param ids: ``[windows, tokens]``.
+    :param size: Windows of a batch.
+    :return: What a causal language model takes.
+    """
+    return [{"input_ids": part} for part in ids.split(size)]
+
+
+def training_tokens(file: Path, tokenizer_file: Path, max_package_bytes: int = MAX_PACKAGE_BYTES) -> NDArray[np.uint16]:
+    """
+    :param file: Where to keep them.
+    :param tokenizer_file: A tokenizer.json.
+    :param max_package_bytes: No package gives more text than this.
+    :return: uint16 ``[tokens]``: source of the training packages that are installed here, shuffled by file.
+    """
+    if not file.exists():
+        documents = sorted(_documents(max_package_bytes), key=lambda document: document.sha256)
+        texts = [document.text for document in documents]
+        tokens = np.concatenate(list(corpus.encode(Tokenizer.from_file(str(tokenizer_file)), texts)))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".part.npy")
+        np.save(aside, tokens)
+        os.replace(aside, file)
+    return np.load(file, mmap_mode="r")
+
+
+def _documents(max_package_bytes: int) -> Iterator[corpus.Document]:
+    for name in corpus.TRAINING_PACKAGES:
+        try:
+            package = corpus.find_package(name)
+        except RuntimeError:
+            continue  # not installed
+        size = 0
+        for document in sorted(corpus.read_documents(package), key=lambda document: document.sha256):
+            if size < max_package_bytes and not corpus.HELD_OUT_STDLIB & set(Path(document.path).with_suffix("").parts):
+                size += len(document.text.encode())
+                yield document
+
+
+class Stream:
+    """
+    Batches of windows without end; each pass over the text is in an order of its own.
+
+    :param tokens: ``[tokens]``.
+    :param batch: Windows of a batch.
+    :param seed: Of the order.
+    """
+
+    def __init__(self, tokens: NDArray[np.uint16], batch: int, seed: int) -> None:
+        self._tokens, self._batch, self._seed = tokens, batch, seed
+        self._steps = len(tokens) // WINDOW // batch
+        if not self._steps:
+            raise ValueError(f"One batch needs {batch * WINDOW} tokens, the text has {len(tokens)}.")
+
+    def batch(self, step: int) -> Tensor:
+        """
+        :param step: From 0.
+        :return: int64 ``[batch, WINDOW]``, a pure function of the step.
+        """
+        order = np.random.default_rng([self._seed, step // self._steps]).permutation(len(self._tokens) // WINDOW)
+        first = step % self._steps * self._batch
+        rows = [self._tokens[index * WINDOW : (index + 1) * WINDOW] for index in order[first : first + self._batch]]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
