@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import openvino as ov
 
-from ov_ext import runtime
+from ov_ext import runtime, state_space
 from ov_ext.convert import save_model
 from ov_ext.folder import whole_folder
 
@@ -99,7 +99,8 @@ def export(
 
     INT4 weights in NNCF's torch form keep their codes and scales bit for bit. Nothing is rounded or compressed on top.
     Layers may differ in their number of key/value heads or lack attention: each layer with attention has a state of its
-    own shape.
+    own shape. Mamba and Mamba-2 are exported with the states of their convolutions and state spaces, also where layers
+    lack the latter.
 
     :param model: The torch model.
     :param tokenizer: Its tokenizer.
@@ -115,21 +116,31 @@ def export(
         raise ValueError(msg)
     out = Path(out)
     with whole_folder(out, overwrite) as draft:
-        import torch
-        from optimum.exporters.openvino import export_from_model
-
-        half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-        export_from_model(
-            model.eval(),
-            output=draft,
-            task=task,
-            stateful=True,
-            patch_16bit_model=half,
-            custom_export_configs=_export_configs(model, task),
-        )
+        if model.config.model_type in state_space.MODEL_TYPES:
+            # Optimum has no export of these models with the transformers that it works with.
+            save_model(state_space.convert_state_space_model(model.eval()), draft / MODEL)
+            model.config.save_pretrained(draft)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(draft)
+        else:
+            _export_by_optimum(model.eval(), draft, task)
         tokenizer.save_pretrained(draft)
         save_tokenizer_ir(tokenizer, draft)
     return out
+
+
+def _export_by_optimum(model: PreTrainedModel, draft: Path, task: str) -> None:
+    import torch
+    from optimum.exporters.openvino import export_from_model
+
+    export_from_model(
+        model,
+        output=draft,
+        task=task,
+        stateful=True,
+        patch_16bit_model=next(model.parameters()).dtype in (torch.float16, torch.bfloat16),
+        custom_export_configs=_export_configs(model, task),
+    )
 
 
 def _export_configs(model: PreTrainedModel, task: str) -> dict[str, Any] | None:

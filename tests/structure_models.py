@@ -32,20 +32,36 @@ CAUSAL = {
     "opt": ("OPT", {"num_attention_heads": 4, "ffn_dim": 40}),
     "opt_post_norm": ("OPT", {"num_attention_heads": 4, "ffn_dim": 40, "do_layer_norm_before": False}),
 }
+MAMBA2 = {"state_size": 8, "num_heads": 8, "head_dim": 8, "chunk_size": 4}
+ZAMBA2 = {
+    # transformers 5.5 gives adapters to alternating blocks only, the first of them at an even place.
+    "layers_block_type": ["mamba", "mamba", "hybrid", "hybrid", "hybrid", "mamba"],
+    "num_hidden_layers": 6,
+    **{"mamba_d_state": 8, "n_mamba_heads": 8, "chunk_size": 4, "num_attention_heads": 4, "intermediate_size": 40},
+    **{"num_mem_blocks": 2, "adapter_rank": 4, "use_mem_rope": True, "tie_word_embeddings": True},
+}
+STATE_SPACE = {
+    "mamba": ("Mamba", {"state_size": 8, "time_step_rank": 3}),
+    "mamba_biases": ("Mamba", {"state_size": 8, "time_step_rank": 3, "use_bias": True, "use_conv_bias": False}),
+    "falcon_mamba": ("FalconMamba", {"state_size": 8, "time_step_rank": 3}),
+    "mamba2": ("Mamba2", {**MAMBA2, "n_groups": 2}),
+    "mamba2_tied": ("Mamba2", {**MAMBA2, "n_groups": 1, "tie_word_embeddings": True, "use_bias": True}),
+}
+HYBRIDS = {"zamba2": ("Zamba2", ZAMBA2)}
 ENCODERS = {"bert": ("Bert", FOUR), "roberta": ("Roberta", FOUR)}
 
 
 def make(name: str, **overrides: Any) -> nn.Module:
     """
-    :param name: A key of CAUSAL or ENCODERS.
+    :param name: A key of one of the tables above.
     :param overrides: Settings that replace those of the table.
     :return: The model in evaluation mode, biases and norms random, too, so that nothing cancels out by chance.
     """
-    kind, settings = (CAUSAL | ENCODERS)[name]
+    kind, settings = (CAUSAL | ENCODERS | STATE_SPACE | HYBRIDS)[name]
     config_name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
     config = getattr(transformers, config_name)(**{**SIZES, **TOKENS, **settings, **overrides})
     torch.manual_seed(3)
-    model = getattr(transformers, f"{kind}ForCausalLM" if name in CAUSAL else f"{kind}ForMaskedLM")(config).eval()
+    model = getattr(transformers, f"{kind}ForMaskedLM" if name in ENCODERS else f"{kind}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.15)
     return model
@@ -74,8 +90,8 @@ def cached_logits(model: nn.Module, ids: torch.Tensor, prompt: int = 4) -> torch
     """
     with torch.no_grad():
         first = model(input_ids=ids[:, :prompt], use_cache=True)
-        parts, cache = [first.logits], first.past_key_values
+        parts, name = [first.logits], "cache_params" if "cache_params" in first else "past_key_values"
         for position in range(prompt, ids.shape[1]):
-            step = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            step = model(input_ids=ids[:, position : position + 1], use_cache=True, **{name: first[name]})
             parts.append(step.logits)
     return torch.cat(parts, dim=1)

@@ -16,7 +16,9 @@ from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
 from nncf_ext.structure.uniform import snap_to_uniform
-from tests.structure_models import CAUSAL, ENCODERS, cached_logits, logits, make, tokens
+from tests.structure_models import CAUSAL, ENCODERS, HYBRIDS, STATE_SPACE, cached_logits, logits, make, tokens
+
+SCANNED = STATE_SPACE | HYBRIDS
 
 
 def uneven(name: str) -> torch.nn.Module:
@@ -25,6 +27,15 @@ def uneven(name: str) -> torch.nn.Module:
     plan = StructurePlan.dense(model).keep(0, "attention", ()).keep(1, "attention", ()).keep(1, "mlp", ())
     heads = len(plan.layers[2]["attention"])
     return extract_structure(model, plan.keep(2, "attention", range(1, heads)).keep(3, "mlp", (2, 30, 11)))
+
+
+def without_states(name: str) -> torch.nn.Module:
+    """Two layers without state spaces; of a hybrid one without attention, one use of the shared MLP gone as well."""
+    model = make(name)
+    plan = StructurePlan.dense(model).keep(0, "mamba", (0,)).keep(2, "mamba", (0,))
+    if name in HYBRIDS:
+        plan = plan.keep(3, "attention", ()).keep(4, "mlp", ()).keep(1, "mamba", ())
+    return extract_structure(model, plan)
 
 
 def uniform(name: str) -> torch.nn.Module:
@@ -137,11 +148,11 @@ for name in sys.argv[2:]:
 
 def test_trust_remote_code_needs_no_package_of_ours(tmp_path) -> None:
     """All families in one process, which cannot import ours."""
-    made = {name: uneven(name) for name in CAUSAL | ENCODERS}
+    made = {name: uneven(name) for name in CAUSAL | ENCODERS} | {name: without_states(name) for name in SCANNED}
     for name, small in made.items():
         nncf_ext.save_pretrained(small, tmp_path / name)
         torch.save(tokens(), tmp_path / name / "ids.pt")
-        torch.save(name in CAUSAL, tmp_path / name / "causal.pt")
+        torch.save(name not in ENCODERS, tmp_path / name / "causal.pt")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", REMOTE, str(tmp_path), *made]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -149,7 +160,7 @@ def test_trust_remote_code_needs_no_package_of_ours(tmp_path) -> None:
     for name, small in made.items():
         found = torch.load(tmp_path / name / "logits.pt")
         torch.testing.assert_close(found, logits(small, tokens()), rtol=1e-5, atol=1e-5)
-        if name in CAUSAL:
+        if name not in ENCODERS:
             asked = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
             expected = small.generate(input_ids=tokens(), **asked)
             assert torch.equal(torch.load(tmp_path / name / "generated.pt"), expected), name
