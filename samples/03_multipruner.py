@@ -265,8 +265,8 @@ def main(
     out = out / "quick" if quick else out
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
-    windows = {"calibration": 8, "heldout": 16} if quick else {"calibration": 64, "heldout": 96}
-    steps, batch, seeds = steps or (20 if quick else 400), 16, range(1 if quick else 3)
+    windows = {"calibration": 8, "heldout": 16} if quick else {"calibration": 32, "heldout": 96}
+    steps, batch, seeds = steps or (20 if quick else 200), 16, range(1 if quick else 3)
     calibration, held_out = (text.windows(tokenizer, name, count) for name, count in windows.items())
     removal = Removal(out, ratio, calibration)
     arms = (BLOCKS, EQUAL, STAGED, POOL, REPAIRED)
@@ -280,7 +280,7 @@ def main(
 
         def recover(name: str = name) -> Any:
             stream = text.Stream(tokens, batch, seed=0)
-            options = {"steps": steps, "learning_rate": 1e-3, "rank": 32}
+            options = {"steps": steps, "learning_rate": 2e-3, "rank": 32}
             return recovery.recover(removal.arm(name), removal.dense, stream, **options)
 
         models[recovered] = kept(out / "models" / f"{slug(recovered)}-{steps}", recover)

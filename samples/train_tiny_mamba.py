@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,17 +114,28 @@ def scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return y.permute(1, 0, 3, 2, 4).flatten(1, 2)
 
 
-def build(config: Mamba2Config) -> Mamba2ForCausalLM:
+@contextmanager
+def fast(model: Any) -> Iterator[Any]:
     """
-    :param config: The architecture.
-    :return: A model with random weights that trains fast and cannot generate.
+    Within the context the mixers of a Mamba-2 compute by matrix products, with the same weights, and cannot generate.
+
+    :param model: The model, whole or cut.
+    :return: The model.
     """
-    model = Mamba2ForCausalLM(config)
-    for index, block in enumerate(model.backbone.layers):
-        fast = FastMixer(config, index)
-        fast.load_state_dict(block.mixer.state_dict())
-        block.mixer = fast
-    return model
+    blocks = [block for block in model.backbone.layers if isinstance(block.mixer, Mamba2Mixer)]
+    slow = [block.mixer for block in blocks]
+    for block, mixer in zip(blocks, slow, strict=True):
+        block.mixer = FastMixer(model.config, mixer.layer_idx)
+        for name, module in mixer.named_children():
+            setattr(block.mixer, name, module)
+        for name, parameter in mixer.named_parameters(recurse=False):
+            setattr(block.mixer, name, parameter)
+        block.mixer.train(mixer.training)
+    try:
+        yield model
+    finally:
+        for block, mixer in zip(blocks, slow, strict=True):
+            block.mixer = mixer
 
 
 def encode(work_dir: Path) -> np.ndarray:
@@ -161,8 +174,9 @@ def export(training: Training, folder: Path) -> None:
         "minutes": round(training.seconds / 60, 1),
         "device": "CUDA" if torch.cuda.is_available() else "CPU",
         "text_tokens": len(training.tokens),
-        "bits_per_byte": round(bits_per_byte(model.float().eval(), stream, size), 4),
     }
+    with fast(model.float().eval()):
+        facts["bits_per_byte"] = round(bits_per_byte(model, stream, size), 4)
     (folder / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "PROVENANCE.md").write_text(PROVENANCE.format(**facts))
     Console().print(facts)
@@ -176,12 +190,12 @@ def main(
     """Collect the text, train or continue, and write the model."""
     corpus_step(work_dir)
     tokens = encode(work_dir)
-    training = Training(model_config(), Plan(steps=steps, batch=16, learning_rate=4e-3), tokens, build=build)
+    training = Training(model_config(), Plan(steps=steps, batch=16, learning_rate=4e-3), tokens)
     checkpoint = work_dir / "checkpoint.pt"
     if checkpoint.exists():
         training.load(checkpoint)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with fast(training.model), Progress(*columns) as bar:
         task = bar.add_task("compiling", total=1.0)
         for loss in training.run(checkpoint):
             done = training.plan.progress(training.step, training.seconds)
