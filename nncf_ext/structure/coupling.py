@@ -174,6 +174,16 @@ def _coupling(block: nn.Module, branch: Branch, sizes: tuple[int, ...], place: s
             if path not in modules:
                 msg = f"{place} has no {path}, which the family's record names."
                 raise nncf.UnsupportedModelError(msg)
+        if branch.without_ssm:
+            needed = ("in_proj", "conv1d", "out_proj", "intermediate_size", "conv_kernel_size", "layer_idx")
+            missing = [name for name in needed if not hasattr(modules[branch.core], name)]
+            if missing:
+                kind = type(modules[branch.core]).__name__
+                msg = (
+                    f"{place}.{branch.core} is a {kind} without {', '.join(missing)}: its state could "
+                    "not be kept in transformers' cache. The mixers of transformers' own classes work."
+                )
+                raise nncf.UnsupportedModelError(msg)
         without_ssm = isinstance(modules[branch.core], GatedConvMixer)
         return Coupling(branch, 2 if branch.without_ssm and not without_ssm else 1, 0, ())
     for path in (*branch.inputs, branch.output):

@@ -206,6 +206,13 @@ def test_plans_that_cannot_work() -> None:
         extract_structure(hybrid, StructurePlan.dense(hybrid).keep(2, "attention", ()))
 
 
+def test_mixers_without_a_place_in_the_cache_are_refused() -> None:
+    model = make("mamba2")
+    del model.backbone.layers[2].mixer.layer_idx
+    with pytest.raises(nncf.UnsupportedModelError, match=r"layers\.2\.mixer is a Mamba2Mixer without layer_idx.*cache"):
+        StructurePlan.dense(model)
+
+
 def test_stock_classes_refuse_what_lacks_state_spaces(tmp_path) -> None:
     model = make("mamba2")
     nncf_ext.save_pretrained(extract_structure(model, StructurePlan.dense(model).keep(1, "mamba", NO_SSM)), tmp_path)

@@ -12,7 +12,7 @@ import ov_ext
 import ov_ext.optimum
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
-from tests.structure_models import make
+from tests.structure_models import CAUSAL, make
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 IDS = torch.arange(5, 12)[None]
@@ -106,3 +106,21 @@ def test_gaps_in_the_cache_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     gap = extract_structure(model, StructurePlan.dense(model).keep(0, "attention", ()))
     with pytest.raises(ValueError, match=r"places \[0, 1, 3\] of the cache"):
         ov_ext.optimum.export(gap, tokenizer, tmp_path / "ir")
+
+
+# Optimum-Intel exports Gemma up to transformers 5.0 only.
+@pytest.mark.parametrize("name", [name for name in CAUSAL if not name.startswith("gemma")])
+def test_every_family_exports_uneven_layers(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = make(name, vocab_size=len(tokenizer))
+    plan = StructurePlan.dense(model)
+    if not getattr(model.config, "sliding_window", None) or name == "mistral":
+        # Where layers are of two kinds, removed attention leaves gaps in the cache.
+        plan = plan.keep(0, "attention", ()).keep(1, "attention", ()).keep(1, "mlp", ())
+    heads = len(plan.layers[2]["attention"])
+    small = extract_structure(model, plan.keep(2, "attention", range(1, heads)).keep(3, "mlp", (2, 30, 11)))
+    ov_ext.optimum.export(small, tokenizer, tmp_path / "ir")
+    found = ov_ext.optimum.load(tmp_path / "ir", ov_config=EXACT)
+    made = found.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert torch.equal(made, small.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False))
+    logits = found(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(logits, small(input_ids=IDS).logits.detach(), rtol=1e-4, atol=1e-4)
