@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MODEL_TYPES = ("mamba", "falcon_mamba", "mamba2")
 CHUNK = 64
 """Tokens that Mamba-2's scan takes at once."""
+_END = np.iinfo(np.int64).max
 
 
 def convert_state_space_model(model: torch.nn.Module) -> ov.Model:
@@ -31,7 +32,7 @@ def convert_state_space_model(model: torch.nn.Module) -> ov.Model:
     :return: Stateful IR. Inputs: ``input_ids`` ``[sequences, tokens]``; ``attention_mask``, whose last columns are
         those of the tokens; ``beam_idx`` ``[sequences]``, which rows of the states to go on with. Output: ``logits``
         ``[sequences, tokens, vocabulary]`` float32. Variables: of each layer ``conv`` ``[sequences, channels,
-        kernel]``, and ``ssm`` ``[sequences, heads, channels, states]`` (Mamba-1: ``[sequences, channels, states]``)
+        kernel]``, and ``ssm`` ``[sequences, heads, states, channels]`` (Mamba-1: ``[sequences, channels, states]``)
         where it has a state space; float32.
     :raises ValueError: The model is of another kind.
     """
@@ -104,7 +105,7 @@ def _conv_shape(mixer: Any) -> tuple[int, ...]:
 def _ssm_shape(mixer: Any) -> tuple[int, ...]:
     if hasattr(mixer, "x_proj"):
         return mixer.intermediate_size, mixer.ssm_state_size
-    return mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
+    return mixer.num_heads, mixer.ssm_state_size, mixer.head_dim
 
 
 def _decoder(model: Any) -> torch.nn.Module:
@@ -260,46 +261,58 @@ def _build_mamba2_scan(context: Any) -> list[Any]:
         order = [0, 3, 4, 1, 2, *range(5, 3 + len(rest))]
         return opset.transpose(split, _ints(order))
 
+    def tokens_of(value: Any) -> Any:
+        """Chunks and their tokens as one axis again."""
+        return opset.reshape(value, _ints([0, 0, 0, -1, value.get_output_partial_shape(0)[5].get_length()]), True)
+
     x = chunks(x, (groups, share, channels))
     until = opset.cum_sum(chunks(log_decay, (groups, share)), _ints(4))  # [sequences, groups, share, chunks, length]
     b, c = (chunks(each, (groups, 1, states)) for each in (b, c))
-    state = opset.reshape(state, _ints([0, groups, share, channels, states]), True)
-    state = opset.transpose(state, _ints([0, 1, 2, 4, 3]))  # [sequences, groups, share, states, channels]
-
     last = opset.gather(until, _ints(-1), _ints(4))  # [sequences, groups, share, chunks]
-    y = opset.matmul(opset.multiply(opset.matmul(c, b, False, True), _between(until, until, 0)), x, False, False)
-    left = opset.exp(opset.subtract(opset.unsqueeze(last, _ints(-1)), until))
-    written = opset.matmul(opset.multiply(b, opset.unsqueeze(left, _ints(-1))), x, True, False)
-    # From chunk to chunk: what is there before each.
     whole = opset.cum_sum(last, _ints(3))
     before = opset.subtract(whole, last)
-    flat = opset.reshape(written, _ints([0, 0, 0, 0, states * channels]), True)
-    start = opset.reshape(state, _ints([0, 0, 0, 1, states * channels]), True)
-    carried = opset.matmul(_between(before, whole, -1), flat, False, False)
-    carried = opset.add(carried, opset.multiply(opset.exp(opset.unsqueeze(before, _ints(-1))), start))
-    carried = opset.reshape(carried, _ints([0, 0, 0, -1, states, channels]), True)
-    read = opset.multiply(c, opset.unsqueeze(opset.exp(until), _ints(-1)))
-    y = opset.add(y, opset.matmul(read, carried, False, False))
-    # Of the last chunk: what is there behind it.
-    rest = opset.exp(opset.unsqueeze(opset.gather(last, _ints([-1]), _ints(3)), _ints(-1)))
-    end = opset.gather(carried, _ints(-1), _ints(3)), opset.gather(written, _ints(-1), _ints(3))
-    state = opset.add(opset.multiply(end[0], rest), end[1])
-    state = opset.reshape(opset.transpose(state, _ints([0, 1, 2, 4, 3])), _ints([0, heads, channels, states]), True)
+    since_start = opset.add(until, opset.unsqueeze(before, _ints(-1)))
+    total = opset.gather(whole, _ints([-1]), _ints(3))  # [sequences, groups, share, 1]
 
-    y = opset.transpose(y, _ints([0, 3, 4, 1, 2, 5]))
-    y = opset.reshape(y, _ints([0, -1, heads, channels]), True)
+    # Within each chunk.
+    y = opset.matmul(opset.multiply(opset.matmul(c, b, False, True), _between(until, until)), x, False, False)
+    # What earlier chunks wrote: nothing at all where there is one chunk, as there is for one token.
+    left = opset.exp(opset.subtract(opset.unsqueeze(last, _ints(-1)), until))
+    read, write = (
+        opset.multiply(each, opset.unsqueeze(much, _ints(-1))) for each, much in ((c, opset.exp(until)), (b, left))
+    )
+    written = opset.matmul(_cut(write, 0, -1), _cut(x, 0, -1), True, False)
+    flat = opset.reshape(written, _ints([0, 0, 0, 0, states * channels]), True)
+    carried = opset.matmul(_between(_cut(before, 1, _END), _cut(whole, 0, -1)), flat, False, False)
+    carried = opset.reshape(carried, _ints([0, 0, 0, 0, states, channels]), True)
+    later = opset.add(_cut(y, 1, _END), opset.matmul(_cut(read, 1, _END), carried, False, False))
+    y = tokens_of(opset.concat([_cut(y, 0, 1), later], axis=3))
+    # What was there before the first token, and what is there behind the last one.
+    state = opset.reshape(state, _ints([0, groups, share, states, channels]), True)
+    read = tokens_of(opset.multiply(c, opset.unsqueeze(opset.exp(since_start), _ints(-1))))
+    y = opset.add(y, opset.matmul(read, state, False, False))
+    left = opset.exp(opset.subtract(opset.unsqueeze(total, _ints(-1)), since_start))
+    write = tokens_of(opset.multiply(b, opset.unsqueeze(left, _ints(-1))))
+    kept = opset.multiply(state, opset.unsqueeze(opset.exp(total), _ints(-1)))
+    state = opset.add(kept, opset.matmul(write, tokens_of(x), True, False))
+    state = opset.reshape(state, _ints([0, heads, states, channels]), True)
+
+    y = opset.reshape(opset.transpose(y, _ints([0, 3, 1, 2, 4])), _ints([0, 0, heads, channels]), True)
     y = opset.slice(y, _ints([0]), opset.unsqueeze(tokens, _ints(0)), _ints([1]), _ints([1]))
     return [y.output(0), state.output(0)]
 
 
-def _between(ends: Any, starts: Any, offset: int) -> Node:
-    """exp(ends[i] - starts[j]) where j <= i + offset, else 0: how much of what came at j is left at i."""
+def _cut(value: Any, start: int, stop: int) -> Any:
+    """Some of the chunks."""
+    return opset.slice(value, _ints([start]), _ints([stop]), _ints([1]), _ints([3]))
+
+
+def _between(ends: Any, starts: Any) -> Node:
+    """exp(ends[i] - starts[j]) where j <= i, else 0: how much of what came at j is left at i."""
     difference = opset.subtract(opset.unsqueeze(ends, _ints(-1)), opset.unsqueeze(starts, _ints(-2)))
     count = opset.gather(opset.shape_of(ends, output_type="i64"), _ints(-1), _ints(0))
     places = opset.range(_ints(0), count, _ints(1), output_type="i64")
-    later = opset.greater(
-        opset.unsqueeze(places, _ints(0)), opset.unsqueeze(opset.add(places, _ints(offset)), _ints(1))
-    )
+    later = opset.greater(opset.unsqueeze(places, _ints(0)), opset.unsqueeze(places, _ints(1)))
     return opset.exp(opset.select(later, opset.constant(np.float32(-np.inf)), difference))
 
 
