@@ -234,7 +234,9 @@ def composed(model: Any, tokenizer: Any, calibration: Any, folder: Path) -> Any:
         ratio=0.5,
         dataset=nncf.Dataset(batches(calibration, 1)),
         do_copy=True,
-        advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(quantization=nncf.CompressWeightsMode.INT4_SYM),
+        advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(
+            quantization=nncf.CompressWeightsMode.INT4_SYM, group_size=GROUP
+        ),
     )
     ov_ext.optimum.export(sparse, tokenizer, folder, overwrite=folder.exists())
     core = ov_ext.add_extension(ov.Core())
@@ -294,7 +296,7 @@ def main(
     deployed = {name: deploy(models[name], tokenizer, folder) for name, folder in folders.items()}
     folders["sparse"] = out / "sparse-int4-ir"
     sparse = composed(models[best], tokenizer, calibration, folders["sparse"])
-    name = "the last but one, SparseGPT 50 % + INT4 + packed, in OpenVINO"
+    name = "SparseGPT 50 % + INT4 on the repaired and recovered one, packed, in OpenVINO"
     prompt = tokenizer(PROMPT, return_tensors="pt")
     speeds = tuple(evidence.speed(model, prompt) for model in deployed.values())
 
@@ -328,10 +330,8 @@ def main(
     (out / "record.json").write_text(json.dumps(record | {"tokens_per_s": speeds}, indent=1))
 
     size = {name: sum(each.numel() for each in models[name].parameters()) / 1e6 for name in models}
-    lines = {
-        f"{name}: steps, calibration text": frontier(removal, removal.plan(name)) for name in arms if name != EQUAL
-    }
-    marks = {name: [(size[name], math.exp(found[name].mean()))] for name in ("dense", EQUAL, best)}
+    lines = {name: frontier(removal, name, held_out[::4]) for name in (BLOCKS, STAGED, POOL)}
+    marks = {name: [(size[name], math.exp(found[name][::4].mean()))] for name in (EQUAL, REPAIRED, best)}
     evidence.plot(out / "frontier.png", lines | marks, ("million parameters", "perplexity"))
     console.print(f"Picture: {out / 'frontier.png'}", highlight=False)
     console.print(f"\nText by {folders[best].name}, greedy:\n", style="bold")
