@@ -26,7 +26,7 @@ SOURCE = SAMPLES / "assets" / "tiny_lm"
 PROMPT = "def read_file(path):\n    "
 POOL, REPAIRED, STAGED = "MultiPruner, one pool", "MultiPruner, one pool, repaired", "MultiPruner, staged 44:52:4"
 BLOCKS, EQUAL = "blocks only", "equal widths, L1"
-GROUP = 64  # MLP channels that go together
+GROUP = 64  # MLP channels that go together; also those that share an INT4 scale
 
 
 def quiet() -> None:
@@ -44,10 +44,11 @@ class Removal:
     :param out: Folder where they are kept.
     :param ratio: Fraction of all parameters to remove.
     :param calibration: ``[windows, tokens]``.
+    :param group: MLP channels that go together.
     """
 
-    def __init__(self, out: Path, ratio: float, calibration: Any) -> None:
-        self.out, self.ratio, self.calibration = out, ratio, calibration
+    def __init__(self, out: Path, ratio: float, calibration: Any, group: int) -> None:
+        self.out, self.ratio, self.calibration, self.group = out, ratio, calibration, group
         self.dense = load_dense()
 
     def arm(self, name: str) -> Any:
@@ -87,7 +88,7 @@ class Removal:
             ratio=self.ratio,
             dataset=nncf.Dataset(batches(self.calibration, 4)),
             resume=self.out / "search" / slug(name),
-            advanced_parameters=nncf_ext.AdvancedMultiPrunerParameters(mlp_group=GROUP, **options),
+            advanced_parameters=nncf_ext.AdvancedMultiPrunerParameters(mlp_group=self.group, **options),
         )
         nncf_ext.structure_plan(model).save(self.out / f"{slug(name)}.plan.json")
         return model
@@ -267,15 +268,15 @@ def main(
     out = out / "quick" if quick else out
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
-    windows = {"calibration": 8, "heldout": 16} if quick else {"calibration": 32, "heldout": 96}
+    windows = {"calibration": 4, "heldout": 8} if quick else {"calibration": 32, "heldout": 96}
     steps, batch, seeds = steps or (20 if quick else 200), 16, range(1 if quick else 3)
     calibration, held_out = (text.windows(tokenizer, name, count) for name, count in windows.items())
-    removal = Removal(out, ratio, calibration)
+    removal = Removal(out, ratio, calibration, 3 * GROUP if quick else GROUP)
     arms = (BLOCKS, EQUAL, STAGED, POOL, REPAIRED)
     models = {"dense": removal.dense, **{name: removal.arm(name) for name in arms}}
     found = {name: evidence.losses(model, held_out) for name, model in models.items()}
 
-    package_bytes = 40_000 if quick else text.MAX_PACKAGE_BYTES
+    package_bytes = 4_000 if quick else text.MAX_PACKAGE_BYTES
     tokens = text.training_tokens(out / f"tokens-{package_bytes}.npy", SOURCE / "tokenizer.json", package_bytes)
     for name in (STAGED, REPAIRED):
         recovered = f"{name}, LoRA merged"

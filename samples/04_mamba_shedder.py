@@ -48,19 +48,22 @@ def searched(unit: str, count: int, calibration: Any, folder: Path) -> list[Any]
     """:return: The plans of a search, from the dense model on."""
     import nncf
     from removal.text import batches
+    from train_tiny_mamba import fast
 
     import nncf_ext
 
     model = load_dense()
     plans = [nncf_ext.StructurePlan.dense(model)]
-    nncf_ext.compress(
-        model,
-        nncf_ext.CompressMode.MAMBA_SHEDDER,
-        ratio=0.0,
-        dataset=nncf.Dataset(batches(calibration, 4)),
-        resume=folder,
-        advanced_parameters=nncf_ext.AdvancedMambaShedderParameters(stages=(nncf_ext.RemovalStage((unit,), count),)),
-    )
+    stages = (nncf_ext.RemovalStage((unit,), count),)
+    with fast(model):
+        nncf_ext.compress(
+            model,
+            nncf_ext.CompressMode.MAMBA_SHEDDER,
+            ratio=0.0,
+            dataset=nncf.Dataset(batches(calibration, 4)),
+            resume=folder,
+            advanced_parameters=nncf_ext.AdvancedMambaShedderParameters(stages=stages),
+        )
     return plans + [nncf_ext.StructurePlan.load(file) for file in sorted(folder.glob("plan.*.json"))]
 
 
@@ -78,6 +81,7 @@ def sensitivity(dense: Any, calibration: Any) -> list[tuple[float, float]]:
     """:return: For each layer, nats a token that the loss grows by without its block, and without its state space."""
     import torch
     from removal.text import batches
+    from train_tiny_mamba import fast
 
     import nncf_ext
     from nncf_ext.structure.removal import Removal, Scorer
@@ -85,7 +89,7 @@ def sensitivity(dense: Any, calibration: Any) -> list[tuple[float, float]]:
     layers = range(dense.config.num_hidden_layers)
     candidates = [Removal(layer, "mamba", tuple(range(left))) for left in UNITS.values() for layer in layers]
     scorer = Scorer(dense, batches(calibration, 4), nncf_ext.PerplexityMetric().losses, early_stop=False)
-    with torch.no_grad():
+    with torch.no_grad(), fast(dense):
         scores = scorer.score(nncf_ext.StructurePlan.dense(dense), candidates)
     grown = (scores.totals - scores.base).tolist()
     return list(zip(grown[: len(layers)], grown[len(layers) :], strict=True))
@@ -228,8 +232,8 @@ def main(
     out = out / "quick" if quick else out
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
-    sizes = {"calibration": 4, "heldout": 8} if quick else {"calibration": 32, "heldout": 96}
-    steps, rounds, draws = steps or (10 if quick else 150), 2 if quick else 9, 2 if quick else 5
+    sizes = {"calibration": 4, "heldout": 4} if quick else {"calibration": 32, "heldout": 96}
+    steps, rounds, draws = steps or (10 if quick else 150), 1 if quick else 9, 1 if quick else 5
     calibration, held_out = (text.windows(tokenizer, name, count) for name, count in sizes.items())
     dense, console = load_dense(), Console(width=140)
     count = dense.config.num_hidden_layers
@@ -268,7 +272,7 @@ def main(
     headings = ("removed", "perplexity, calibration", "held out", "parameters", "without embeddings", "state, kB")
     evidence.show("Step by step (state in bfloat16)", headings, rows)
 
-    package_bytes = 40_000 if quick else text.MAX_PACKAGE_BYTES
+    package_bytes = 4_000 if quick else text.MAX_PACKAGE_BYTES
     tokens = text.training_tokens(out / f"tokens-{package_bytes}.npy", SOURCE / "tokenizer.json", package_bytes)
     models = {"dense": dense}
     for unit, small in chosen.items():
@@ -295,7 +299,7 @@ def main(
     folders = {name: out / f"ir-{index}" for index, name in enumerate(models)}
     decoders = {name: Decoder(model, tokenizer, folders[name]) for name, model in models.items()}
     measured = {"the committed model": speeds(decoders, rounds)}
-    wide = large(4 if quick else 24)
+    wide = large(3 if quick else 24)
     third = range(0, wide.config.num_hidden_layers, 3)
     wider = {
         "dense": wide,

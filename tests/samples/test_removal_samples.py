@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.structure_models import make, tokens
 
@@ -43,6 +44,17 @@ def test_matrix_products_compute_what_the_scan_computes() -> None:
             found = model(input_ids=ids, use_cache=False).logits
     assert all(block.mixer is mixer for block, mixer in zip(model.backbone.layers, mixers, strict=True))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_committed_mamba_is_what_its_provenance_says() -> None:
+    folder = SAMPLES / "assets" / "tiny_mamba2"
+    facts = json.loads((folder / "provenance.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.num_parameters() == facts["parameters"]
+    assert facts["tokens"] == facts["steps"] * 16 * text.WINDOW
+    with fast(model.eval()):
+        loss = evidence.losses(model, text.windows(AutoTokenizer.from_pretrained(folder), "heldout", 8))
+    assert 2.6 < loss.mean() < 3.3  # nats a token; a uniform guess has 8.0
 
 
 def test_statistics() -> None:
