@@ -19,10 +19,10 @@ from benchmarks.results import Record, cpu_name, git_commit, show, write_json
 if TYPE_CHECKING:
     from torch import nn
 
-    from nncf_ext.structure.plan import StructurePlan
-    from nncf_ext.structure.removal import Elimination, Removal, Scorer
+    from nncf_ext.structure.plan import Removal, StructurePlan
+    from nncf_ext.structure.removal import Elimination, Scorer
 
-WHOLE, EXACT, RESCORED, RACED = "whole passes", "exact", "rescore_top", "racing"
+WHOLE, EXACT, TOGETHER, RESCORED, RACED = "whole passes", "exact", "side by side", "rescore_top", "racing"
 _COLUMNS = {
     "search": "search",
     "step_s": "seconds a step|.2f",
@@ -116,7 +116,14 @@ def measure(options: argparse.Namespace) -> list[Record]:
 
     from nncf_ext.importance.metrics import PerplexityMetric
     from nncf_ext.structure.plan import StructurePlan
-    from nncf_ext.structure.removal import Elimination, Scorer
+    from nncf_ext.structure.removal import Elimination, Scorer, Scores
+
+    class Recorded(Scorer):
+        """Remembers its last scores."""
+
+        def score(self, *arguments: Any) -> Scores:
+            self.last = super().score(*arguments)
+            return self.last
 
     model = random_model(options.hidden, options.layers, options.vocabulary, options.seed)
     generator = torch.Generator().manual_seed(options.seed)
@@ -125,11 +132,14 @@ def measure(options: argparse.Namespace) -> list[Record]:
     batches, metric = [{"input_ids": each} for each in ids], PerplexityMetric()
     dense = StructurePlan.dense(model)
     whole = WholePasses(model, batches, metric.losses)
-    scorers = {
-        EXACT: Scorer(model, batches, metric.losses, early_stop=False),
-        RESCORED: Scorer(model, batches, metric.losses, early_stop=False),
-        RACED: Scorer(model, batches, metric.losses, early_stop=False, racing=options.racing),
+    together = {"candidates_per_pass": options.candidates_per_pass}
+    own: dict[str, dict[str, Any]] = {
+        EXACT: {},
+        TOGETHER: together,
+        RESCORED: together,
+        RACED: {"racing": options.racing, **together},
     }
+    scorers = {name: Recorded(model, batches, metric.losses, early_stop=False, **each) for name, each in own.items()}
     searches = {
         name: Elimination(dense, rescore_top=options.rescore_top if name == RESCORED else None) for name in scorers
     }
@@ -144,16 +154,14 @@ def measure(options: argparse.Namespace) -> list[Record]:
             seconds[WHOLE].append(time.perf_counter() - start)
             for name in list(scorers)[:: 1 if step % 2 else -1]:
                 seconds[name].append(timed_step(searches[name], scorers[name]))
-            if step in (0, options.steps - 1):
-                found = Scorer(model, batches, metric.losses, early_stop=False).score(plan, candidates)
-                assert torch.equal(found.losses, expected), "scores differ from those of whole passes"
+            assert torch.equal(scorers[EXACT].last.losses, expected), "scores differ from those of whole passes"
             progress.advance(task)
     return [record_of(name, seconds, searches, whole if name == WHOLE else scorers[name], options) for name in seconds]
 
 
 def blocks_of(plan: StructurePlan) -> list[Removal]:
     """:return: Every branch that is left, attention first."""
-    from nncf_ext.structure.removal import Removal
+    from nncf_ext.structure.plan import Removal
 
     names = ("attention", "mlp")
     return [Removal(layer, name, ()) for name in names for layer, kept in enumerate(plan.layers) if kept[name]]
@@ -206,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=positive, default=1, help="of a batch")
     parser.add_argument("--tokens", type=positive, default=128, help="of a sequence")
     parser.add_argument("--steps", type=positive, default=8, help="blocks to remove, of two a layer")
+    parser.add_argument("--candidates-per-pass", type=positive, default=16, help="of all but the exact search")
     parser.add_argument("--rescore-top", type=positive, default=8)
     parser.add_argument("--racing", type=float, default=3.0, help="standard errors")
     parser.add_argument("--threads", type=positive, default=2)

@@ -49,8 +49,7 @@ def compress(
     Make weights of a language model zero, optionally put the rest on the INT4 grid, or remove parts; save the model.
 
     Load OUT_DIR by nncf_ext.load_pretrained(OUT_DIR). Without quantization, and where all layers have one size, it is
-    an ordinary Hugging Face folder. With multipruner and mamba_shedder,
-    structure_plan.json says what is left.
+    an ordinary Hugging Face folder. With multipruner and mamba_shedder, structure_plan.json says what is left.
     """
     import nncf
     from rich.console import Console

@@ -10,16 +10,13 @@ the result. Prints tables, the text that the exported IR writes, and draws a pic
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from removal.models import kept, load, quiet
 
 SAMPLES = Path(__file__).parent
 SOURCE = SAMPLES / "assets" / "tiny_lm"
@@ -27,14 +24,6 @@ PROMPT = "def read_file(path):\n    "
 POOL, REPAIRED, STAGED = "MultiPruner, one pool", "MultiPruner, one pool, repaired", "MultiPruner, staged 44:52:4"
 BLOCKS, EQUAL = "blocks only", "equal widths, L1"
 GROUP = 64  # MLP channels that go together; also those that share an INT4 scale
-
-
-def quiet() -> None:
-    """Leaves the console to this sample's own progress and tables."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    for name in ("nncf", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # tracing warns about every Python condition in transformers
 
 
 class Removal:
@@ -49,7 +38,7 @@ class Removal:
 
     def __init__(self, out: Path, ratio: float, calibration: Any, group: int) -> None:
         self.out, self.ratio, self.calibration, self.group = out, ratio, calibration, group
-        self.dense = load_dense()
+        self.dense = load(SOURCE)
 
     def arm(self, name: str) -> Any:
         """:return: The model without a fifth of its parameters."""
@@ -83,7 +72,7 @@ class Removal:
             REPAIRED: {"joint_cost": "parameters", "compensate": True},
         }[name]
         model = nncf_ext.compress(
-            load_dense(),
+            load(SOURCE),
             nncf_ext.CompressMode.MULTIPRUNER,
             ratio=self.ratio,
             dataset=nncf.Dataset(batches(self.calibration, 4)),
@@ -111,28 +100,6 @@ class Removal:
                 break
         plan.save(self.out / f"{slug(EQUAL)}.plan.json")
         return nncf_ext.extract(self.dense, plan)
-
-
-def load_dense() -> Any:
-    """:return: The committed model in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32).eval()
-
-
-def kept(folder: Path, make: Callable[[], Any]) -> Any:
-    """:return: The model in a folder, made first if it is not there."""
-    import torch
-
-    import nncf_ext
-
-    if not folder.exists():
-        aside = folder.with_name(folder.name + ".part")
-        shutil.rmtree(aside, ignore_errors=True)
-        nncf_ext.save_pretrained(make(), aside)
-        aside.rename(folder)
-    return nncf_ext.load_pretrained(folder, dtype=torch.float32)
 
 
 def slug(name: str) -> str:

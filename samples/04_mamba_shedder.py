@@ -9,39 +9,21 @@ picture. Finished parts are kept in `samples/out/04` and not repeated.
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import random
-import shutil
-import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from removal.models import kept, load, quiet
 
 SAMPLES = Path(__file__).parent
 SOURCE = SAMPLES / "assets" / "tiny_mamba2"
 PROMPT = "def read_file(path):\n    "
 UNITS = {"mamba_block": 0, "ssm": 1}  # what is left of the mixer
 NAMES = {"mamba_block": "blocks", "ssm": "state spaces"}
-
-
-def quiet() -> None:
-    """Leaves the console to this sample's own progress and tables."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    for name in ("nncf", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # tracing warns about every Python condition in transformers
-
-
-def load_dense() -> Any:
-    """:return: The committed model in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32).eval()
 
 
 def searched(unit: str, count: int, calibration: Any, folder: Path) -> list[Any]:
@@ -52,7 +34,7 @@ def searched(unit: str, count: int, calibration: Any, folder: Path) -> list[Any]
 
     import nncf_ext
 
-    model = load_dense()
+    model = load(SOURCE)
     plans = [nncf_ext.StructurePlan.dense(model)]
     stages = (nncf_ext.RemovalStage((unit,), count),)
     with fast(model):
@@ -84,7 +66,8 @@ def sensitivity(dense: Any, calibration: Any) -> list[tuple[float, float]]:
     from train_tiny_mamba import fast
 
     import nncf_ext
-    from nncf_ext.structure.removal import Removal, Scorer
+    from nncf_ext.structure.plan import Removal
+    from nncf_ext.structure.removal import Scorer
 
     layers = range(dense.config.num_hidden_layers)
     candidates = [Removal(layer, "mamba", tuple(range(left))) for left in UNITS.values() for layer in layers]
@@ -104,22 +87,13 @@ def evaluate(model: Any, ids: Any) -> Any:
         return losses(model, ids)
 
 
-def recovered(small: Any, dense: Any, stream: Any, steps: int, folder: Path) -> Any:
-    """:return: The smaller model after fine-tuning of all its weights; kept in a folder."""
-    import torch
+def recovered(small: Any, dense: Any, stream: Any, steps: int) -> Any:
+    """:return: The smaller model after fine-tuning of all its weights."""
     from removal.recovery import recover
     from train_tiny_mamba import fast
 
-    import nncf_ext
-
-    if not folder.exists():
-        with fast(small), fast(dense):
-            recover(small, dense, stream, steps=steps, learning_rate=1e-3, rank=None)
-        aside = folder.with_name(folder.name + ".part")
-        shutil.rmtree(aside, ignore_errors=True)
-        nncf_ext.save_pretrained(small, aside)
-        aside.rename(folder)
-    return nncf_ext.load_pretrained(folder, dtype=torch.float32)
+    with fast(small), fast(dense):
+        return recover(small, dense, stream, steps=steps, learning_rate=1e-3, rank=None)
 
 
 class Decoder:
@@ -235,7 +209,7 @@ def main(
     sizes = {"calibration": 4, "heldout": 4} if quick else {"calibration": 32, "heldout": 96}
     steps, rounds, draws = steps or (10 if quick else 150), 1 if quick else 9, 1 if quick else 5
     calibration, held_out = (text.windows(tokenizer, name, count) for name, count in sizes.items())
-    dense, console = load_dense(), Console(width=140)
+    dense, console = load(SOURCE), Console(width=140)
     count = dense.config.num_hidden_layers
     found = {"dense": evaluate(dense, held_out)}
 
@@ -277,8 +251,8 @@ def main(
     models = {"dense": dense}
     for unit, small in chosen.items():
         key = f"{NAMES[unit]}: searched, fine-tuned"
-        folder = out / f"{unit}-recovered-{steps}"
-        models[key] = recovered(small, dense, text.Stream(tokens, 16, seed=0), steps, folder)
+        make = partial(recovered, small, dense, text.Stream(tokens, 16, seed=0), steps)
+        models[key] = kept(out / f"{unit}-recovered-{steps}", make)
         found[key] = evaluate(models[key], held_out)
     rows = []
     for name, each in found.items():

@@ -10,6 +10,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,9 @@ from nncf_ext.structure.compensation import Compensator
 from nncf_ext.structure.counting import count_costs
 from nncf_ext.structure.coupling import Coupling, Layout, unit_weights
 from nncf_ext.structure.files import digest
-from nncf_ext.structure.plan import StructurePlan, check_cache, check_plan, check_sharing
+from nncf_ext.structure.plan import Removal, StructurePlan, check_cache, check_plan, check_sharing
 from nncf_ext.structure.records import set_plan
-from nncf_ext.structure.removal import Elimination, Removal, Scorer, layout_for_removal
+from nncf_ext.structure.removal import REUSE_BYTES, Elimination, Scorer, layout_for_removal
 from nncf_ext.structure.surgery import cut_structure
 from nncf_ext.upstream import is_wrapped
 
@@ -53,6 +54,9 @@ class RemovalParameters:
         3 is careful. None: never.
     :param rescore_top: Approximation: score only so many of the candidates that came out best at the last full sweep,
         which every eighth step is. None: always all.
+    :param candidates_per_pass: How many candidates may run side by side, where their passes begin at the same block:
+        faster where one batch does not fill the device. Above 1 the last bits of scores may differ.
+    :param reuse_bytes: Memory for what blocks gave in one step, for use in the next, bytes. Scores stay the same.
     """
 
     metric: Metric = field(default_factory=PerplexityMetric)
@@ -61,6 +65,8 @@ class RemovalParameters:
     early_stop: bool = True
     racing: float | None = None
     rescore_top: int | None = None
+    candidates_per_pass: int = 1
+    reuse_bytes: int = REUSE_BYTES
 
     def check(self) -> None:
         """
@@ -68,8 +74,11 @@ class RemovalParameters:
 
         :raises nncf.ValidationError: A value is out of range.
         """
-        for name in ("mlp_group", "rescore_top"):
+        for name in ("mlp_group", "rescore_top", "candidates_per_pass"):
             check_count(name, getattr(self, name))
+        if self.reuse_bytes < 0:
+            msg = f"reuse_bytes is a number of bytes, 0 to keep nothing; got {self.reuse_bytes}."
+            raise nncf.ValidationError(msg)
         if self.racing is not None and not self.racing > 0:
             msg = f"racing must be above 0, standard errors, or None; got {self.racing}."
             raise nncf.ValidationError(msg)
@@ -188,6 +197,7 @@ class StructureRemoval(ABC):
             "order": order if isinstance(order, str | None) else getattr(order, "__qualname__", repr(order)),
             "rescore_top": self._search.rescore_top,
             "racing": self._search.racing,
+            "candidates_per_pass": self._search.candidates_per_pass,
             "calibration": self.calibration(),
         }
 
@@ -261,7 +271,9 @@ class StructureRemoval(ABC):
                     needs_dense=metric.needs_dense,
                     early_stop=self._search.early_stop,
                     racing=self._search.racing,
-                    **({} if compensator is None else {"as_dense": compensator.dense}),
+                    candidates_per_pass=self._search.candidates_per_pass,
+                    reuse_bytes=self._search.reuse_bytes,
+                    as_dense=nullcontext if compensator is None else compensator.dense,
                 )
                 task = progress.add_task(stage.name, total=None, best="")
                 while not stage.done(search.plan):

@@ -164,6 +164,41 @@ class StructurePlan:
             raise nncf.ValidationError(msg) from error
 
 
+@dataclass(frozen=True)
+class Removal:
+    """
+    One candidate.
+
+    :param layer: Index of the layer.
+    :param branch: Name of the branch.
+    :param kept: Units of it that would stay, ascending; none removes the branch.
+    :param others: Later layers that share the weights and lose the same.
+    """
+
+    layer: int
+    branch: str
+    kept: tuple[int, ...]
+    others: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """:return: All layers that lose something, in order."""
+        return (self.layer, *self.others)
+
+    def on(self, plan: StructurePlan) -> StructurePlan:
+        """
+        :param plan: Any plan of the model.
+        :return: The plan with this removal carried out.
+        """
+        for layer in self.layers:
+            plan = plan.keep(layer, self.branch, self.kept)
+        return plan
+
+    def as_step(self, score: float | None = None, margin: float | None = None) -> Step:
+        """:return: The removal as a decision that was taken."""
+        return Step(self.branch, self.layer, len(self.kept), score, margin)
+
+
 def fingerprint(model: nn.Module) -> Fingerprint:
     """
     :param model: Any Hugging Face model.

@@ -2,15 +2,15 @@
 Greedy backward elimination: which part of a model is missed least? Remove it, and ask again.
 
 Every candidate is scored by the loss of the whole model on calibration batches. Batches come outside, candidates
-inside: one pass of the model as it is records what every block gives, and a candidate starts from the record of the
-block before its own. Its blocks, and everything behind them, run as in a pass of the whole masked model, so scores are
-the same, bit for bit.
+inside: a candidate's pass begins behind all blocks whose output is known (:mod:`nncf_ext.structure.suffixes`), and its
+score is that of a whole pass.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +20,16 @@ from torch import Tensor, nn
 
 from nncf_ext.structure.coupling import Layout, layout_of
 from nncf_ext.structure.files import write_whole
-from nncf_ext.structure.masking import mask_branch, masked
-from nncf_ext.structure.plan import Step, StructurePlan
+from nncf_ext.structure.masking import masked
+from nncf_ext.structure.plan import Removal, Step, StructurePlan
+from nncf_ext.structure.suffixes import Suffixes
 
+REUSE_BYTES = 2**30
 _LEAST_SEQUENCES = 4  # before anybody is given up in a race
 
 Losses = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
 """From logits ``[sequences, tokens, vocabulary]``, the batch, and the dense model's logits, to ``[sequences]`` float64,
 none below zero."""
-
-
-@dataclass(frozen=True)
-class Removal:
-    """
-    One candidate.
-
-    :param layer: Index of the layer.
-    :param branch: Name of the branch.
-    :param kept: Units of it that would stay, ascending; none removes the branch.
-    :param others: Later layers that share the weights and lose the same.
-    """
-
-    layer: int
-    branch: str
-    kept: tuple[int, ...]
-    others: tuple[int, ...] = ()
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """:return: All layers that lose something, in order."""
-        return (self.layer, *self.others)
-
-    def on(self, plan: StructurePlan) -> StructurePlan:
-        """
-        :param plan: Any plan of the model.
-        :return: The plan with this removal carried out.
-        """
-        for layer in self.layers:
-            plan = plan.keep(layer, self.branch, self.kept)
-        return plan
-
-    def as_step(self, score: float | None = None, margin: float | None = None) -> Step:
-        """:return: The removal as a decision that was taken."""
-        return Step(self.branch, self.layer, len(self.kept), score, margin)
 
 
 @dataclass(frozen=True)
@@ -94,13 +61,17 @@ class Scorer:
     """
     Scores candidates on one calibration set.
 
-    :param model: The dense model, in evaluation mode and without gradients.
+    :param model: The dense model, in evaluation mode and without gradients. Between steps its weights may change in
+        layers that the plan changes, and in no other.
     :param batches: Inputs of the model by name; with ``input_ids`` ``[sequences, tokens]``.
     :param losses: Loss of each sequence of a batch.
     :param needs_dense: Whether losses look at the dense model's logits.
     :param early_stop: Give a candidate up once its sum exceeds the best complete one. Decisions stay the same.
     :param racing: Approximation: give a candidate up after a batch when its sequences are worse than the leader's by so
         many standard errors of the mean difference. None: never.
+    :param candidates_per_pass: How many candidates may run side by side. The mathematics are the same; above 1 the
+        order of float sums is not, so the last bits of scores may differ from those of whole passes.
+    :param reuse_bytes: Memory for what blocks gave in one step, for use in the next, bytes. Scores stay the same.
     :param as_dense: Context in which the model is the dense one, when its weights change between steps.
     """
 
@@ -113,6 +84,8 @@ class Scorer:
         needs_dense: bool = False,
         early_stop: bool = True,
         racing: float | None = None,
+        candidates_per_pass: int = 1,
+        reuse_bytes: int = REUSE_BYTES,
         as_dense: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
@@ -121,21 +94,23 @@ class Scorer:
         self._needs_dense = needs_dense
         self._early_stop = early_stop
         self._racing = racing
+        self._candidates_per_pass = candidates_per_pass
         self._as_dense = as_dense
         self._layout = layout_of(model)
+        self._suffixes = Suffixes(model, self._layout, batches, reuse_bytes)
         self.evaluations = 0
 
     def score(
         self,
         plan: StructurePlan,
         candidates: Sequence[Removal],
-        advance: Callable[[], None] = lambda: None,
+        advance: Callable[[int], None] = lambda _count: None,
         saved: Tensor | None = None,
     ) -> Scores:
         """
         :param plan: What is there without the candidates.
         :param candidates: What to score, in the order that breaks ties.
-        :param advance: Called after every candidate of every batch.
+        :param advance: Called with the number of candidates that were dealt with, as each batch goes on.
         :param saved: What each candidate saves of a cost, ``[candidates]`` float64, when the loss added for each unit
             of it will decide. Nobody is stopped early then.
         :return: Their scores.
@@ -144,31 +119,45 @@ class Scorer:
         base = found[0]
         racing = torch.ones(len(candidates), dtype=torch.bool)
         complete = ~racing
+        self._suffixes.prepare(plan, candidates)
         for number, batch in enumerate(self._batches):
             dense = self._dense_logits(batch)
             last = number == len(self._batches) - 1
             early_stop = last and self._early_stop and saved is None
-            # The likeliest winner first: then most others need not be finished.
-            order = found.sum(dim=1).argsort(stable=True).tolist() if early_stop else range(len(candidates))
+            sums = found.sum(dim=1)
             least = torch.inf
             new = torch.zeros(len(candidates), len(batch["input_ids"]), dtype=torch.float64)
-            with masked(self._model, plan, self._layout), self._prefixes(batch) as (logits, prefix):
-                base = torch.cat([base, self._losses(logits, batch, dense).cpu()])
-                for index in order:
-                    advance()
-                    if not racing[index] or (early_stop and found[index].sum() > least):
-                        continue
-                    with prefix(candidates[index].layer), self._masked(candidates[index]):
-                        losses = self._losses(self._logits(batch), batch, dense)
-                    new[index] = losses.nan_to_num(nan=torch.inf).cpu()
-                    self.evaluations += 1
+            with masked(self._model, plan, self._layout):
+                base = torch.cat([base, self._losses(self._suffixes.whole(number), batch, dense).cpu()])
+                begins = [self._suffixes.begin(number, each) for each in candidates]
+                for group in self._groups(begins, racing, sums if early_stop else None):
+                    running = [index for index in group if not (early_stop and sums[index] > least)]
+                    if running:
+                        logits = self._suffixes.without(number, [candidates[index] for index in running])
+                        for index, own in zip(running, logits, strict=True):
+                            new[index] = self._losses(own, batch, dense).nan_to_num(nan=torch.inf).cpu()
+                    self.evaluations += len(running)
                     if last:
-                        complete[index] = True
-                        least = min(least, float(found[index].sum() + new[index].sum()))
+                        complete[running] = True
+                        least = min([least, *(sums + new.sum(dim=1))[running].tolist()])
+                    advance(len(group))
+                advance(int((~racing).sum()))
             found = torch.cat([found, torch.where(racing.unsqueeze(1), new, found.mean(dim=1, keepdim=True))], dim=1)
             if self._racing is not None and not last:
                 racing &= self._in_the_race(found if saved is None else (found - base) / saved.unsqueeze(1), racing)
         return Scores(found, complete, float(base.mean()))
+
+    def _groups(self, begins: Sequence[int], racing: Tensor, sums: Tensor | None) -> Iterator[list[int]]:
+        """Who runs together: those whose passes begin at the same block. Where sums decide who need not run, the
+        likeliest winner comes first, alone."""
+        waiting = sorted(racing.nonzero().flatten().tolist(), key=lambda index: begins[index])
+        if sums is not None:
+            yield [leader := int(torch.where(racing, sums, torch.inf).argmin())]
+            waiting.remove(leader)
+        for _, group in groupby(waiting, key=lambda index: begins[index]):
+            together = list(group)
+            for first in range(0, len(together), self._candidates_per_pass):
+                yield together[first : first + self._candidates_per_pass]
 
     def _in_the_race(self, keys: Tensor, racing: Tensor) -> Tensor:
         """Who is not worse than the leader by more than some standard errors of their paired difference."""
@@ -202,56 +191,6 @@ class Scorer:
             return None
         with self._as_dense():
             return self._logits(batch)
-
-    @contextmanager
-    def _masked(self, candidate: Removal) -> Iterator[None]:
-        blocks, couplings = self._layout.blocks, self._layout.couplings
-        undo = [
-            mask_branch(blocks[layer], couplings[layer][candidate.branch], candidate.kept) for layer in candidate.layers
-        ]
-        try:
-            yield
-        finally:
-            for each in undo:
-                each()
-
-    @contextmanager
-    def _prefixes(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Callable[[int], Any]]]:
-        """One pass of the model; gives its logits, and the context in which all blocks before one repeat what they
-        gave."""
-        blocks: Any = self._model.get_submodule(self._layout.path)
-        outputs: list[Any] = []
-        hooks = [
-            block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for block in blocks
-        ]
-        try:
-            logits = self._logits(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-        @contextmanager
-        def prefix(layer: int) -> Iterator[None]:
-            for index in range(layer):
-                blocks[index] = _Repeated(outputs[index])
-            try:
-                yield
-            finally:
-                for index in range(layer):
-                    blocks[index] = self._layout.blocks[index]
-
-        yield logits, prefix
-
-
-class _Repeated(nn.Module):
-    """Stands for a block whose output is known."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self._output = output
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self._output
 
 
 class Elimination:
@@ -311,7 +250,7 @@ class Elimination:
         scorer: Scorer,
         candidates: Sequence[Removal],
         score: Callable[[float], float],
-        advance: Callable[[], None] = lambda: None,
+        advance: Callable[[int], None] = lambda _count: None,
         saved: Mapping[Removal, float] | None = None,
     ) -> Step:
         """
@@ -320,7 +259,7 @@ class Elimination:
         :param scorer: What scores.
         :param candidates: What could go, at least one, in the order that breaks ties.
         :param score: From the mean loss to the score to note, such as from negative log-likelihood to perplexity.
-        :param advance: Called after every evaluation.
+        :param advance: Called with the number of candidates that were dealt with.
         :param saved: What each candidate saves, above 0, of a cost: the loss that is added for each unit of it decides.
             None: the loss decides.
         :return: What was done. Its margin is a least distance of scores, None if there was one candidate or costs

@@ -1,11 +1,14 @@
 """Tiny models and data, made anew for every test that asks for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import nncf
 import pytest
 import torch
 from torch import nn
+
+from nncf_ext.structure.removal import Elimination
 
 VOCABULARY = 320
 
@@ -65,3 +68,28 @@ def logits_of(token_items) -> Callable[[nn.Module], torch.Tensor]:
             return model(**token_items[0]).logits
 
     return run
+
+
+class Stopped(BaseException):
+    """Ends a search as a signal would."""
+
+
+@pytest.fixture
+def stopped_search() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which a search for what to remove ends after so many steps."""
+
+    @contextmanager
+    def stopped(after: int) -> Iterator[None]:
+        step, done = Elimination.step, []
+
+        def stop(self, *arguments):
+            if len(done) == after:
+                raise Stopped
+            done.append(step(self, *arguments))
+            return done[-1]
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Elimination, "step", stop)
+            yield
+
+    return stopped

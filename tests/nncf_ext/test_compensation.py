@@ -9,7 +9,6 @@ from torch import nn
 
 import nncf_ext
 from nncf_ext import DivergenceMetric
-from nncf_ext.structure import removal
 from nncf_ext.structure.compensation import RIDGE, Compensator
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import StructurePlan
@@ -130,26 +129,12 @@ def test_search_with_repairs_strays_less_from_the_dense_model(model) -> None:
     assert sum(each.numel() for each in repaired.parameters()) == plan.costs_after.parameters
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_resumed_search_repairs_what_it_had_repaired(tiny_llama, tmp_path, monkeypatch) -> None:
+def test_a_resumed_search_repairs_what_it_had_repaired(tiny_llama, tmp_path, stopped_search) -> None:
     model = models(tiny_llama)["llama"]
     options = {"ratio": 0.3, "compensate": True, "joint_cost": "parameters"}
     expected = prune(model, **options)
-    step, done = removal.Elimination.step, []
-
-    def killed(self, *args):
-        if len(done) == 4:
-            raise Killed
-        done.append(step(self, *args))
-        return done[-1]
-
-    monkeypatch.setattr(removal.Elimination, "step", killed)
-    with pytest.raises(Killed):
+    with stopped_search(4):
         prune(model, resume=tmp_path / "journal", **options)
-    monkeypatch.setattr(removal.Elimination, "step", step)
     resumed = prune(model, resume=tmp_path / "journal", **options)
     assert nncf_ext.structure_plan(resumed) == nncf_ext.structure_plan(expected)
     for name, value in expected.state_dict().items():

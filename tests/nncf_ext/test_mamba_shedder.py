@@ -8,11 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import nncf_ext
-from nncf_ext import AdvancedMambaShedderParameters, CompressMode, PerplexityMetric, RemovalStage
-from nncf_ext.structure import removal
-from nncf_ext.structure.masking import masked
+from nncf_ext import AdvancedMambaShedderParameters, CompressMode, RemovalStage
 from nncf_ext.structure.plan import StructurePlan
-from nncf_ext.structure.removal import Removal, Scorer
 from nncf_ext.structure.surgery import extract_structure
 from tests.structure_models import LAYERS, VOCABULARY, make
 
@@ -122,21 +119,6 @@ def test_search_is_greedy_search(name, stages, moves) -> None:
     assert plan.costs_after.parameters == sum(each.numel() for each in small.parameters())
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "zamba2"])
-def test_scores_are_those_of_whole_masked_passes_bit_for_bit(name) -> None:
-    model, metric = make(name), PerplexityMetric()
-    plan = StructurePlan.dense(model).keep(1, "mamba", (0,))
-    candidates = [Removal(layer, "mamba", kept) for layer in range(len(plan.layers)) for kept in ((), (0,))]
-    if name == "zamba2":
-        candidates += [Removal(3, "attention", ()), Removal(2, "mlp", ()), Removal(2, "mlp", tuple(range(32)), (4,))]
-    with torch.no_grad():
-        scores = Scorer(model, items(), metric.losses, early_stop=False).score(plan, candidates)
-        for candidate, found in zip(candidates, scores.losses, strict=True):
-            with masked(model, candidate.on(plan)):
-                whole = [metric.losses(model(**each, use_cache=False).logits, each, None) for each in items()]
-            assert torch.equal(found, torch.cat(whole)), candidate
-
-
 def test_until_the_ratio_is_reached() -> None:
     model = make("mamba2")
     whole = sum(each.numel() for each in model.parameters())
@@ -158,26 +140,12 @@ def _prefixes(small):
     yield trial
 
 
-class Killed(BaseException):
-    """Ends a search between two steps, as a signal would."""
-
-
 @pytest.mark.parametrize("at", [0, 2, 5])
-def test_resumed_search_gives_the_same_plan(at, tmp_path, monkeypatch) -> None:
+def test_resumed_search_gives_the_same_plan(at, tmp_path, stopped_search) -> None:
     model = make("zamba2")
     expected = nncf_ext.structure_plan(shed(model, *HYBRID))
-    step, done = removal.Elimination.step, []
-
-    def killed(self, *args):
-        if len(done) == at:
-            raise Killed
-        done.append(step(self, *args))
-        return done[-1]
-
-    monkeypatch.setattr(removal.Elimination, "step", killed)
-    with pytest.raises(Killed):
+    with stopped_search(at):
         shed(model, *HYBRID, resume=tmp_path / "journal")
-    monkeypatch.setattr(removal.Elimination, "step", step)
     assert nncf_ext.structure_plan(shed(model, *HYBRID, resume=tmp_path / "journal")) == expected
     with pytest.raises(nncf.ValidationError, match="begun by another search; it differs in stages"):
         shed(model, *HYBRID[:2], resume=tmp_path / "journal")

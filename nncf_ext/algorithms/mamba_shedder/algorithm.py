@@ -26,8 +26,7 @@ from nncf_ext.algorithms.mamba_shedder.parameters import (
 )
 from nncf_ext.algorithms.removal import Stage, StructureRemoval, mlp_group, width_removals
 from nncf_ext.structure.coupling import Layout
-from nncf_ext.structure.plan import StructurePlan
-from nncf_ext.structure.removal import Removal
+from nncf_ext.structure.plan import Removal, StructurePlan
 
 
 class MambaShedder(StructureRemoval):

@@ -29,7 +29,7 @@ class RemovalStage:
 class AdvancedMambaShedderParameters(RemovalParameters):
     """
     Parameters of the mode MAMBA_SHEDDER, beside those of every search (:class:`RemovalParameters`): ``metric``,
-    ``mlp_group``, ``order``, ``early_stop``, ``racing``, ``rescore_top``.
+    ``mlp_group``, ``order``, ``early_stop``, ``racing``, ``rescore_top``, ``candidates_per_pass``, ``reuse_bytes``.
 
     :param stages: What goes, stage by stage. Published: Mamba-1 ``RemovalStage(("mamba_block",), 14)``, Mamba-2
         ``RemovalStage(("ssm",), 24)``, Zamba2 ``(RemovalStage(("mamba_block", "attention", "mlp"), 3),

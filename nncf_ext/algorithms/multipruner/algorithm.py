@@ -24,8 +24,7 @@ from nncf_ext.importance.blocks import activation_norm
 from nncf_ext.structure.compensation import Compensator
 from nncf_ext.structure.counting import count_costs
 from nncf_ext.structure.coupling import Coupling, Layout
-from nncf_ext.structure.plan import StructurePlan
-from nncf_ext.structure.removal import Removal
+from nncf_ext.structure.plan import Removal, StructurePlan
 
 BLOCKS, CHANNELS, HEADS = STAGES = ("blocks", "MLP channels", "heads")
 

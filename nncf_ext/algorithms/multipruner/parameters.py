@@ -16,7 +16,7 @@ COSTS = ("parameters", "bytes", "kv_bytes_per_token")
 class AdvancedMultiPrunerParameters(RemovalParameters):
     """
     Parameters of the mode MULTIPRUNER, beside those of every search (:class:`RemovalParameters`): ``metric``,
-    ``mlp_group``, ``order``, ``early_stop``, ``racing``, ``rescore_top``.
+    ``mlp_group``, ``order``, ``early_stop``, ``racing``, ``rescore_top``, ``candidates_per_pass``, ``reuse_bytes``.
 
     :param distribution: Shares of the ratio that blocks, MLP channels and attention heads pay, in this order; any
         positive scale. Published: 44:52:4 for models without grouped queries, 30:70:0 to 10:90:0 for Llama 3.
