@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from nncf_ext.structure.plan import Removal, StructurePlan
     from nncf_ext.structure.removal import Elimination, Scorer
 
-WHOLE, EXACT, TOGETHER, RESCORED, RACED = "whole passes", "exact", "side by side", "rescore_top", "racing"
+WHOLE, EXACT, TOGETHER = "whole passes", "exact", "side by side"
+RESCORED, RACED = f"{TOGETHER}, rescore_top", f"{TOGETHER}, racing"
 _COLUMNS = {
     "search": "search",
     "step_s": "seconds a step|.2f",
@@ -199,6 +200,9 @@ def record_of(
         "batches": options.batches,
         "sequences": options.sequences,
         "tokens": options.tokens,
+        "candidates_per_pass": 1 if name in (WHOLE, EXACT) else options.candidates_per_pass,
+        "rescore_top": options.rescore_top if name == RESCORED else None,
+        "racing": options.racing if name == RACED else None,
         "threads": options.threads,
         "cpu": cpu_name(),
         "git_commit": git_commit(),

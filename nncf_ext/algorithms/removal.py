@@ -55,8 +55,10 @@ class RemovalParameters:
     :param rescore_top: Approximation: score only so many of the candidates that came out best at the last full sweep,
         which every eighth step is. None: always all.
     :param candidates_per_pass: How many candidates may run side by side, where their passes begin at the same block:
-        faster where one batch does not fill the device. Above 1 the last bits of scores may differ.
-    :param reuse_bytes: Memory for what blocks gave in one step, for use in the next, bytes. Scores stay the same.
+        faster where one batch does not fill the device. Above 1 the last bits of a score depend on who runs with whom.
+    :param reuse_bytes: Memory for what blocks gave in one step, for use in the next, bytes. All of it can be used by
+        sequences x tokens x hidden size x layers x (1 + branches of the model / 2) values; with less, some of the
+        blocks are kept.
     """
 
     metric: Metric = field(default_factory=PerplexityMetric)
@@ -74,11 +76,13 @@ class RemovalParameters:
 
         :raises nncf.ValidationError: A value is out of range.
         """
-        for name in ("mlp_group", "rescore_top", "candidates_per_pass"):
+        for name in ("mlp_group", "rescore_top"):
             check_count(name, getattr(self, name))
-        if self.reuse_bytes < 0:
-            msg = f"reuse_bytes is a number of bytes, 0 to keep nothing; got {self.reuse_bytes}."
-            raise nncf.ValidationError(msg)
+        for name, least in (("candidates_per_pass", 1), ("reuse_bytes", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                msg = f"{name} must be a whole number of at least {least}; got {value}."
+                raise nncf.ValidationError(msg)
         if self.racing is not None and not self.racing > 0:
             msg = f"racing must be above 0, standard errors, or None; got {self.racing}."
             raise nncf.ValidationError(msg)

@@ -21,6 +21,7 @@ from nncf_ext.structure.skipping import (
     SkippedMlp,
     SkippedNorm,
     SkippedOutputWithResidual,
+    SkippedUnread,
 )
 
 
@@ -168,7 +169,7 @@ _OPT = Family(
             core="",
             inputs=("fc1",),
             output="fc2",
-            skip={"fc1": SkippedNorm, "fc2": SkippedMlp, "final_layer_norm": SkippedNorm},
+            skip={"fc1": SkippedUnread, "fc2": SkippedMlp, "final_layer_norm": SkippedNorm},
         ),
     },
     width_key="ffn_dim",
@@ -189,7 +190,7 @@ _BERT = Family(
             core="",
             inputs=("intermediate.dense",),
             output="output.dense",
-            skip={"intermediate": SkippedNorm, "output": SkippedOutputWithResidual},
+            skip={"intermediate": SkippedUnread, "output": SkippedOutputWithResidual},
         ),
     },
     head_dim_in_config=False,

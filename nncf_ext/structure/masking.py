@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nncf_ext.structure.coupling import Coupling, Layout, layout_of
 from nncf_ext.structure.plan import StructurePlan, check_plan
+from nncf_ext.structure.skipping import SkippedUnread
 from nncf_ext.structure.surgery import cache_slots, indexed_modules
 
 
@@ -61,15 +62,15 @@ def mask_branch(
     stand_ins = coupling.stand_ins(kept)
     if not stand_ins:
         return _mask_inputs(block, coupling, kept, rows)
-    undo = ExitStack()
-    for path, stand_in in stand_ins.items():
-        module = block.get_submodule(path)
-        if rows is None:
-            block.set_submodule(path, stand_in.standing_for(module))
-            undo.callback(block.set_submodule, path, module)
-        else:
-            undo.callback(_stand_in_for_rows(module, stand_in, rows).remove)
-    return undo.close
+    with ExitStack() as undo:
+        for path, stand_in in stand_ins.items():
+            module = block.get_submodule(path)
+            if rows is None:
+                undo.callback(block.set_submodule, path, module)
+                block.set_submodule(path, stand_in.standing_for(module))
+            elif not issubclass(stand_in, SkippedUnread):
+                undo.callback(_stand_in_for_rows(module, stand_in, rows).remove)
+        return undo.pop_all().close
 
 
 def _mask_inputs(block: nn.Module, coupling: Coupling, kept: Sequence[int], rows: Tensor | None) -> Callable[[], None]:
@@ -92,8 +93,6 @@ def _stand_in_for_rows(module: nn.Module, kind: Any, rows: Tensor) -> RemovableH
         instead = stand_in(*inputs, **named)
         if isinstance(output, tuple):
             return (torch.where(_rows_of(rows, output[0]), instead[0], output[0]), *output[1:])
-        if instead.ndim and instead.shape != output.shape:
-            return output  # OPT's first linear layer: the stand-in of the second drops whatever comes
         return torch.where(_rows_of(rows, output), instead, output)
 
     return module.register_forward_hook(choose, with_kwargs=True)

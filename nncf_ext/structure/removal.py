@@ -7,6 +7,7 @@ score is that of a whole pass.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -70,8 +71,8 @@ class Scorer:
     :param racing: Approximation: give a candidate up after a batch when its sequences are worse than the leader's by so
         many standard errors of the mean difference. None: never.
     :param candidates_per_pass: How many candidates may run side by side. The mathematics are the same; above 1 the
-        order of float sums is not, so the last bits of scores may differ from those of whole passes.
-    :param reuse_bytes: Memory for what blocks gave in one step, for use in the next, bytes. Scores stay the same.
+        order of float sums is not: the last bits of a score depend on who runs with whom.
+    :param reuse_bytes: Memory for what blocks gave in one step, for use in the next, bytes.
     :param as_dense: Context in which the model is the dense one, when its weights change between steps.
     """
 
@@ -130,13 +131,10 @@ class Scorer:
             with masked(self._model, plan, self._layout):
                 base = torch.cat([base, self._losses(self._suffixes.whole(number), batch, dense).cpu()])
                 begins = [self._suffixes.begin(number, each) for each in candidates]
-                for group in self._groups(begins, racing, sums if early_stop else None):
+                for group in self._groups(number, begins, racing, sums if early_stop else None):
                     running = [index for index in group if not (early_stop and sums[index] > least)]
                     if running:
-                        logits = self._suffixes.without(number, [candidates[index] for index in running])
-                        for index, own in zip(running, logits, strict=True):
-                            new[index] = self._losses(own, batch, dense).nan_to_num(nan=torch.inf).cpu()
-                    self.evaluations += len(running)
+                        new[running] = self._losses_without(number, [candidates[index] for index in running], dense)
                     if last:
                         complete[running] = True
                         least = min([least, *(sums + new.sum(dim=1))[running].tolist()])
@@ -147,17 +145,28 @@ class Scorer:
                 racing &= self._in_the_race(found if saved is None else (found - base) / saved.unsqueeze(1), racing)
         return Scores(found, complete, float(base.mean()))
 
-    def _groups(self, begins: Sequence[int], racing: Tensor, sums: Tensor | None) -> Iterator[list[int]]:
+    def _losses_without(self, number: int, candidates: Sequence[Removal], dense: Tensor | None) -> Tensor:
+        """Of one pass, ``[candidates, sequences]``."""
+        self.evaluations += len(candidates)
+        logits = self._suffixes.without(number, candidates)
+        losses = [self._losses(own, self._batches[number], dense) for own in logits]
+        return torch.stack(losses).nan_to_num(nan=torch.inf).cpu()
+
+    def _groups(self, number: int, begins: Sequence[int], racing: Tensor, sums: Tensor | None) -> Iterator[list[int]]:
         """Who runs together: those whose passes begin at the same block. Where sums decide who need not run, the
         likeliest winner comes first, alone."""
         waiting = sorted(racing.nonzero().flatten().tolist(), key=lambda index: begins[index])
         if sums is not None:
             yield [leader := int(torch.where(racing, sums, torch.inf).argmin())]
             waiting.remove(leader)
+        batch = self._batches[number]
+        padded = "attention_mask" in batch and not batch["attention_mask"].all()
+        # Mamba-2 in transformers ignores the padding of a batch of one sequence: no other may stand beside it.
+        size = 1 if padded and len(batch["input_ids"]) == 1 else self._candidates_per_pass
         for _, group in groupby(waiting, key=lambda index: begins[index]):
             together = list(group)
-            for first in range(0, len(together), self._candidates_per_pass):
-                yield together[first : first + self._candidates_per_pass]
+            for first in range(0, len(together), size):
+                yield together[first : first + size]
 
     def _in_the_race(self, keys: Tensor, racing: Tensor) -> Tensor:
         """Who is not worse than the leader by more than some standard errors of their paired difference."""
@@ -168,7 +177,9 @@ class Scorer:
         leader = torch.where(racing, keys.mean(dim=1), torch.inf).argmin()
         behind = keys - keys[leader]
         errors = behind.std(dim=1) / sequences**0.5
-        return behind.mean(dim=1) <= self._racing * errors
+        stays = behind.mean(dim=1) <= self._racing * errors
+        stays[leader] = True  # where all losses are infinite, too
+        return stays
 
     def loss(self, plan: StructurePlan) -> float:
         """
@@ -264,6 +275,7 @@ class Elimination:
             None: the loss decides.
         :return: What was done. Its margin is a least distance of scores, None if there was one candidate or costs
             decided.
+        :raises nncf.ValidationError: No candidate leaves a model with a finite loss.
         """
         chosen = self._shortlist(candidates)
         gains = None if saved is None else torch.tensor([saved[each] for each in chosen], dtype=torch.float64)
@@ -272,6 +284,12 @@ class Elimination:
         self._known |= {_key(each): float(key) for each, key in zip(chosen, keys, strict=True)}
         winner = int(torch.where(scores.complete, keys, torch.inf).argmin())
         best, found, margin = chosen[winner], float(scores.totals[winner]), None
+        if not math.isfinite(found):
+            msg = (
+                f"Step {len(self.plan.steps) + 1}: without any of the {len(chosen)} candidates the loss is not finite. "
+                "Check the model on the calibration data; float32 helps where float16 overflows."
+            )
+            raise nncf.ValidationError(msg)
         if saved is None and len(chosen) > 1:
             others = torch.cat([scores.totals[:winner], scores.totals[winner + 1 :]])
             margin = score(float(others.min())) - score(found)

@@ -27,6 +27,10 @@ class SkippedNorm(Skipped):
         return hidden_states
 
 
+class SkippedUnread(SkippedNorm):
+    """Gives back what it was given, of whatever width: what reads it is skipped, too."""
+
+
 class SkippedMambaNorm(SkippedNorm):
     """Mamba's blocks ask their normalization for its type."""
 

@@ -24,7 +24,8 @@ class Suffixes:
     :param model: The dense model, masked by the caller.
     :param layout: Its layout.
     :param batches: Inputs of the model by name, ``[sequences, ...]``.
-    :param reuse_bytes: Memory for outputs of blocks that wait for the next step, bytes.
+    :param reuse_bytes: Memory for outputs of blocks that wait for the next step, bytes, shared by the batches. What all
+        blocks give for one batch is kept in any case.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Suffixes:
 
     def prepare(self, plan: StructurePlan, candidates: Sequence[Removal]) -> None:
         """
-        To be called first in every step. Forgets what the step before has changed.
+        To be called first in every step. Forgets what stands behind a layer that differs from the step before.
 
         :param plan: What is there with all candidates.
         :param candidates: What can be left out.
@@ -66,6 +67,7 @@ class Suffixes:
         :param number: Index of the batch.
         :return: Logits of the model with all candidates, ``[sequences, tokens, vocabulary]``.
         """
+        # Of other batches nothing stays for which there is no memory between steps.
         for other, known in enumerate(self._whole):
             if other != number and self._stride[other] == len(self._layout.blocks):
                 known.clear()
@@ -73,7 +75,7 @@ class Suffixes:
         begin, blocks = len(known), range(len(known), len(self._layout.blocks))
         logits, outputs = self._run(self._batches[number], known[-1] if known else None, begin, blocks)
         known.extend(outputs[block] for block in blocks)
-        stride = self._stride[number] = max(self._stride[number], self._affordable_stride(_bytes(known[-1])))
+        stride = self._stride[number] = max(self._stride[number], self._affordable_stride(number, _bytes(known[-1])))
         for candidate, single in self._single[number].items():
             kept = {block: output for block, output in single.items() if (block + 1) % stride == 0}
             self._single[number][candidate] = kept
@@ -96,28 +98,32 @@ class Suffixes:
         :param candidates: What is left out, one by one; the first block that has to run is the same.
         :return: Logits, ``[candidates, sequences, tokens, vocabulary]``.
         """
-        begin, count = self.begin(number, candidates[0]), len(candidates)
+        count, sequences = len(candidates), len(self._batches[number]["input_ids"])
+        (begin,) = {self.begin(number, each) for each in candidates}
         whole, single = self._whole[number], self._single[number]
         known = [single[each][begin - 1] if begin > each.layer else whole[begin - 1] for each in candidates if begin]
-        batch = {
-            name: value if count == 1 else torch.cat([value] * count) for name, value in self._batches[number].items()
-        }
+        batch = self._batches[number]
+        if count > 1:
+            batch = {
+                name: torch.cat([value] * count) if len(value) == sequences else value for name, value in batch.items()
+            }
         stride = self._stride[number]
         kept = [block for block in range(begin, len(self._layout.blocks) - 1) if (block + 1) % stride == 0]
-        with self._masked(candidates, len(next(iter(batch.values()))) // count):
+        with self._masked(candidates, sequences):
             logits, outputs = self._run(batch, _joined(known) if known else None, begin, kept)
         for block, output in outputs.items():
             for candidate, own in zip(candidates, _apart(output, count), strict=True):
                 single.setdefault(candidate, {})[block] = own
         return logits.unflatten(0, (count, -1))
 
-    def _affordable_stride(self, size: int) -> int:
+    def _affordable_stride(self, number: int, size: int) -> int:
         """The least for which all that is kept of a batch fits; the number of blocks where nothing does."""
         blocks = len(self._layout.blocks)
         room = self._bytes_per_batch // size - blocks
+        candidates = {*self._candidates, *self._single[number]}
         for stride in range(1, blocks):
             kept = [block for block in range(blocks - 1) if (block + 1) % stride == 0]
-            if sum(block >= candidate.layer for candidate in self._candidates for block in kept) <= room:
+            if sum(block >= candidate.layer for candidate in candidates for block in kept) <= room:
                 return stride
         return blocks
 
@@ -125,7 +131,8 @@ class Suffixes:
     def _masked(self, candidates: Sequence[Removal], sequences: int) -> Iterator[None]:
         """Each candidate is left out of its own rows of the batch."""
         blocks, couplings = self._layout.blocks, self._layout.couplings
-        own = torch.eye(len(candidates), dtype=torch.bool).repeat_interleave(sequences, dim=1)
+        device = next(self._model.parameters()).device
+        own = torch.eye(len(candidates), dtype=torch.bool, device=device).repeat_interleave(sequences, dim=1)
         with ExitStack() as undo:
             for candidate, rows in zip(candidates, own, strict=True):
                 for layer in candidate.layers:
@@ -147,8 +154,8 @@ class Suffixes:
             for block in kept:
                 undo.callback(blocks[block].register_forward_hook(keeping(block)).remove)
             for block in range(begin):
-                blocks[block] = _Repeated(known)
                 undo.callback(blocks.__setitem__, block, self._layout.blocks[block])
+                blocks[block] = _Repeated(known)
             return self._model(**batch, use_cache=False).logits, outputs
 
 

@@ -24,12 +24,18 @@ def same_threads() -> Iterator[None]:
 
 def test_every_search_takes_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = compression.main([*SMALL, "--json", str(tmp_path / "r.json")])
-    assert [each["search"] for each in records] == ["whole passes", "exact", "side by side", "rescore_top", "racing"]
+    assert [each["search"] for each in records] == [
+        compression.WHOLE,
+        compression.EXACT,
+        compression.TOGETHER,
+        compression.RESCORED,
+        compression.RACED,
+    ]
     by_name = {each["search"]: each for each in records}
     candidates = 8 + 7 + 6  # two branches in each of four layers, one less at every step
     assert {by_name[each]["evaluations"] for each in ("whole passes", "exact", "side by side")} == {2 * candidates}
-    assert by_name["rescore_top"]["evaluations"] == 2 * (8 + 2 + 2)
-    assert by_name["racing"]["evaluations"] <= 2 * candidates
+    assert by_name[compression.RESCORED]["evaluations"] == 2 * (8 + 2 + 2)
+    assert by_name[compression.RACED]["evaluations"] <= 2 * candidates
     assert (
         by_name["exact"]["agreement"] == by_name["side by side"]["agreement"] == "3 of 3"
         and by_name["whole passes"]["ratio"] == 1

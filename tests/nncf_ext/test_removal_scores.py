@@ -2,6 +2,7 @@
 
 import gc
 
+import nncf
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from nncf_ext.structure.compensation import Compensator
 from nncf_ext.structure.coupling import layout_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import Removal, StructurePlan
-from nncf_ext.structure.removal import Scorer
+from nncf_ext.structure.removal import Elimination, Scorer
 from tests.structure_models import CAUSAL, HYBRIDS, STATE_SPACE, VOCABULARY, make
 
 PLENTY = 2**30
@@ -56,10 +57,12 @@ def whole_passes(model, plan, candidate) -> torch.Tensor:
 def test_scores_are_those_of_whole_masked_passes(name) -> None:
     """Bit for bit, when candidates run one by one; to rounding, side by side."""
     model = make(name)
-    some = 20_000 * len(items())  # of all blocks of the model and a part of those of candidates
-    options = {"early_stop": False, "reuse_bytes": some}
-    exact = [Scorer(model, items(), METRIC.losses, **{**options, "reuse_bytes": each}) for each in (some, PLENTY)]
-    together = Scorer(model, items(), METRIC.losses, **options, candidates_per_pass=3)
+    plan = StructurePlan.dense(model)
+    layers = len(plan.layers)
+    half = layers + sum(layers - 1 - each.layer for each in all_candidates(plan)) // 2  # of what could be kept
+    some = len(items()) * (2 * 10 * 32 * 4) * half
+    exact = [Scorer(model, items(), METRIC.losses, early_stop=False, reuse_bytes=each) for each in (some, PLENTY)]
+    together = Scorer(model, items(), METRIC.losses, early_stop=False, candidates_per_pass=3)
     for plan in journey(model):
         candidates = all_candidates(plan)
         expected = torch.stack([whole_passes(model, plan, each) for each in candidates])
@@ -151,3 +154,74 @@ def test_repairs_between_steps_are_seen() -> None:
             found = scorer.score(plan, all_candidates(plan))
         expected = torch.stack([whole_passes(model, plan, each) for each in all_candidates(plan)])
         assert torch.equal(found.losses, expected)
+
+
+def test_a_padded_sequence_is_scored_alike_alone_and_side_by_side() -> None:
+    """Transformers' Mamba-2 ignores the padding of a batch of one sequence."""
+    model = make("mamba2")
+    item = {name: value[1:] for name, value in items()[1].items()}
+    plan = StructurePlan.dense(model)
+    candidates = all_candidates(plan)
+    with torch.no_grad():
+        alone, together = (
+            Scorer(model, [item], METRIC.losses, early_stop=False, candidates_per_pass=count).score(plan, candidates)
+            for count in (1, 4)
+        )
+    assert torch.equal(alone.losses, together.losses)
+
+
+def test_a_race_is_the_same_side_by_side() -> None:
+    model = make("llama")
+    batches = [items()[0]] * 2 + items() * 2
+    plan = StructurePlan.dense(model)
+    alone, together = (
+        Scorer(model, batches, METRIC.losses, early_stop=False, racing=1.0, candidates_per_pass=count)
+        for count in (1, 4)
+    )
+    for _ in range(2):
+        with torch.no_grad():
+            one, other = (scorer.score(plan, all_candidates(plan)) for scorer in (alone, together))
+        assert torch.equal(one.complete, other.complete) and 0 < int(one.complete.sum()) < len(all_candidates(plan))
+        torch.testing.assert_close(one.losses, other.losses, rtol=2e-4, atol=2e-5)
+        plan = plan.keep(2, "attention", ())
+    assert alone.evaluations == together.evaluations
+
+
+@pytest.mark.parametrize("options", [{"racing": 1.0}, {"early_stop": False}, {"racing": 1.0, "candidates_per_pass": 4}])
+def test_infinite_losses_are_an_error_of_their_own(options) -> None:
+    class Overflowing(PerplexityMetric):
+        def losses(self, logits, batch, dense):
+            return super().losses(logits, batch, dense) / 0
+
+    model = make("llama")
+    plan = StructurePlan.dense(model)
+    scorer = Scorer(model, items() * 3, Overflowing().losses, **options)
+    with torch.no_grad(), pytest.raises(nncf.ValidationError, match="Step 1.*16 candidates.*not finite"):
+        Elimination(plan).step(scorer, all_candidates(plan), lambda loss: loss)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("at", [3, 11, 40])
+def test_a_pass_that_fails_leaves_the_model_as_it_was(count, at) -> None:
+    model = make("opt")
+    before = dict(model.named_modules())
+    expected = model(**items()[0], use_cache=False).logits
+    calls = []
+
+    def fail(*_arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise MemoryError
+
+    hooks = [block.fc2.register_forward_pre_hook(fail) for block in layout_of(model).blocks]
+    scorer = Scorer(model, items(), METRIC.losses, candidates_per_pass=count)
+    plan = StructurePlan.dense(model)
+    with torch.no_grad(), pytest.raises(MemoryError):
+        scorer.score(plan, all_candidates(plan))
+    for hook in hooks:
+        hook.remove()
+    assert {name: id(module) for name, module in model.named_modules()} == {
+        name: id(module) for name, module in before.items()
+    }
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(**items()[0], use_cache=False).logits, expected)
