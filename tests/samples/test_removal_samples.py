@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+from collections.abc import Iterable
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nncf_ext import PerplexityMetric, StructurePlan, extract
+from nncf_ext.structure.masking import masked
+from nncf_ext.structure.plan import Removal
+from nncf_ext.structure.removal import Elimination, Scorer
 from tests.structure_models import make, tokens
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 sys.path.insert(0, str(SAMPLES))
 
-from removal import evidence, text  # noqa: E402
+from removal import evidence, models, recovery, text  # noqa: E402
 from train_tiny_mamba import CHUNK, fast  # noqa: E402
 
 
@@ -55,6 +63,79 @@ def test_the_committed_mamba_is_what_its_provenance_says() -> None:
     with fast(model.eval()):
         loss = evidence.losses(model, text.windows(AutoTokenizer.from_pretrained(folder), "heldout", 8))
     assert 2.6 < loss.mean() < 3.3  # nats a token; a uniform guess has 8.0
+
+
+def test_a_searched_choice_beats_influence_and_influence_beats_chance() -> None:
+    """Three branches of the committed Llama. Influence: how far a branch turns the residual stream (ShortGPT)."""
+    model = models.load(SAMPLES / "assets" / "tiny_lm").requires_grad_(False)
+    ids = text.windows(AutoTokenizer.from_pretrained(SAMPLES / "assets" / "tiny_lm"), "calibration", 4)[:, :128]
+    dense, seen = StructurePlan.dense(model), {}
+    candidates = [Removal(layer, branch, ()) for branch in ("attention", "mlp") for layer in range(len(dense.layers))]
+    hooks = []
+    for layer, block in enumerate(model.model.layers):
+        for branch, norm in (("attention", block.input_layernorm), ("mlp", block.post_attention_layernorm)):
+            see = partial(lambda place, _module, inputs: seen.update({place: inputs[0]}), (layer, branch))
+            hooks.append(norm.register_forward_pre_hook(see))
+    hooks.append(model.model.norm.register_forward_pre_hook(lambda _module, inputs: seen.update(end=inputs[0])))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        turns = {
+            place: 1 - float(torch.cosine_similarity(before, after, dim=-1).mean())
+            for (place, before), after in zip(list(seen.items())[:-1], list(seen.values())[1:], strict=True)
+        }
+
+        def loss(removed: Iterable[Removal]) -> float:
+            plan = reduce(lambda plan, removal: removal.on(plan), removed, dense)
+            with masked(model, plan):
+                return float(evidence.losses(model, ids).mean())
+
+        search = Elimination(dense)
+        scorer = Scorer(model, text.batches(ids, 4), PerplexityMetric().losses)
+        for _ in range(3):
+            left = [each for each in candidates if search.plan.layers[each.layer][each.branch]]
+            search.step(scorer, left, lambda loss: loss)
+        greedy = loss(Removal(step.layer, step.branch, ()) for step in search.plan.steps)
+        influence = loss(sorted(candidates, key=lambda each: turns[each.layer, each.branch])[:3])
+        draws = random.Random(0)
+        chance = [loss(draws.sample(candidates, 3)) for _ in range(8)]
+    assert greedy == pytest.approx(search.plan.steps[-1].score, abs=1e-4)
+    assert greedy < min(influence, *chance) and influence < np.mean(chance)
+
+
+@pytest.mark.parametrize(("rank", "rate"), [(4, 1e-2), (None, 1e-3)])
+def test_recovery_learns_from_the_dense_model_and_keeps_shapes(
+    rank: int | None, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make("llama")
+    plan = StructurePlan.dense(dense).keep(1, "mlp", range(9)).keep(2, "attention", (0, 2))
+    small, before = extract(dense, plan), {name: value.clone() for name, value in dense.state_dict().items()}
+    rng = np.random.default_rng(0)
+    stream = text.Stream(rng.integers(3, 96, 4 * text.WINDOW).astype(np.uint16), 2, seed=0)
+    ids, adapted = stream.batch(0)[:, :32], []
+    merge = LoraModel.merge_and_unload
+
+    def look_and_merge(self: LoraModel) -> torch.nn.Module:
+        with torch.no_grad():
+            adapted.append(self.eval()(input_ids=ids, use_cache=False).logits)
+        return merge(self)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", look_and_merge)
+
+    def divergence(model: torch.nn.Module) -> float:
+        with torch.no_grad():
+            ours, wanted = (each(input_ids=ids, use_cache=False).logits.log_softmax(-1) for each in (model, dense))
+        return float((wanted.exp() * (wanted - ours)).sum(-1).mean())
+
+    far, shapes = divergence(small), {name: value.shape for name, value in small.state_dict().items()}
+    result = recovery.recover(small, dense, stream, steps=8, learning_rate=rate, rank=rank)
+    assert {name: value.shape for name, value in result.state_dict().items()} == shapes
+    assert divergence(result) < 0.9 * far
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    if rank is not None:
+        with torch.no_grad():
+            torch.testing.assert_close(result(input_ids=ids, use_cache=False).logits, adapted[0], rtol=1e-4, atol=1e-4)
 
 
 def test_statistics() -> None:
