@@ -235,7 +235,7 @@ def main(
     out = out / "quick" if quick else out
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
-    windows = {"calibration": 4, "heldout": 8} if quick else {"calibration": 32, "heldout": 96}
+    windows = {"calibration": 2, "heldout": 8} if quick else {"calibration": 32, "heldout": 96}
     steps, batch, seeds = steps or (20 if quick else 200), 16, range(1 if quick else 3)
     calibration, held_out = (text.windows(tokenizer, name, count) for name, count in windows.items())
     removal = Removal(out, ratio, calibration, 3 * GROUP if quick else GROUP)

@@ -206,7 +206,7 @@ def main(
     out = out / "quick" if quick else out
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
-    sizes = {"calibration": 4, "heldout": 4} if quick else {"calibration": 32, "heldout": 96}
+    sizes = {"calibration": 2, "heldout": 4} if quick else {"calibration": 32, "heldout": 96}
     steps, rounds, draws = steps or (10 if quick else 150), 1 if quick else 9, 1 if quick else 5
     calibration, held_out = (text.windows(tokenizer, name, count) for name, count in sizes.items())
     dense, console = load(SOURCE), Console(width=140)
