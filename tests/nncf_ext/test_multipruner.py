@@ -11,6 +11,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2Fo
 import nncf_ext
 import nncf_ext.structure.counting
 from nncf_ext import AdvancedMultiPrunerParameters, CompressMode, DivergenceMetric, PerplexityMetric
+from nncf_ext.structure.coupling import layout_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import Removal, StructurePlan
 from nncf_ext.structure.removal import Scorer
@@ -113,7 +114,7 @@ def greedy(model, ratio, distribution, groups):
                     if stage == 0 and branch == "attention" and attentions == 1:
                         continue
                     candidate = plan.keep(layer, branch, sorted(order_of(model, branch, layer)[:left]))
-                    with masked(model, candidate):
+                    with masked(model, candidate, layout_of(model)):
                         found = losses(model, batches)
                     loss = sum(found) / len(found)
                     if best is None or loss < best[0]:
@@ -232,7 +233,7 @@ def test_joint_search_pays_where_a_unit_costs_least_loss(model, cost) -> None:
         return cost(each) if callable(cost) else getattr(nncf_ext.structure.counting.count_costs(model, each), cost)
 
     def loss(each):
-        with masked(model, each):
+        with masked(model, each, layout_of(model)):
             found = losses(model, items())
         return sum(found) / len(found)
 
