@@ -10,7 +10,7 @@ from pathlib import Path
 import openvino as ov
 
 import ov_ext
-from ov_ext.policy import PackReport
+from ov_ext.sparse_weights.policy import PackReport
 
 # OpenVINO fuses the linear layers of a stock graph into these.
 _LINEAR_TYPES = ("FullyConnected", "LLMMLP", "QKVProjection")

@@ -19,8 +19,8 @@ from benchmarks.results import Record, cpu_name, git_commit, show, write_json
 if TYPE_CHECKING:
     from torch import nn
 
+    from nncf_ext.pruning.greedy import Elimination, Scorer
     from nncf_ext.structure.plan import Removal, StructurePlan
-    from nncf_ext.structure.removal import Elimination, Scorer
 
 WHOLE, EXACT, TOGETHER = "whole passes", "exact", "side by side"
 RESCORED, RACED = f"{TOGETHER}, rescore_top", f"{TOGETHER}, racing"
@@ -116,8 +116,8 @@ def measure(options: argparse.Namespace) -> list[Record]:
     import torch
 
     from nncf_ext.importance.metrics import PerplexityMetric
+    from nncf_ext.pruning.greedy import Elimination, Scorer, Scores
     from nncf_ext.structure.plan import StructurePlan
-    from nncf_ext.structure.removal import Elimination, Scorer, Scores
 
     class Recorded(Scorer):
         """Remembers its last scores."""

@@ -18,8 +18,8 @@ from benchmarks import gguf_file, weights
 from benchmarks import llama as graphs
 from benchmarks.arms import core, pack
 from benchmarks.llama import RandomLlama, decoder
-from ov_ext import packed
 from ov_ext.cpu_plugin.sparse_matmul import pack as spw1
+from ov_ext.sparse_weights import packed
 
 STOCK, SPARSE, GGUF = "stock", "sparse", "gguf"
 

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from nncf_ext.parameters import SearchSampler as SearchSampler
     from nncf_ext.report import CompressionReport as CompressionReport
     from nncf_ext.report import compression_report as compression_report
-    from nncf_ext.structure.checkpoint import load_compressed as load_compressed
-    from nncf_ext.structure.checkpoint import load_pretrained as load_pretrained
-    from nncf_ext.structure.checkpoint import save_pretrained as save_pretrained
+    from nncf_ext.saving.checkpoint import load_compressed as load_compressed
+    from nncf_ext.saving.checkpoint import load_pretrained as load_pretrained
+    from nncf_ext.saving.checkpoint import save_pretrained as save_pretrained
     from nncf_ext.structure.plan import StructurePlan as StructurePlan
 
 _HOMES = {
@@ -73,15 +73,15 @@ _HOMES = {
     "compress": "compression",
     "compression_report": "report",
     "extract": "extraction",
-    "load_compressed": "structure.checkpoint",
+    "load_compressed": "saving.checkpoint",
     "load_gptq": "algorithms.sqft.gptq_checkpoint",
-    "load_pretrained": "structure.checkpoint",
+    "load_pretrained": "saving.checkpoint",
     "make_elastic": "elastic",
     "make_mergeable": "algorithms.sqft.algorithm",
     "merge": "algorithms.sqft.merging",
     "prerounding": "algorithms.sqft.partner",
     "sandwich_loss": "algorithms.elastic_lora.training",
-    "save_pretrained": "structure.checkpoint",
+    "save_pretrained": "saving.checkpoint",
     "search": "exploration.engine",
     "structure_plan": "compression",
 }

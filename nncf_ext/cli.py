@@ -57,7 +57,7 @@ def compress(
 
     from nncf_ext.compression import structure_plan
     from nncf_ext.report import compression_report
-    from nncf_ext.structure.checkpoint import save_pretrained
+    from nncf_ext.saving.checkpoint import save_pretrained
 
     try:
         if out_dir.exists() and not overwrite:
@@ -121,7 +121,7 @@ def _load(model_dir: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, An
     import nncf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nncf_ext.structure.checkpoint import check_weight_files
+    from nncf_ext.saving.checkpoint import check_weight_files
 
     check_weight_files(model_dir)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -16,7 +16,7 @@ from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsP
 from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import survey
 from nncf_ext.structure.plan import StructurePlan
-from nncf_ext.structure.records import LayerRecord, plan_of, record_of, set_record
+from nncf_ext.weights.records import LayerRecord, plan_of, record_of, set_record
 
 AdvancedParameters = AdvancedSparseWeightsParameters | AdvancedMultiPrunerParameters | AdvancedMambaShedderParameters
 

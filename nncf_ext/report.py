@@ -9,9 +9,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nncf_ext.structure.blocks import Weight, survey
-from nncf_ext.structure.grid import codes_and_scales, weight_hooks
-from nncf_ext.structure.records import LayerRecord, record_of
 from nncf_ext.upstream import INT4SymmetricWeightsDecompressor
+from nncf_ext.weights.int4 import codes_and_scales, weight_hooks
+from nncf_ext.weights.records import LayerRecord, record_of
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ov_ext.convert import convert_model, save_model
-    from ov_ext.passes import AlreadyPackedError, pack_sparse_weights, unpack_sparse_weights
-    from ov_ext.policy import PackReport, SparsePolicy
     from ov_ext.runtime import (
         ExtensionUnavailableError,
         NewerFormatError,
@@ -21,23 +19,25 @@ if TYPE_CHECKING:
         cpu_info,
         extension_path,
     )
-    from ov_ext.subgraph import RecordError
+    from ov_ext.sparse_weights.passes import AlreadyPackedError, pack_sparse_weights, unpack_sparse_weights
+    from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
+    from ov_ext.sparse_weights.subgraph import RecordError
 
 _HOME = {
-    "AlreadyPackedError": "passes",
+    "AlreadyPackedError": "sparse_weights.passes",
     "ExtensionUnavailableError": "runtime",
     "NewerFormatError": "runtime",
-    "PackReport": "policy",
-    "RecordError": "subgraph",
-    "SparsePolicy": "policy",
+    "PackReport": "sparse_weights.policy",
+    "RecordError": "sparse_weights.subgraph",
+    "SparsePolicy": "sparse_weights.policy",
     "add_extension": "runtime",
     "check_target": "runtime",
     "convert_model": "convert",
     "cpu_info": "runtime",
     "extension_path": "runtime",
-    "pack_sparse_weights": "passes",
+    "pack_sparse_weights": "sparse_weights.passes",
     "save_model": "convert",
-    "unpack_sparse_weights": "passes",
+    "unpack_sparse_weights": "sparse_weights.passes",
 }
 
 __all__ = [

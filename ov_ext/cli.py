@@ -19,8 +19,8 @@ from ov_ext import runtime
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
 from ov_ext.folder import refuse_existing, whole_folder, write_whole
-from ov_ext.passes import pack_sparse_weights, unpack_sparse_weights
-from ov_ext.policy import PackReport, SparsePolicy
+from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
+from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
 
 
 class _PlainErrors(typer.core.TyperGroup):

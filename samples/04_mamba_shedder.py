@@ -66,8 +66,8 @@ def sensitivity(dense: Any, calibration: Any) -> list[tuple[float, float]]:
     from train_tiny_mamba import fast
 
     import nncf_ext
+    from nncf_ext.pruning.greedy import Scorer
     from nncf_ext.structure.plan import Removal
-    from nncf_ext.structure.removal import Scorer
 
     layers = range(dense.config.num_hidden_layers)
     candidates = [Removal(layer, "mamba", tuple(range(left))) for left in UNITS.values() for layer in layers]

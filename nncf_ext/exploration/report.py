@@ -12,7 +12,7 @@ from rich.table import Table
 
 from nncf_ext.exploration.objectives import Objective, dominates
 from nncf_ext.exploration.space import Point
-from nncf_ext.structure.files import write_whole
+from nncf_ext.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What a model is made of: its blocks, its weights, and the form in which NNCF stores a weight on a grid."""
+"""What a model is made of, and how to make it smaller for real."""

@@ -15,10 +15,10 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.standalone.gated_convolution import GatedConvMixer
+from nncf_ext.standalone.skipping import Skipped
 from nncf_ext.structure.blocks import find_block_lists
 from nncf_ext.structure.families import FAMILIES, Branch, Family, blocks_path, family_of
-from nncf_ext.structure.gated_convolution import GatedConvMixer
-from nncf_ext.structure.skipping import Skipped
 
 
 @dataclass(frozen=True)

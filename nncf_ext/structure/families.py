@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import nn
 
-from nncf_ext.structure.gated_convolution import GatedConvMixer
-from nncf_ext.structure.skipping import (
+from nncf_ext.standalone.gated_convolution import GatedConvMixer
+from nncf_ext.standalone.skipping import (
     BypassedSharedAttention,
     Skipped,
     SkippedAttention,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nncf_ext.standalone.skipping import SkippedUnread
 from nncf_ext.structure.coupling import Coupling, Layout, layout_of
 from nncf_ext.structure.plan import StructurePlan, check_plan
-from nncf_ext.structure.skipping import SkippedUnread
 from nncf_ext.structure.surgery import cache_slots, indexed_modules
 
 

@@ -17,8 +17,8 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.files import write_whole
 from nncf_ext.structure.coupling import Layout, layout_of, unit_weights
-from nncf_ext.structure.files import write_whole
 
 VERSION = 1
 _SAMPLE = 4096

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import nncf
 from torch import nn
 
+from nncf_ext.standalone.gated_convolution import GatedConvMixer
+from nncf_ext.standalone.skipping import Skipped, keep_ties, tied_names
 from nncf_ext.structure.coupling import Coupling, Layout, layout_of
-from nncf_ext.structure.gated_convolution import GatedConvMixer
 from nncf_ext.structure.plan import StructurePlan, check_plan
-from nncf_ext.structure.records import set_record
-from nncf_ext.structure.skipping import Skipped, keep_ties, tied_names
 from nncf_ext.upstream import is_wrapped
+from nncf_ext.weights.records import set_record
 
 SSM = "ssm"
 """How configurations name the state space of a Mamba mixer, in a layer's ``"skip"``."""
@@ -168,7 +168,7 @@ def layer_overrides(model: nn.Module) -> dict[str, dict[str, Any]]:
 def edits_from_config(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
     """
     How the modules of a model differ from those that its configuration builds: what
-    :mod:`nncf_ext.structure.modeling_nncf_structured` carries out without knowing the family.
+    :mod:`nncf_ext.standalone.modeling_nncf_structured` carries out without knowing the family.
 
     :param model: A model of a known family.
     :param stock: What the model's class makes of its configuration; meta device will do.

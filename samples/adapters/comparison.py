@@ -26,7 +26,7 @@ from adapters.scoring import logits_of, right_answers
 from adapters.signatures import HELD_OUT_PACKAGES, TRAINING_PACKAGES, signatures_task
 from adapters.task import Item, Task, encode
 from adapters.training import ALPHA, LINEARS, Settings
-from nncf_ext.structure.files import write_whole
+from nncf_ext.files import write_whole
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TASKS = ("signatures", "arithmetic")

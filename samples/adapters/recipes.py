@@ -26,7 +26,7 @@ from torch import nn
 
 import nncf_ext
 from adapters.training import Settings, add_adapter, add_elastic_ranks, train
-from nncf_ext.structure.grid import decompressors, unpack
+from nncf_ext.weights.int4 import decompressors, unpack
 
 Rows = Sequence[dict[str, list[int]]]
 

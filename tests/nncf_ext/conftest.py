@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nncf_ext.structure.removal import Elimination
+from nncf_ext.pruning.greedy import Elimination
 
 VOCABULARY = 320
 

@@ -9,10 +9,10 @@ from torch import nn
 
 import nncf_ext
 from nncf_ext import DivergenceMetric
-from nncf_ext.structure.compensation import RIDGE, Compensator
+from nncf_ext.pruning.compensation import RIDGE, Compensator
+from nncf_ext.pruning.greedy import Scorer
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import StructurePlan
-from nncf_ext.structure.removal import Scorer
 from tests.nncf_ext.test_multipruner import items, models, prune
 
 

@@ -132,7 +132,7 @@ def test_interrupt_while_packing_takes_the_block_back(tiny_llama, token_dataset,
 
 
 def test_prerounding_survives_the_journal(tiny_llama, token_dataset, tmp_path):
-    from nncf_ext.structure.records import record_of
+    from nncf_ext.weights.records import record_of
 
     options = settings(INT4, token_dataset, keep_prerounding=True)
     first = nncf_ext.compress(tiny_llama(), CompressMode.SPARSE_GPT, resume=tmp_path, **options)

@@ -11,10 +11,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2Fo
 import nncf_ext
 import nncf_ext.structure.counting
 from nncf_ext import AdvancedMultiPrunerParameters, CompressMode, DivergenceMetric, PerplexityMetric
+from nncf_ext.pruning.greedy import Scorer
 from nncf_ext.structure.coupling import layout_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import Removal, StructurePlan
-from nncf_ext.structure.removal import Scorer
 
 VOCABULARY = 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "max_position_embeddings": 64}

@@ -13,7 +13,7 @@ from torch import nn
 
 import nncf_ext
 from nncf_ext import AdvancedSparseWeightsParameters, CompressMode
-from nncf_ext.structure.records import record_of
+from nncf_ext.weights.records import record_of
 
 INT4 = nncf.CompressWeightsMode.INT4_SYM
 

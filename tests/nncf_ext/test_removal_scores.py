@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from nncf_ext import PerplexityMetric
-from nncf_ext.structure.compensation import Compensator
+from nncf_ext.pruning.compensation import Compensator
+from nncf_ext.pruning.greedy import Elimination, Scorer
 from nncf_ext.structure.coupling import layout_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import Removal, StructurePlan
-from nncf_ext.structure.removal import Elimination, Scorer
 from tests.structure_models import CAUSAL, HYBRIDS, STATE_SPACE, VOCABULARY, make
 
 PLENTY = 2**30

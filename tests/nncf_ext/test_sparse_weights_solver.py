@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nncf_ext.algorithms.sparse_weights.solver import AdaptiveMask, FixedMask, dead_columns, inverse_factor, solve
-from nncf_ext.structure.grid import group_scale, round_to_grid
+from nncf_ext.weights.int4 import group_scale, round_to_grid
 
 DAMPING = 0.01
 

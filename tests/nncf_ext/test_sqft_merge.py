@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 import nncf_ext
 from nncf_ext import Group, MergeMode
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear
-from nncf_ext.structure.records import record_of
+from nncf_ext.weights.records import record_of
 from tests.nncf_ext.mergeable import (
     QUANT_AWARE,
     SPARSE,

@@ -9,9 +9,9 @@ import transformers
 from torch.nn import functional as F
 
 import nncf_ext
+from nncf_ext.standalone.gated_convolution import GatedConvMixer
 from nncf_ext.structure.counting import count_costs
 from nncf_ext.structure.coupling import layout_of
-from nncf_ext.structure.gated_convolution import GatedConvMixer
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.reference import plan_from_reference, plan_to_reference

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from ov_ext import cost
 from ov_ext.cpu_plugin.sparse_matmul import native
+from ov_ext.sparse_weights import cost
 from tests.cpu_plugin.conftest import make_weight
 
 KINDS = [("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 64), ("int4", 128)]

@@ -17,9 +17,9 @@ from peft import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nncf_ext import PerplexityMetric, StructurePlan, extract
+from nncf_ext.pruning.greedy import Elimination, Scorer
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import Removal
-from nncf_ext.structure.removal import Elimination, Scorer
 from tests.structure_models import make, tokens
 
 SAMPLES = Path(__file__).parents[2] / "samples"

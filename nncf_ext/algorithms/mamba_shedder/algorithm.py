@@ -24,7 +24,7 @@ from nncf_ext.algorithms.mamba_shedder.parameters import (
     SSM,
     AdvancedMambaShedderParameters,
 )
-from nncf_ext.algorithms.removal import Stage, StructureRemoval, mlp_group, width_removals
+from nncf_ext.pruning.method import Stage, StructureRemoval, mlp_group, width_removals
 from nncf_ext.structure.coupling import Layout
 from nncf_ext.structure.plan import Removal, StructurePlan
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import nncf
 
-from nncf_ext.algorithms.removal import RemovalParameters, check_count
+from nncf_ext.pruning.method import RemovalParameters, check_count
 
 BLOCKS, SSM, ATTENTION, MLP, CHANNELS = UNITS = ("mamba_block", "ssm", "attention", "mlp", "mlp_channels")
 

@@ -17,11 +17,11 @@ import nncf
 from torch import Tensor, nn
 
 from nncf_ext.algorithms.multipruner.parameters import ACTIVATIONS, COSTS, AdvancedMultiPrunerParameters
-from nncf_ext.algorithms.removal import Stage, StructureRemoval, mlp_group, width_removals
 from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import evaluation
 from nncf_ext.importance.blocks import activation_norm
-from nncf_ext.structure.compensation import Compensator
+from nncf_ext.pruning.compensation import Compensator
+from nncf_ext.pruning.method import Stage, StructureRemoval, mlp_group, width_removals
 from nncf_ext.structure.counting import count_costs
 from nncf_ext.structure.coupling import Coupling, Layout
 from nncf_ext.structure.plan import Removal, StructurePlan

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import nncf
 
-from nncf_ext.algorithms.removal import RemovalParameters, check_count
+from nncf_ext.pruning.method import RemovalParameters, check_count
 from nncf_ext.structure.plan import StructurePlan
 
 ACTIVATIONS = "activations"
@@ -30,7 +30,7 @@ class AdvancedMultiPrunerParameters(RemovalParameters):
         the cost to save. ``"parameters"``, ``"bytes"``, ``"kv_bytes_per_token"``, or a function of a plan, such as a
         measured latency.
     :param compensate: After every step refit the output projection of the branch that lost units, by least squares on
-        calibration text; see :class:`nncf_ext.structure.compensation.Compensator`. Later steps see the repaired model.
+        calibration text; see :class:`nncf_ext.pruning.compensation.Compensator`. Later steps see the repaired model.
     """
 
     distribution: tuple[float, float, float] = (44, 52, 4)

@@ -32,13 +32,13 @@ from nncf_ext.algorithms.sparse_weights.solver import (
 )
 from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, observe_inputs, read_items
+from nncf_ext.files import digest
 from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
 from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import Survey
-from nncf_ext.structure.files import digest
-from nncf_ext.structure.grid import check_hookable, decompressors, dequantize, pack, unpack, weight_hooks
-from nncf_ext.structure.records import LayerRecord, set_record
 from nncf_ext.upstream import HOOKS_PREFIX
+from nncf_ext.weights.int4 import check_hookable, decompressors, dequantize, pack, unpack, weight_hooks
+from nncf_ext.weights.records import LayerRecord, set_record
 
 logger = logging.getLogger("nncf_ext")
 

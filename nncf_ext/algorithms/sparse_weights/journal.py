@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nncf_ext.structure.files import digest, write_whole
-from nncf_ext.structure.records import LayerRecord
+from nncf_ext.files import digest, write_whole
+from nncf_ext.weights.records import LayerRecord
 
 _VERSION = 1
 

@@ -21,7 +21,7 @@ class AdvancedSparseWeightsParameters:
         ERROR (as in NNCF) refuses before any work; IGNORE makes the layer sparse, leaves it floating and says so in
         the report.
     :param keep_prerounding: Keep, per layer, the masked and error-compensated weight as it was just before rounding:
-        ``nncf_ext.structure.records.record_of(layer).prerounding``. Costs 4 bytes a weight.
+        ``nncf_ext.weights.records.record_of(layer).prerounding``. Costs 4 bytes a weight.
     :param block_size: Columns that SparseGPT and GPTQ treat together; SparseGPT chooses its mask for one such block at
         a time. A multiple of M and, with quantization, of the group size.
     :param damping: Part of the Hessian's mean diagonal that is added to the diagonal, above 0.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nncf_ext.importance.weights import optimal_brain_score, pattern_mask, smallest_mask
-from nncf_ext.structure.grid import grid_value, group_scale, nearest_code
+from nncf_ext.weights.int4 import grid_value, group_scale, nearest_code
 
 _MAX_DAMPING = 1.0
 

@@ -14,8 +14,8 @@ from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinea
 from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
 from nncf_ext.algorithms.sqft.partner import Grid, check_partners, into_cells, on_grid, read_grid
 from nncf_ext.parameters import MergeMode
-from nncf_ext.structure.grid import decompressors
-from nncf_ext.structure.records import set_record
+from nncf_ext.weights.int4 import decompressors
+from nncf_ext.weights.records import set_record
 
 # Initializations that leave the base weight as it is; the others move a part of it into A and B, zeros included.
 _HARMLESS_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")

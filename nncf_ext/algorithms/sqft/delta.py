@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from nncf_ext.structure.grid import HIGHEST_CODE, LOWEST_CODE, dequantize, round_to_grid
+from nncf_ext.weights.int4 import HIGHEST_CODE, LOWEST_CODE, dequantize, round_to_grid
 
 # Elements of the pieces of [rows, in] matrices that are in work at a time.
 _BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 24

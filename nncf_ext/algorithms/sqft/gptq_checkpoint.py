@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nncf_ext.structure.grid import check_hookable, dequantize, pack
-from nncf_ext.structure.records import LayerRecord, set_record
+from nncf_ext.weights.int4 import check_hookable, dequantize, pack
+from nncf_ext.weights.records import LayerRecord, set_record
 
 _BITS = 4
 _ZERO_POINT = 8

@@ -15,7 +15,7 @@ from nncf_ext.algorithms.sqft.algorithm import find_layers
 from nncf_ext.algorithms.sqft.delta import MergedWeight, pack_mask
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales, scales_on
 from nncf_ext.parameters import MergeMode
-from nncf_ext.structure.grid import (
+from nncf_ext.weights.int4 import (
     check_hookable,
     codes_and_scales,
     decompressors,
@@ -23,7 +23,7 @@ from nncf_ext.structure.grid import (
     pack,
     round_to_grid,
 )
-from nncf_ext.structure.records import LayerRecord, set_record
+from nncf_ext.weights.records import LayerRecord, set_record
 
 
 def merge(model: nn.Module, mode: MergeMode) -> nn.Module:

@@ -9,7 +9,8 @@ import nncf
 import torch
 from torch import Tensor, nn
 
-from nncf_ext.structure.grid import (
+from nncf_ext.upstream import unwrap_model
+from nncf_ext.weights.int4 import (
     codes_and_scales,
     decompressors,
     dequantize,
@@ -17,8 +18,7 @@ from nncf_ext.structure.grid import (
     unpack,
     weight_hooks,
 )
-from nncf_ext.structure.records import LayerRecord, record_of, set_record
-from nncf_ext.upstream import unwrap_model
+from nncf_ext.weights.records import LayerRecord, record_of, set_record
 
 # How near to the border of its cell a weight may be put, in steps of the grid: bfloat16 stays inside.
 _REACH = 0.4

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nncf_ext.structure.files import write_whole
+from nncf_ext.files import write_whole
 from nncf_ext.structure.surgery import apply_overrides, edits_from_config, layer_overrides
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped
 
@@ -32,7 +32,7 @@ GRID_WEIGHTS = "nncf_model.safetensors"
 GRID_CONFIG = "nncf_config.json"
 STRUCTURED = "nncf_structured"
 STRUCTURE_VERSION = 1
-REMOTE_CODE = Path(__file__).with_name("modeling_nncf_structured.py")
+REMOTE_CODE = Path(__file__).parent.parent / "standalone" / "modeling_nncf_structured.py"
 REMOTE_FILES = (REMOTE_CODE, *(REMOTE_CODE.with_name(f"{name}.py") for name in ("gated_convolution", "skipping")))
 
 _AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")

@@ -2,7 +2,7 @@
 What MultiPruner and Mamba-Shedder share: stages of a greedy removal, from calibration text to a smaller model.
 
 A method says what a stage may remove, in the order that breaks ties, and when the stage has paid its share. The loop is
-:mod:`nncf_ext.structure.removal`.
+:mod:`nncf_ext.pruning.greedy`.
 """
 
 import logging
@@ -23,18 +23,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from nncf_ext.calibration.stream import evaluation, read_items
+from nncf_ext.files import digest
 from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.importance.metrics import Metric, PerplexityMetric
+from nncf_ext.pruning.compensation import Compensator
+from nncf_ext.pruning.greedy import REUSE_BYTES, Elimination, Scorer, layout_for_removal
 from nncf_ext.structure.blocks import IGNORED, Survey
-from nncf_ext.structure.compensation import Compensator
 from nncf_ext.structure.counting import count_costs
 from nncf_ext.structure.coupling import Coupling, Layout, unit_weights
-from nncf_ext.structure.files import digest
 from nncf_ext.structure.plan import Removal, StructurePlan, check_cache, check_plan, check_sharing
-from nncf_ext.structure.records import set_plan
-from nncf_ext.structure.removal import REUSE_BYTES, Elimination, Scorer, layout_for_removal
 from nncf_ext.structure.surgery import cut_structure
 from nncf_ext.upstream import is_wrapped
+from nncf_ext.weights.records import set_plan
 
 logger = logging.getLogger("nncf_ext")
 

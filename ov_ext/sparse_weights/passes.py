@@ -13,12 +13,22 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import runtime
-from ov_ext.cost import Choice
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
-from ov_ext.packed import OPERATION, detach, group, is_packed, records, redirect
-from ov_ext.policy import LayerReport, PackReport, SparsePolicy
-from ov_ext.subgraph import RecordError, bias_constant, describe, read_record, restore
-from ov_ext.weights import FLOATS, ConstantWeight, Unpackable, element_name, elements, find, load, requantize, sparsity
+from ov_ext.sparse_weights.cost import Choice
+from ov_ext.sparse_weights.packed import OPERATION, detach, group, is_packed, records, redirect
+from ov_ext.sparse_weights.policy import LayerReport, PackReport, SparsePolicy
+from ov_ext.sparse_weights.subgraph import RecordError, bias_constant, describe, read_record, restore
+from ov_ext.sparse_weights.weights import (
+    FLOATS,
+    ConstantWeight,
+    Unpackable,
+    element_name,
+    elements,
+    find,
+    load,
+    requantize,
+    sparsity,
+)
 
 logger = logging.getLogger("ov_ext")
 

@@ -2,8 +2,8 @@
 Greedy backward elimination: which part of a model is missed least? Remove it, and ask again.
 
 Every candidate is scored by the loss of the whole model on calibration batches. Batches come outside, candidates
-inside: a candidate's pass begins behind all blocks whose output is known (:mod:`nncf_ext.structure.suffixes`), and its
-score is that of a whole pass.
+inside: a candidate's pass begins behind all blocks whose output is known (:mod:`nncf_ext.pruning.prefix_cache`), and
+its score is that of a whole pass.
 """
 
 import json
@@ -19,11 +19,11 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.files import write_whole
+from nncf_ext.pruning.prefix_cache import Suffixes
 from nncf_ext.structure.coupling import Layout, layout_of
-from nncf_ext.structure.files import write_whole
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import Removal, Step, StructurePlan
-from nncf_ext.structure.suffixes import Suffixes
 
 REUSE_BYTES = 2**30
 _LEAST_SEQUENCES = 4  # before anybody is given up in a race

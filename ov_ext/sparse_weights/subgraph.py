@@ -22,7 +22,7 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
-from ov_ext.weights import (
+from ov_ext.sparse_weights.weights import (
     FLOATS,
     SYMMETRIC,
     ConstantWeight,

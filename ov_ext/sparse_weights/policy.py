@@ -11,8 +11,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from ov_ext.cost import Choice, Form, bytes_per_weight, cheapest
 from ov_ext.runtime import TARGETS, InstructionSet
+from ov_ext.sparse_weights.cost import Choice, Form, bytes_per_weight, cheapest
 
 Target = Literal["this-cpu"] | InstructionSet
 _TARGETS = ("this-cpu", *reversed(TARGETS))
@@ -23,8 +23,8 @@ class SparsePolicy:
     """What ``pack_sparse_weights`` may replace.
 
     :param min_sparsity: Fraction 0..1 of zeros a weight needs. None: each layer gets the form, stock or ours with or
-        without a bitmap, that :mod:`ov_ext.cost` expects to be the fastest at one token. 0 packs everything that can be
-        packed, dense weights without a bitmap.
+        without a bitmap, that :mod:`ov_ext.sparse_weights.cost` expects to be the fastest at one token. 0 packs
+        everything that can be packed, dense weights without a bitmap.
     :param target: Instruction set the IR is meant for: what is fastest depends on it. It is recorded in the IR, and
         loading on a weaker CPU warns once. The blobs do not depend on it.
     :param activation_group: Inputs that share one dynamic quantization scale at run time, for int8 and int4 weights:
@@ -95,8 +95,8 @@ class LayerReport:
         that some operation still needs.
     :param form: ``"stock"``: it stays; ``"sparse"``, ``"dense"``: a SparseMatMul with or without a bitmap.
     :param note: Why it stays, or what to know about the replacement.
-    :param speedup: Expected time of stock / time of our best form at one token (:mod:`ov_ext.cost`); None where nothing
-        was estimated.
+    :param speedup: Expected time of stock / time of our best form at one token (:mod:`ov_ext.sparse_weights.cost`);
+        None where nothing was estimated.
     """
 
     name: str

@@ -9,7 +9,7 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER
-from ov_ext.subgraph import RecordError
+from ov_ext.sparse_weights.subgraph import RecordError
 
 OPERATION = "SparseMatMul"
 
@@ -20,8 +20,9 @@ def is_packed(node: Node) -> bool:
 
 
 def records(node: Node) -> list[str]:
-    """:return: What the ``source`` attribute says about each weight, for :func:`ov_ext.subgraph.read_record`.
+    """What the ``source`` attribute says about each weight.
 
+    :return: Texts for :func:`ov_ext.sparse_weights.subgraph.read_record`.
     :raises RecordError: An operation with several weights does not have a record of each.
     """
     source: str = node.get_attributes()["source"]
