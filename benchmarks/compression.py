@@ -19,8 +19,10 @@ from benchmarks.results import Record, cpu_name, git_commit, show, write_json
 if TYPE_CHECKING:
     from torch import nn
 
-    from nncf_ext.pruning.greedy import Elimination, Scorer
-    from nncf_ext.structure.plan import Removal, StructurePlan
+    from nncf_ext.pruning.candidates import Removal
+    from nncf_ext.pruning.greedy import Elimination
+    from nncf_ext.pruning.scoring import Scorer
+    from nncf_ext.structure.plan import StructurePlan
 
 WHOLE, EXACT, TOGETHER = "whole passes", "exact", "side by side"
 RESCORED, RACED = f"{TOGETHER}, rescore_top", f"{TOGETHER}, racing"
@@ -67,10 +69,10 @@ class WholePasses:
         """:return: Losses ``[candidates, sequences]``."""
         import torch
 
-        gone = [(layer, name) for layer, kept in enumerate(plan.layers) for name, units in kept.items() if not units]
+        gone = [name for name, units in plan.kept.items() if not units]
         rows = []
         for candidate in candidates:
-            hooks = [self._zero(*each) for each in [*gone, (candidate.layer, candidate.branch)]]
+            hooks = [self._zero(each) for each in [*gone, candidate.dimension]]
             logits = ((batch, self._model(**batch, use_cache=False).logits) for batch in self._batches)
             rows.append(torch.cat([self._losses(each, batch, None) for batch, each in logits]))
             self.evaluations += len(self._batches)
@@ -78,8 +80,9 @@ class WholePasses:
                 hook.remove()
         return torch.stack(rows)
 
-    def _zero(self, layer: int, branch: str) -> Any:
-        block = self._model.model.layers[layer]
+    def _zero(self, dimension: str) -> Any:
+        _, layer, branch = dimension.split(".")
+        block = self._model.model.layers[int(layer)]
         if branch == "mlp":
             return block.mlp.register_forward_hook(lambda _module, _inputs, output: output * 0.0)
         zeroed = block.self_attn.register_forward_hook
@@ -116,7 +119,8 @@ def measure(options: argparse.Namespace) -> list[Record]:
     import torch
 
     from nncf_ext.importance.metrics import PerplexityMetric
-    from nncf_ext.pruning.greedy import Elimination, Scorer, Scores
+    from nncf_ext.pruning.greedy import Elimination
+    from nncf_ext.pruning.scoring import Scorer, Scores
     from nncf_ext.structure.plan import StructurePlan
 
     class Recorded(Scorer):
@@ -162,10 +166,10 @@ def measure(options: argparse.Namespace) -> list[Record]:
 
 def blocks_of(plan: StructurePlan) -> list[Removal]:
     """:return: Every branch that is left, attention first."""
-    from nncf_ext.structure.plan import Removal
+    from nncf_ext.pruning.candidates import Removal
 
-    names = ("attention", "mlp")
-    return [Removal(layer, name, ()) for name in names for layer, kept in enumerate(plan.layers) if kept[name]]
+    names = sorted((name for name, kept in plan.kept.items() if kept), key=lambda name: name.endswith("mlp"))
+    return [Removal(name, ()) for name in names]
 
 
 def timed_step(search: Elimination, scorer: Scorer) -> float:
@@ -184,7 +188,7 @@ def record_of(
 ) -> Record:
     """:return: Times of one search, beside whole passes in the same steps, and how much of the choice is the same."""
     ratios = np.array(seconds[WHOLE]) / np.array(seconds[name])
-    removed = {each: {(step.branch, step.layer) for step in search.plan.steps} for each, search in searches.items()}
+    removed = {each: {step.dimension for step in search.plan.steps} for each, search in searches.items()}
     same = len(removed[EXACT] & removed.get(name, removed[EXACT]))
     return {
         "search": name,

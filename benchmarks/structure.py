@@ -76,14 +76,16 @@ def plan_of(model: nn.Module, removed: float, multiple: int) -> StructurePlan:
     from nncf_ext.structure.counting import count_costs
     from nncf_ext.structure.plan import StructurePlan
 
-    plan, dense = StructurePlan.dense(model), count_costs(model).parameters
-    layers = len(plan.layers)
+    dense_plan, dense = StructurePlan.dense(model), count_costs(model).parameters
+    layers = len(dense_plan.kept) // 2
     shares = [REMOVED_MLP[layer * len(REMOVED_MLP) // layers] for layer in range(layers)]
     for step in range(1, 1000):
+        sizes = {}
         for layer, share in enumerate(shares):
-            units = len(StructurePlan.dense(model).layers[layer]["mlp"])
+            units = len(dense_plan.kept[f"layers.{layer}.mlp"])
             gone = round(units * share * step / 2000 / multiple) * multiple
-            plan = plan.keep(layer, "mlp", range(max(units - gone, multiple)))
+            sizes[f"layers.{layer}.mlp"] = max(units - gone, multiple)
+        plan = dense_plan.at(sizes)
         if count_costs(model, plan).parameters <= (1 - removed) * dense:
             return plan
     raise ValueError(f"{removed:.0%} of the parameters cannot be removed from the MLPs alone")

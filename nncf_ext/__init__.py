@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.mamba_shedder.parameters import (
         AdvancedMambaShedderParameters as AdvancedMambaShedderParameters,
     )
-    from nncf_ext.algorithms.mamba_shedder.parameters import RemovalStage as RemovalStage
+    from nncf_ext.algorithms.mamba_shedder.parameters import PruningStage as PruningStage
     from nncf_ext.algorithms.multipruner.parameters import (
         AdvancedMultiPrunerParameters as AdvancedMultiPrunerParameters,
     )
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nncf_ext.exploration.space import SearchSpace as SearchSpace
     from nncf_ext.extraction import extract as extract
     from nncf_ext.importance.metrics import DivergenceMetric as DivergenceMetric
+    from nncf_ext.importance.metrics import Metric as Metric
     from nncf_ext.importance.metrics import PerplexityMetric as PerplexityMetric
     from nncf_ext.parameters import CompressMode as CompressMode
     from nncf_ext.parameters import ElasticMode as ElasticMode
@@ -47,7 +48,10 @@ if TYPE_CHECKING:
     from nncf_ext.saving.checkpoint import load_compressed as load_compressed
     from nncf_ext.saving.checkpoint import load_pretrained as load_pretrained
     from nncf_ext.saving.checkpoint import save_pretrained as save_pretrained
+    from nncf_ext.structure.counting import count_costs as count_costs
+    from nncf_ext.structure.masking import masked as masked
     from nncf_ext.structure.plan import StructurePlan as StructurePlan
+    from nncf_ext.structure.uniform import snap_to_uniform as snap_to_uniform
 
 _HOMES = {
     "AdvancedMambaShedderParameters": "algorithms.mamba_shedder.parameters",
@@ -63,26 +67,30 @@ _HOMES = {
     "Group": "algorithms.elastic_lora.parameters",
     "HillClimbingSampler": "exploration.samplers",
     "MergeMode": "parameters",
+    "Metric": "importance.metrics",
     "Objective": "exploration.objectives",
     "PerplexityMetric": "importance.metrics",
-    "RemovalStage": "algorithms.mamba_shedder.parameters",
+    "PruningStage": "algorithms.mamba_shedder.parameters",
     "SearchReport": "exploration.report",
     "SearchSampler": "parameters",
     "SearchSpace": "exploration.space",
     "StructurePlan": "structure.plan",
     "compress": "compression",
     "compression_report": "report",
+    "count_costs": "structure.counting",
     "extract": "extraction",
     "load_compressed": "saving.checkpoint",
     "load_gptq": "algorithms.sqft.gptq_checkpoint",
     "load_pretrained": "saving.checkpoint",
     "make_elastic": "elastic",
     "make_mergeable": "algorithms.sqft.algorithm",
+    "masked": "structure.masking",
     "merge": "algorithms.sqft.merging",
     "prerounding": "algorithms.sqft.partner",
     "sandwich_loss": "algorithms.elastic_lora.training",
     "save_pretrained": "saving.checkpoint",
     "search": "exploration.engine",
+    "snap_to_uniform": "structure.uniform",
     "structure_plan": "compression",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604

@@ -86,17 +86,17 @@ class Removal:
         """All MLPs alike, the channels with the least weights gone."""
         import nncf_ext
         from nncf_ext.importance.blocks import l1_norm
-        from nncf_ext.structure.counting import count_costs
-        from nncf_ext.structure.coupling import layout_of
-        from nncf_ext.structure.plan import units_by_score
+        from nncf_ext.structure.lookup import dimensions_of
+        from nncf_ext.structure.order import units_by_score
 
-        layout, plan = layout_of(self.dense), nncf_ext.StructurePlan.dense(self.dense)
-        whole = count_costs(self.dense).parameters
-        order = [units_by_score(layout, layer, "mlp", l1_norm) for layer in range(len(layout.blocks))]
-        for width in range(len(order[0]), 0, -8):
-            for layer, units in enumerate(order):
-                plan = plan.keep(layer, "mlp", sorted(units[:width]))
-            if count_costs(self.dense, plan).parameters <= (1 - self.ratio) * whole:
+        dimensions, dense = dimensions_of(self.dense), nncf_ext.StructurePlan.dense(self.dense)
+        whole = nncf_ext.count_costs(self.dense).parameters
+        order = {
+            each.name: units_by_score(self.dense, dimensions, each.name, l1_norm) for each in dimensions.of_part("mlp")
+        }
+        for width in range(self.dense.config.intermediate_size, 0, -8):
+            plan = dense.at(dict.fromkeys(order, width), order)
+            if nncf_ext.count_costs(self.dense, plan).parameters <= (1 - self.ratio) * whole:
                 break
         plan.save(self.out / f"{slug(EQUAL)}.plan.json")
         return nncf_ext.extract(self.dense, plan)
@@ -112,11 +112,12 @@ def from_scratch(removal: Removal, plan: Any, tokens: Any, steps: int, batch: in
     from train_tiny_lm import Plan, Training
     from transformers import AutoModelForCausalLM
 
+    from nncf_ext.structure.lookup import dimensions_of
     from nncf_ext.structure.surgery import cut_structure
 
     def build(config: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config)
-        cut_structure(model, plan.layers)
+        cut_structure(model, plan.kept, dimensions_of(model))
         return model
 
     training = Training(
@@ -136,7 +137,7 @@ def from_scratch(removal: Removal, plan: Any, tokens: Any, steps: int, batch: in
 
 def steps_table(removal: Removal, name: str, speeds: tuple[float, float]) -> list[Sequence[str]]:
     """:return: One row for each step of an arm's search."""
-    from nncf_ext.structure.counting import count_costs
+    from nncf_ext import count_costs
 
     rows = []
     trials = removal.trials(name)
@@ -144,8 +145,8 @@ def steps_table(removal: Removal, name: str, speeds: tuple[float, float]) -> lis
         what, score = "dense", ""
         if number:
             step = trial.steps[-1]
-            unit = "channels" if step.branch == "mlp" else "KV heads"
-            what = f"{step.branch} {step.layer}: {f'{step.kept} {unit} left' if step.kept else 'removed'}"
+            unit = "channels" if step.dimension.endswith("mlp") else "KV heads"
+            what = f"{step.dimension}: {f'{step.kept} {unit} left' if step.kept else 'removed'}"
             score = f"{step.score:.3f}"
         costs = count_costs(removal.dense, trial)
         ends = {0: speeds[0], len(trials) - 1: speeds[1]}
@@ -164,8 +165,7 @@ def frontier(removal: Removal, name: str, held_out: Any) -> list[tuple[float, fl
     """:return: Million parameters and perplexity on held-out text after each step of an arm's search, by masks."""
     from removal.evidence import losses
 
-    from nncf_ext.structure.counting import count_costs
-    from nncf_ext.structure.masking import masked
+    from nncf_ext import count_costs, masked
 
     points = []
     for trial in removal.trials(name):

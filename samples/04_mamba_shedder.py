@@ -36,7 +36,7 @@ def searched(unit: str, count: int, calibration: Any, folder: Path) -> list[Any]
 
     model = load(SOURCE)
     plans = [nncf_ext.StructurePlan.dense(model)]
-    stages = (nncf_ext.RemovalStage((unit,), count),)
+    stages = (nncf_ext.PruningStage((unit,), count),)
     with fast(model):
         nncf_ext.compress(
             model,
@@ -55,7 +55,7 @@ def without(dense: Any, unit: str, layers: Iterable[int]) -> Any:
 
     plan = nncf_ext.StructurePlan.dense(dense)
     for layer in layers:
-        plan = plan.keep(layer, "mamba", range(UNITS[unit]))
+        plan = plan.keep(f"layers.{layer}.mamba", range(UNITS[unit]))
     return plan
 
 
@@ -66,11 +66,11 @@ def sensitivity(dense: Any, calibration: Any) -> list[tuple[float, float]]:
     from train_tiny_mamba import fast
 
     import nncf_ext
-    from nncf_ext.pruning.greedy import Scorer
-    from nncf_ext.structure.plan import Removal
+    from nncf_ext.pruning.candidates import Removal
+    from nncf_ext.pruning.scoring import Scorer
 
     layers = range(dense.config.num_hidden_layers)
-    candidates = [Removal(layer, "mamba", tuple(range(left))) for left in UNITS.values() for layer in layers]
+    candidates = [Removal(f"layers.{layer}.mamba", tuple(range(left))) for left in UNITS.values() for layer in layers]
     scorer = Scorer(dense, batches(calibration, 4), nncf_ext.PerplexityMetric().losses, early_stop=False)
     with torch.no_grad(), fast(dense):
         scores = scorer.score(nncf_ext.StructurePlan.dense(dense), candidates)
@@ -200,7 +200,7 @@ def main(
 
     import nncf_ext
     import ov_ext.optimum
-    from nncf_ext.structure.counting import count_costs
+    from nncf_ext import count_costs
 
     torch.manual_seed(0)
     out = out / "quick" if quick else out
@@ -236,7 +236,7 @@ def main(
             loss = evaluate(nncf_ext.extract(dense, trial), held_out)
             frontier.append((cost.parameters / 1e6, math.exp(loss.mean())))
             last = trial.steps[-1] if step else None
-            what = f"{NAMES[unit]}: layer {last.layer}" if last else f"{NAMES[unit]}: none"
+            what = f"{NAMES[unit]}: {last.dimension}" if last else f"{NAMES[unit]}: none"
             score = f"{last.score:.3f}" if last else ""
             kilobytes = cost.state_bytes // 2 / 1e3
             numbers = (f"{cost.parameters:,}", f"{cost.parameters_without_embeddings:,}", f"{kilobytes:.1f}")

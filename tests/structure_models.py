@@ -6,6 +6,9 @@ import torch
 import transformers
 from torch import nn
 
+from nncf_ext.structure.lookup import dimensions_of
+from nncf_ext.structure.plan import Step, StructurePlan
+
 VOCABULARY = 96
 LAYERS = 4
 SIZES = {"hidden_size": 32, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
@@ -65,6 +68,32 @@ def make(name: str, **overrides: Any) -> nn.Module:
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.15)
     return model
+
+
+def by_layer(plan: StructurePlan) -> list[dict[str, tuple[int, ...]]]:
+    """
+    :return: The kept units of each branch, layer by layer.
+    """
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, units in plan.kept.items():
+        _, layer, branch = name.split(".")
+        layers.setdefault(layer, {})[branch] = units
+    return list(layers.values())
+
+
+def blocks_of(model: nn.Module) -> Any:
+    """
+    :return: The repeated blocks.
+    """
+    return model.get_submodule(dimensions_of(model).blocks)
+
+
+def place_of(step: Step) -> tuple[str, int]:
+    """
+    :return: Branch and layer.
+    """
+    _, layer, branch = step.dimension.split(".")
+    return branch, int(layer)
 
 
 def tokens(rows: int = 2, length: int = 11) -> torch.Tensor:

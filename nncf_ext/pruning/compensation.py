@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_ext.structure.coupling import layout_of
+from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import StructurePlan
 
@@ -34,37 +35,39 @@ class Compensator:
 
     :param model: The dense model, in evaluation mode and without gradients; its weights are changed in place.
     :param batches: Inputs of the model by name.
+    :param dimensions: The model's dimensions; None: find them.
 
     Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks (arXiv 1707.06168), section 3.1,
     reconstruction; An et al., FLAP (arXiv 2312.11983), section 3.3, for the bias.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], dimensions: Dimensions | None = None
+    ) -> None:
         self._model = model
         self._batches = batches
-        self._layout = layout_of(model)
-        self._dense: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+        self._dimensions = dimensions_of(model) if dimensions is None else dimensions
+        self._dense: dict[str, tuple[Tensor, Tensor | None]] = {}
 
-    def refit(self, plan: StructurePlan, layer: int, branch: str) -> None:
+    def refit(self, plan: StructurePlan, name: str) -> None:
         """
         Repairs one branch. What stands before it is as the plan and earlier repairs left it.
 
         :param plan: What stays of the model.
-        :param layer: Index of the layer.
-        :param branch: Name of the branch. Where all or none of it stays nothing happens.
+        :param name: Name of its dimension. Where all or none of it stays nothing happens.
         """
-        coupling, kept = self._layout.couplings[layer][branch], plan.layers[layer][branch]
-        if not kept or len(kept) == coupling.units:
+        dimension, kept = self._dimensions[name], plan.kept[name]
+        if not kept or len(kept) == dimension.size:
             return
-        output: Any = self._layout.blocks[layer].get_submodule(coupling.branch.output)
-        if (layer, branch) not in self._dense:
+        output, cut = self._output(name), dimension.readers[0]
+        if name not in self._dense:
             bias = None if output.bias is None else output.bias.detach().clone()
-            self._dense[layer, branch] = output.weight.detach().clone(), bias
-        weight, bias = self._dense[layer, branch]
+            self._dense[name] = output.weight.detach().clone(), bias
+        weight, bias = self._dense[name]
         products, sums, count = self._moments(plan, output)
         if bias is not None:
             products -= sums.outer(sums) / count
-        columns = coupling.cuts[-1].indices(kept, products.device)
+        columns = cut.indices(kept, products.device)
         own = products[columns][:, columns]
         ridge = RIDGE * own.diagonal().mean()
         own.diagonal().add_(ridge)
@@ -80,11 +83,8 @@ class Compensator:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Within the context the model has its dense weights."""
-        places = [
-            (self._layout.blocks[layer].get_submodule(self._layout.couplings[layer][branch].branch.output), weights)
-            for (layer, branch), weights in self._dense.items()
-        ]
-        now: list[tuple[Any, Tensor, Any]] = [(each, each.weight.data, each.bias) for each, _ in places]  # type: ignore[misc]
+        places = [(self._output(name), weights) for name, weights in self._dense.items()]
+        now: list[tuple[Any, Tensor, Any]] = [(each, each.weight.data, each.bias) for each, _ in places]
         biases = [None if bias is None else bias.data for _, _, bias in now]
         for (module, _, _), (_, (weight, bias)) in zip(now, places, strict=True):
             module.weight.data = weight
@@ -97,6 +97,11 @@ class Compensator:
                 module.weight.data = weight
                 if bias is not None:
                     module.bias.data = bias
+
+    def _output(self, name: str) -> Any:
+        """The output projection of a branch."""
+        (reader,) = self._dimensions[name].readers
+        return self._model.get_submodule(reader.module)
 
     def _moments(self, plan: StructurePlan, output: nn.Module) -> tuple[Tensor, Tensor, int]:
         """Sums over tokens of ``a a^T`` and of ``a``, float64, and the number of tokens."""
@@ -112,7 +117,7 @@ class Compensator:
 
         handle = output.register_forward_pre_hook(look)  # before the mask's own, so that it sees all units
         try:
-            with masked(self._model, plan, self._layout):
+            with masked(self._model, plan, self._dimensions):
                 for batch in self._batches:
                     try:
                         self._model(**batch, use_cache=False)

@@ -1,5 +1,5 @@
 """
-What MultiPruner and Mamba-Shedder share: stages of a greedy removal, from calibration text to a smaller model.
+What MultiPruner and Mamba-Shedder share: stages of greedy pruning, from calibration text to a smaller model.
 
 A method says what a stage may remove, in the order that breaks ties, and when the stage has paid its share. The loop is
 :mod:`nncf_ext.pruning.greedy`.
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import nncf
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -26,12 +25,16 @@ from nncf_ext.calibration.stream import evaluation, read_items
 from nncf_ext.files import digest
 from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.importance.metrics import Metric, PerplexityMetric
+from nncf_ext.pruning.candidates import Removal
 from nncf_ext.pruning.compensation import Compensator
-from nncf_ext.pruning.greedy import REUSE_BYTES, Elimination, Scorer, layout_for_removal
+from nncf_ext.pruning.greedy import Elimination, prunable_dimensions
+from nncf_ext.pruning.scoring import REUSE_BYTES, Scorer
 from nncf_ext.structure.blocks import IGNORED, Survey
+from nncf_ext.structure.checks import check_cache, check_plan, check_sharing
 from nncf_ext.structure.counting import count_costs
-from nncf_ext.structure.coupling import Coupling, Layout, unit_weights
-from nncf_ext.structure.plan import Removal, StructurePlan, check_cache, check_plan, check_sharing
+from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.order import by_importance
+from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import cut_structure
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.records import set_plan
@@ -40,7 +43,7 @@ logger = logging.getLogger("nncf_ext")
 
 
 @dataclass(kw_only=True)
-class RemovalParameters:
+class PruningParameters:
     """
     What can be asked of any search for what to remove.
 
@@ -120,7 +123,7 @@ class Stage:
     batches: Sequence[Mapping[str, Tensor]]
 
 
-class StructureRemoval(ABC):
+class StructuredPruning(ABC):
     """
     One run. Parameters and data are checked on construction; :meth:`apply` does the work.
 
@@ -140,7 +143,7 @@ class StructureRemoval(ABC):
         dataset: nncf.Dataset | None,
         subset_size: int,
         resume: str | os.PathLike[str] | None,
-        parameters: RemovalParameters,
+        parameters: PruningParameters,
     ) -> None:
         parameters.check()
         if dataset is None:
@@ -152,44 +155,41 @@ class StructureRemoval(ABC):
         self._batches = [_batch(index, item, self.mode) for index, item in enumerate(read_items(dataset, subset_size))]
 
     @abstractmethod
-    def stages(self, model: nn.Module, layout: Layout, order: Mapping[tuple[str, int], list[int]]) -> list[Stage]:
+    def stages(self, model: nn.Module, dimensions: Dimensions, order: Mapping[str, list[int]]) -> list[Stage]:
         """
         :param model: The dense model.
-        :param layout: Its layout.
-        :param order: Units of each branch of each layer, the most important first.
+        :param dimensions: Its dimensions.
+        :param order: Units of each dimension, the most important first.
         :return: What to do, one after the other.
         :raises nncf.ValidationError: Something that was asked for does not fit the model.
         """
 
-    def cost(self, model: nn.Module, plan: StructurePlan) -> float:
+    def cost(self, model: nn.Module, dimensions: Dimensions, plan: StructurePlan) -> float:
         """:return: What the ratio is a fraction of."""
-        return float(count_costs(model, plan).parameters)
+        return float(count_costs(model, plan, dimensions=dimensions).parameters)
 
     def savings(
-        self, model: nn.Module, plan: StructurePlan, candidates: Sequence[Removal]
+        self, model: nn.Module, dimensions: Dimensions, plan: StructurePlan, candidates: Sequence[Removal]
     ) -> Mapping[Removal, float] | None:
         """:return: What each candidate saves, of those that save some, if that decides as well; None: it does not."""
         return None
 
-    def compensator(self, model: nn.Module) -> Compensator | None:
+    def compensator(self, model: nn.Module, dimensions: Dimensions) -> Compensator | None:
         """:return: What repairs the model after every step, or None."""
         return None
 
-    def order(self, model: nn.Module, layout: Layout) -> dict[tuple[str, int], list[int]]:
-        """:return: Units of each branch of each layer, the most important first."""
-        found = {}
-        for layer, (block, couplings) in enumerate(zip(layout.blocks, layout.couplings, strict=True)):
-            for branch, coupling in couplings.items():
-                scores = self.scores(block, coupling)
-                found[branch, layer] = list(range(coupling.units))
-                if scores is not None:
-                    found[branch, layer] = torch.argsort(scores, descending=True, stable=True).tolist()
-        return found
+    def order(self, model: nn.Module, dimensions: Dimensions) -> dict[str, list[int]]:
+        """:return: Units of each dimension, the most important first."""
+        scores = {name: self.scores(model, dimensions, name) for name in dimensions}
+        return {
+            name: list(dimensions[name].all_units) if each is None else by_importance(each)
+            for name, each in scores.items()
+        }
 
-    def scores(self, block: nn.Module, coupling: Coupling) -> Tensor | None:
-        """:return: Importance of a branch's units, or None where none is asked for."""
+    def scores(self, model: nn.Module, dimensions: Dimensions, name: str) -> Tensor | None:
+        """:return: Importance of a dimension's units, or None where none is asked for."""
         order = self._search.order
-        return order(unit_weights(block, coupling)) if callable(order) and coupling.cuts else None
+        return order(dimensions.unit_weights(model, name)) if callable(order) and dimensions[name].cuts else None
 
     def header(self) -> dict[str, Any]:
         """:return: What was asked for, as plain data: what a journal must have been begun with to be continued."""
@@ -225,47 +225,48 @@ class StructureRemoval(ABC):
         if is_wrapped(model):
             msg = "Asked to cut a model that carries NNCF hooks. Remove structure first, then compress the result."
             raise nncf.UnsupportedModelError(msg)
-        layout = layout_for_removal(model)
-        plan, ignored = StructurePlan.dense(model), _ignored(layout, survey)
-        whole = self.cost(model, plan)
-        natural = {key: list(range(coupling.units)) for key, coupling in _branches(layout)}
-        stages = self.stages(model, layout, natural)
+        dimensions = self._dimensions = prunable_dimensions(model)
+        plan, ignored = StructurePlan.dense(model, dimensions), _ignored(model, dimensions, survey)
+        whole = self.cost(model, dimensions, plan)
+        natural = {name: list(each.all_units) for name, each in dimensions.items()}
+        stages = self.stages(model, dimensions, natural)
         for stage in stages:
-            for each in self._candidates(model, layout, stage, plan, ignored):
-                check_sharing(model, each.on(plan), layout)
+            for each in self._candidates(model, dimensions, stage, plan, ignored):
+                check_sharing(model, each.on(plan), dimensions)
         for stage in stages:
             # Everything that the stage may remove.
-            while candidates := self._candidates(model, layout, stage, plan, ignored):
+            while candidates := self._candidates(model, dimensions, stage, plan, ignored):
                 for each in candidates:
-                    if _allowed(model, layout, plan, each):
+                    if _allowed(model, dimensions, plan, each):
                         plan = replace(each.on(plan), steps=(*plan.steps, each.as_step()))
         for stage in stages:
             if not stage.done(plan):
-                raise nncf.ValidationError(self._unreachable(stage, 1 - self.cost(model, plan) / whole))
+                raise nncf.ValidationError(self._unreachable(stage, 1 - self.cost(model, dimensions, plan) / whole))
 
     def apply(self, model: nn.Module, survey: Survey) -> None:
         """
         Searches, and cuts the model in place.
 
-        :param model: The model.
+        :param model: The model that was checked, or a copy of it.
         :param survey: Its weights.
         :raises nncf.ValidationError: The journal is another run's, or a stage ran out of candidates.
         """
-        layout = layout_for_removal(model)
-        ignored = _ignored(layout, survey)
-        dense = StructurePlan.dense(model)
-        whole = self.cost(model, dense)
-        stages = self.stages(model, layout, self.order(model, layout))
-        header = {"model": asdict(dense.model), "ignored": sorted(map(list, ignored)), **self.header()}
-        dense = replace(dense, calibration=self.calibration(), costs_before=count_costs(model))
+        dimensions = self._dimensions
+        ignored = _ignored(model, dimensions, survey)
+        dense = StructurePlan.dense(model, dimensions)
+        whole = self.cost(model, dimensions, dense)
+        stages = self.stages(model, dimensions, self.order(model, dimensions))
+        header = {"model": asdict(dense.model), "ignored": sorted(ignored), **self.header()}
+        costs_before = count_costs(model, dimensions=dimensions)
+        dense = replace(dense, calibration=self.calibration(), costs_before=costs_before)
         search = Elimination(dense, self._resume, header, self._search.rescore_top)
-        check_plan(model, search.plan, layout)
-        metric, compensator = self._search.metric, self.compensator(model)
+        check_plan(model, search.plan, dimensions)
+        metric, compensator = self._search.metric, self.compensator(model, dimensions)
         with evaluation(model), _progress() as progress:
             if compensator is not None:
                 task = progress.add_task("repairs of earlier steps", total=len(search.earlier), best="")
                 for plan in search.earlier:
-                    compensator.refit(plan, plan.steps[-1].layer, plan.steps[-1].branch)
+                    compensator.refit(plan, plan.steps[-1].dimension)
                     progress.advance(task)
             for stage in stages:
                 scorer = Scorer(
@@ -278,34 +279,35 @@ class StructureRemoval(ABC):
                     candidates_per_pass=self._search.candidates_per_pass,
                     reuse_bytes=self._search.reuse_bytes,
                     as_dense=nullcontext if compensator is None else compensator.dense,
+                    dimensions=dimensions,
                 )
                 task = progress.add_task(stage.name, total=None, best="")
                 while not stage.done(search.plan):
-                    candidates = self._candidates(model, layout, stage, search.plan, ignored)
-                    saved = self.savings(model, search.plan, candidates)
+                    candidates = self._candidates(model, dimensions, stage, search.plan, ignored)
+                    saved = self.savings(model, dimensions, search.plan, candidates)
                     candidates = candidates if saved is None else list(saved)
                     if not candidates:
-                        reached = 1 - self.cost(model, search.plan) / whole
+                        reached = 1 - self.cost(model, dimensions, search.plan) / whole
                         raise nncf.ValidationError(self._unreachable(stage, reached))
                     progress.reset(task, total=len(candidates) * len(stage.batches))
                     step = search.step(scorer, candidates, metric.shown, partial(progress.advance, task), saved)
                     if compensator is not None:
-                        compensator.refit(search.plan, step.layer, step.branch)
-                    share = 1 - self.cost(model, search.plan) / whole
-                    best = f"{step.branch} of layer {step.layer}: {step.score:.4g}, {share:.1%} removed"
+                        compensator.refit(search.plan, step.dimension)
+                    share = 1 - self.cost(model, dimensions, search.plan) / whole
+                    best = f"{step.dimension}: {step.score:.4g}, {share:.1%} removed"
                     progress.update(task, best=best)
                     logger.info("%s: %s", stage.name, best)
-        plan = replace(search.plan, costs_after=count_costs(model, search.plan))
-        cut_structure(model, plan.layers)
+        plan = replace(search.plan, costs_after=count_costs(model, search.plan, dimensions=dimensions))
+        cut_structure(model, plan.kept, dimensions)
         set_plan(model, plan)
 
     def _candidates(
-        self, model: nn.Module, layout: Layout, stage: Stage, plan: StructurePlan, ignored: set[tuple[str, int]]
+        self, model: nn.Module, dimensions: Dimensions, stage: Stage, plan: StructurePlan, ignored: set[str]
     ) -> list[Removal]:
         return [
             each
             for each in stage.candidates(plan)
-            if not any((each.branch, layer) in ignored for layer in each.layers) and _allowed(model, layout, plan, each)
+            if not ignored.intersection(each.dimensions) and _allowed(model, dimensions, plan, each)
         ]
 
     def _unreachable(self, stage: Stage, reached: float) -> str:
@@ -323,32 +325,14 @@ class StructureRemoval(ABC):
         return "A lower ratio, smaller groups or a smaller ignored scope would work."
 
 
-def width_removals(
-    layout: Layout, plan: StructurePlan, branch: str, size: int, order: Mapping[tuple[str, int], list[int]]
-) -> Iterator[Removal]:
+def mlp_group(dimensions: Dimensions, asked: int | None) -> int:
     """
-    :param layout: Of the dense model.
-    :param plan: What is left.
-    :param branch: Name of a branch whose weights can be cut.
-    :param size: Units that go together; a layer keeps at least one.
-    :param order: Units of each branch of each layer, the most important first.
-    :return: What could go next; layers that share their weights lose the same units.
-    """
-    for layer, kept in enumerate(plan.layers):
-        count = len(kept.get(branch, ())) - size
-        users = [each for each in layout.users(layer, branch) if plan.layers[each][branch]] if count > 0 else []
-        if users and users[0] == layer:
-            yield Removal(layer, branch, tuple(sorted(order[branch, layer][:count])), tuple(users[1:]))
-
-
-def mlp_group(layout: Layout, asked: int | None) -> int:
-    """
-    :param layout: Of the dense model.
+    :param dimensions: Of the dense model.
     :param asked: What the parameters say.
     :return: MLP channels that go together.
     :raises nncf.ValidationError: No MLP has more.
     """
-    width = max((couplings["mlp"].units for couplings in layout.couplings if "mlp" in couplings), default=0)
+    width = max((each.size for each in dimensions.of_part("mlp")), default=0)
     group = asked or min(1024, max(1, width // 16))
     if group >= width:
         msg = f"mlp_group={group}, but the MLP has {width} channels. A number well below that works."
@@ -356,28 +340,22 @@ def mlp_group(layout: Layout, asked: int | None) -> int:
     return group
 
 
-def _branches(layout: Layout) -> Iterator[tuple[tuple[str, int], Coupling]]:
-    for layer, couplings in enumerate(layout.couplings):
-        for branch, coupling in couplings.items():
-            yield (branch, layer), coupling
-
-
-def _ignored(layout: Layout, survey: Survey) -> set[tuple[str, int]]:
-    """Branches of which a layer is in the ignored scope."""
+def _ignored(model: nn.Module, dimensions: Dimensions, survey: Survey) -> set[str]:
+    """Dimensions of which a layer is in the ignored scope."""
     scope = {id(each.module) for each in survey.weights if each.untouched == IGNORED}
     return {
-        key
-        for key, coupling in _branches(layout)
-        for path in [cut.module for cut in coupling.cuts] or [coupling.branch.core]
-        if any(id(module) in scope for module in layout.blocks[key[1]].get_submodule(path).modules())
+        name
+        for name, each in dimensions.items()
+        for path in [cut.module for cut in each.cuts] or list(each.replacements.get(0, {}))
+        if any(id(module) in scope for module in model.get_submodule(path).modules())
     }
 
 
-def _allowed(model: nn.Module, layout: Layout, plan: StructurePlan, removal: Removal) -> bool:
+def _allowed(model: nn.Module, dimensions: Dimensions, plan: StructurePlan, removal: Removal) -> bool:
     if removal.kept:
         return True
     try:
-        check_cache(model, removal.on(plan), layout)
+        check_cache(model, removal.on(plan), dimensions)
     except nncf.ValidationError:
         return False
     return True

@@ -14,25 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_ext.structure.coupling import Layout
-from nncf_ext.structure.masking import mask_branch
-from nncf_ext.structure.plan import Removal, StructurePlan
+from nncf_ext.pruning.candidates import Removal
+from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.masking import mask_dimension
+from nncf_ext.structure.plan import StructurePlan
 
 
-class Suffixes:
+class PrefixCache:
     """
     :param model: The dense model, masked by the caller.
-    :param layout: Its layout.
+    :param dimensions: Its dimensions.
     :param batches: Inputs of the model by name, ``[sequences, ...]``.
     :param reuse_bytes: Memory for outputs of blocks that wait for the next step, bytes, shared by the batches. What all
         blocks give for one batch is kept in any case.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, batches: Sequence[Mapping[str, Tensor]], reuse_bytes: int
+        self, model: nn.Module, dimensions: Dimensions, batches: Sequence[Mapping[str, Tensor]], reuse_bytes: int
     ) -> None:
         self._model = model
-        self._layout = layout
+        self._dimensions = dimensions
+        blocks: Any = model.get_submodule(dimensions.blocks)
+        self._blocks: tuple[nn.Module, ...] = tuple(blocks)
         self._batches = batches
         self._bytes_per_batch = reuse_bytes // max(1, len(batches))
         self._plan: StructurePlan | None = None
@@ -52,8 +55,9 @@ class Suffixes:
         :param candidates: What can be left out.
         """
         if self._plan is not None:
-            layers = zip(self._plan.layers, plan.layers, strict=True)
-            first = next((layer for layer, (before, now) in enumerate(layers) if before != now), len(plan.layers))
+            before = self._plan.kept
+            changed = [self._block(name) for name, kept in plan.kept.items() if before[name] != kept]
+            first = min(changed, default=len(self._blocks))
             for whole, single in zip(self._whole, self._single, strict=True):
                 del whole[first:]
                 for removal, outputs in single.items():
@@ -69,10 +73,10 @@ class Suffixes:
         """
         # Of other batches nothing stays for which there is no memory between steps.
         for other, known in enumerate(self._whole):
-            if other != number and self._stride[other] == len(self._layout.blocks):
+            if other != number and self._stride[other] == len(self._blocks):
                 known.clear()
         known = self._whole[number]
-        begin, blocks = len(known), range(len(known), len(self._layout.blocks))
+        begin, blocks = len(known), range(len(known), len(self._blocks))
         logits, outputs = self._run(self._batches[number], known[-1] if known else None, begin, blocks)
         known.extend(outputs[block] for block in blocks)
         stride = self._stride[number] = max(self._stride[number], self._affordable_stride(number, _bytes(known[-1])))
@@ -87,7 +91,7 @@ class Suffixes:
         :param candidate: What is left out.
         :return: The first block that has to run.
         """
-        return 1 + max(self._single[number].get(candidate, ()), default=candidate.layer - 1)
+        return 1 + max(self._single[number].get(candidate, ()), default=self._block(candidate.dimension) - 1)
 
     def without(self, number: int, candidates: Sequence[Removal]) -> Tensor:
         """
@@ -101,14 +105,18 @@ class Suffixes:
         count, sequences = len(candidates), len(self._batches[number]["input_ids"])
         (begin,) = {self.begin(number, each) for each in candidates}
         whole, single = self._whole[number], self._single[number]
-        known = [single[each][begin - 1] if begin > each.layer else whole[begin - 1] for each in candidates if begin]
+        known = [
+            single[each][begin - 1] if begin > self._block(each.dimension) else whole[begin - 1]
+            for each in candidates
+            if begin
+        ]
         batch = self._batches[number]
         if count > 1:
             batch = {
                 name: torch.cat([value] * count) if len(value) == sequences else value for name, value in batch.items()
             }
         stride = self._stride[number]
-        kept = [block for block in range(begin, len(self._layout.blocks) - 1) if (block + 1) % stride == 0]
+        kept = [block for block in range(begin, len(self._blocks) - 1) if (block + 1) % stride == 0]
         with self._masked(candidates, sequences):
             logits, outputs = self._run(batch, _joined(known) if known else None, begin, kept)
         for block, output in outputs.items():
@@ -116,35 +124,37 @@ class Suffixes:
                 single.setdefault(candidate, {})[block] = own
         return logits.unflatten(0, (count, -1))
 
+    def _block(self, dimension: str) -> int:
+        return self._dimensions[dimension].block
+
     def _affordable_stride(self, number: int, size: int) -> int:
         """The least for which all that is kept of a batch fits; the number of blocks where nothing does."""
-        blocks = len(self._layout.blocks)
+        blocks = len(self._blocks)
         room = self._bytes_per_batch // size - blocks
-        candidates = {*self._candidates, *self._single[number]}
+        firsts = [self._block(each.dimension) for each in {*self._candidates, *self._single[number]}]
         for stride in range(1, blocks):
             kept = [block for block in range(blocks - 1) if (block + 1) % stride == 0]
-            if sum(block >= candidate.layer for candidate in candidates for block in kept) <= room:
+            if sum(block >= first for first in firsts for block in kept) <= room:
                 return stride
         return blocks
 
     @contextmanager
     def _masked(self, candidates: Sequence[Removal], sequences: int) -> Iterator[None]:
         """Each candidate is left out of its own rows of the batch."""
-        blocks, couplings = self._layout.blocks, self._layout.couplings
         device = next(self._model.parameters()).device
         own = torch.eye(len(candidates), dtype=torch.bool, device=device).repeat_interleave(sequences, dim=1)
         with ExitStack() as undo:
             for candidate, rows in zip(candidates, own, strict=True):
-                for layer in candidate.layers:
-                    coupling = couplings[layer][candidate.branch]
-                    undo.callback(mask_branch(blocks[layer], coupling, candidate.kept, None if rows.all() else rows))
+                for name in candidate.dimensions:
+                    own_rows = None if rows.all() else rows
+                    undo.callback(mask_dimension(self._model, self._dimensions[name], candidate.kept, own_rows))
             yield
 
     def _run(
         self, batch: Mapping[str, Tensor], known: Any, begin: int, kept: Sequence[int]
     ) -> tuple[Tensor, dict[int, Any]]:
         """A pass in which the blocks before one repeat what is known; gives logits and what some blocks gave."""
-        blocks: Any = self._model.get_submodule(self._layout.path)
+        blocks: Any = self._model.get_submodule(self._dimensions.blocks)
         outputs: dict[int, Any] = {}
 
         def keeping(block: int) -> Callable[[Any, Any, Any], None]:
@@ -154,7 +164,7 @@ class Suffixes:
             for block in kept:
                 undo.callback(blocks[block].register_forward_hook(keeping(block)).remove)
             for block in range(begin):
-                undo.callback(blocks.__setitem__, block, self._layout.blocks[block])
+                undo.callback(blocks.__setitem__, block, self._blocks[block])
                 blocks[block] = _Repeated(known)
             return self._model(**batch, use_cache=False).logits, outputs
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nncf_ext.files import write_whole
-from nncf_ext.structure.surgery import apply_overrides, edits_from_config, layer_overrides
+from nncf_ext.saving.layers import apply_overrides, edits_from_config, layer_overrides
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped
 
 GRID_WEIGHTS = "nncf_model.safetensors"

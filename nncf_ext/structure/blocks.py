@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import nncf
 from torch import Tensor, nn
 
-from nncf_ext.structure.families import blocks_path
+from nncf_ext.structure.records import blocks_path
 from nncf_ext.upstream import HOOKS_PREFIX
 
 OUTPUT_HEAD = "output head: stays in full precision"

@@ -1,79 +1,83 @@
 """What does a model cost, and what would it cost after a plan? From shapes alone: the meta device will do."""
 
-from collections import Counter
-from collections.abc import Collection, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from nncf_ext.structure.coupling import Coupling, layout_of
+from nncf_ext.structure.dimensions import Dimensions, Kept, tensor_at
+from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import Costs, StructurePlan
 
 
-def count_costs(model: nn.Module, plan: StructurePlan | None = None) -> Costs:
+def count_costs(model: nn.Module, plan: StructurePlan | None = None, *, dimensions: Dimensions | None = None) -> Costs:
     """
     Counts without carrying the plan out; equal to counting the extracted model.
 
-    :param model: A model of a known family, on any device.
+    :param model: A model of a known architecture, on any device.
     :param plan: What would stay; None: the model as it is.
+    :param dimensions: The model's dimensions; None: find them.
     :return: Its costs.
     :raises nncf.UnsupportedModelError: The model's structure is unknown.
     """
-    layout = layout_of(model)
-    config: Any = model.config
+    dimensions = dimensions_of(model) if dimensions is None else dimensions
+    kept = dimensions.all_units() if plan is None else plan.kept
     parameters = {id(each): each for each in model.parameters()}
     embeddings = {id(each) for module in _embeddings(model) for each in module.parameters()}
-    outside = sum(each.numel() for key, each in parameters.items() if key in embeddings)
-    total = sum(each.numel() for each in parameters.values())
-    size = sum(each.nbytes for each in parameters.values())
-    kv_heads, states = 0, 0
-    cache_type = next(layout.blocks[0].parameters(), next(model.parameters())).element_size()
-    removed: dict[int, list[int]] = {}  # from each user of a parameter
-    for index, (block, couplings) in enumerate(zip(layout.blocks, layout.couplings, strict=True)):
-        for name, coupling in couplings.items():
-            kept = coupling.units if plan is None else len(plan.layers[index][name])
-            if name == "attention":
-                kv_heads += kept if coupling.cuts or not kept else config.num_key_value_heads
-            elif name == "mamba":
-                states += _states(block.get_submodule(coupling.branch.core), kept) if kept else 0
-            for parameter, lost in _removed(block, coupling, kept):
-                removed.setdefault(id(parameter), []).append(lost)
-    users = _users(layout.blocks, removed)
-    for key, numbers in removed.items():
-        # A weight that several layers share goes when the last of them goes.
-        least = min(numbers) if len(numbers) == users[key] else 0
-        total -= least
-        size -= least * parameters[key].element_size()
-    kv_bytes = 2 * kv_heads * layout.head_dim * cache_type if layout.decodes else 0
-    return Costs(total, total - outside, size, kv_bytes, states * cache_type)
+    lost = lost_numbers(model, kept, dimensions)
+    left = {key: each.numel() - lost.get(key, 0) for key, each in parameters.items()}
+    cache_type = next(_block_parameters(model, dimensions)).element_size()
+    tokens = sum(len(kept[name]) * each.token_numbers for name, each in dimensions.items())
+    states = sum(each.state_numbers[len(kept[name])] for name, each in dimensions.items() if each.state_numbers)
+    return Costs(
+        parameters=sum(left.values()),
+        parameters_without_embeddings=sum(count for key, count in left.items() if key not in embeddings),
+        bytes=sum(count * parameters[key].element_size() for key, count in left.items()),
+        kv_bytes_per_token=tokens * cache_type,
+        state_bytes=states * cache_type,
+    )
 
 
-def _users(blocks: Sequence[nn.Module], keys: Collection[int]) -> Counter[int]:
-    """In how many blocks each of some parameters stands."""
-    return Counter(key for block in blocks for key in {id(each) for each in block.parameters()} if key in keys)
+def lost_numbers(model: nn.Module, kept: Kept, dimensions: Dimensions) -> dict[int, int]:
+    """
+    :param model: A model.
+    :param kept: Units of each dimension that stay.
+    :param dimensions: The model's dimensions.
+    :return: How many numbers each parameter loses, by its id. One that is shared loses what all of its users lose.
+    """
+    by_path = _lost_by_path(model, kept, dimensions)
+    lost: dict[int, int] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        here = by_path.get(path, 0)
+        lost[id(parameter)] = min(lost.get(id(parameter), here), here)
+    return lost
 
 
-def _states(mixer: Any, kept: int) -> int:
-    """Numbers that a Mamba mixer keeps from token to token, for one sequence."""
-    if kept == 1:
-        return mixer.intermediate_size * mixer.conv_kernel_size
-    return mixer.conv1d.in_channels * mixer.conv_kernel_size + mixer.intermediate_size * mixer.ssm_state_size
-
-
-def _removed(block: nn.Module, coupling: Coupling, kept: int) -> list[tuple[nn.Parameter, int]]:
-    """Parameters of a block that lose entries, and how many."""
-    removed = []
-    if stand_ins := coupling.stand_ins(range(kept)):
+def _lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mapping[str, int]:
+    lost: dict[str, int] = {}
+    shapes: dict[str, list[int]] = {}  # of tensors that are cut, on one axis or several
+    for name, dimension in dimensions.items():
+        gone = dimension.size - len(kept[name])
+        if not gone:
+            continue
+        stand_ins = dimension.replaced(kept[name])
         for path, stand_in in stand_ins.items():
-            module = block.get_submodule(path)
-            left = {name: each.numel() for name, each in stand_in.standing_for(module).named_parameters()}
-            removed += [(each, each.numel() - left.get(name, 0)) for name, each in module.named_parameters()]
-        return removed
-    for cut in coupling.cuts:
-        linear: Any = block.get_submodule(cut.module)
-        cut_parameters = [linear.weight, *([linear.bias] if cut.axis == 0 and linear.bias is not None else [])]
-        removed += [(each, each.numel() // coupling.units * (coupling.units - kept)) for each in cut_parameters]
-    return removed
+            module = model.get_submodule(path)
+            left = {own: each.numel() for own, each in stand_in.standing_for(module).named_parameters()}
+            every = module.named_parameters(remove_duplicate=False)
+            lost |= {f"{path}.{own}": each.numel() - left.get(own, 0) for own, each in every}
+        for cut in () if stand_ins else dimension.cuts:
+            shape = shapes.setdefault(cut.tensor, list(tensor_at(model, cut.tensor).shape))
+            shape[cut.axis] -= gone * cut.indices_per_unit
+    for tensor, shape in shapes.items():
+        lost[tensor] = tensor_at(model, tensor).numel() - math.prod(shape)
+    return lost
+
+
+def _block_parameters(model: nn.Module, dimensions: Dimensions) -> Iterator[nn.Parameter]:
+    """Those of the first block that has some; else those of the model."""
+    yield from model.get_submodule(f"{dimensions.blocks}.0").parameters()
+    yield from model.parameters()
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:

@@ -9,80 +9,82 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nncf_ext.standalone.skipping import SkippedUnread
-from nncf_ext.structure.coupling import Coupling, Layout, layout_of
-from nncf_ext.structure.plan import StructurePlan, check_plan
-from nncf_ext.structure.surgery import cache_slots, indexed_modules
+from nncf_ext.structure.checks import check_plan
+from nncf_ext.structure.dimensions import Cut, Dimension, Dimensions, tensor_at
+from nncf_ext.structure.lookup import dimensions_of
+from nncf_ext.structure.plan import StructurePlan
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextmanager
-def masked(model: nn.Module, plan: StructurePlan, layout: Layout | None = None) -> Iterator[None]:
+def masked(model: nn.Module, plan: StructurePlan, dimensions: Dimensions | None = None) -> Iterator[None]:
     """
     Within the context the model computes as if the plan were carried out. Weights are neither copied nor changed:
-    inputs of output projections are zeroed where units go, and removed branches and state spaces are stood in for.
+    inputs of the layers that read removed units are zeroed there, and removed branches and state spaces are stood in
+    for.
 
     Do not carry a cache into or out of the context.
 
     :param model: The dense model.
     :param plan: What stays.
-    :param layout: The model's layout, from one who knows that the plan fits; None: find it, and check the plan.
+    :param dimensions: The model's dimensions, from one who knows that the plan fits; None: find them, and check the
+        plan.
     :raises nncf.ValidationError: The plan does not fit the model.
     :raises nncf.UnsupportedModelError: The model's structure is unknown or shared.
     """
-    if layout is None:
-        layout = layout_of(model)
-        check_plan(model, plan, layout)
-    undo: list[Any] = []
-    slots = cache_slots(model.config, layout, plan.layers)
-    try:
-        for block, couplings, kept_units, slot in zip(layout.blocks, layout.couplings, plan.layers, slots, strict=True):
-            for module in indexed_modules(layout, block) if slot is not None else ():
-                undo.append((setattr, module, "layer_idx", module.layer_idx))
-                module.layer_idx = slot
-            for name, coupling in couplings.items():
-                if len(kept_units[name]) < coupling.units:
-                    undo.append((mask_branch(block, coupling, kept_units[name]),))
+    if dimensions is None:
+        dimensions = dimensions_of(model)
+        check_plan(model, plan, dimensions)
+    with ExitStack() as undo:
+        for owner, slot in dimensions.record.cache_slots(model, dimensions, plan.kept).items():
+            module: Any = model.get_submodule(owner)
+            undo.callback(setattr, module, "layer_idx", module.layer_idx)
+            module.layer_idx = slot
+        for name, dimension in dimensions.items():
+            if len(plan.kept[name]) < dimension.size:
+                undo.callback(mask_dimension(model, dimension, plan.kept[name]))
         yield
-    finally:
-        for action, *arguments in reversed(undo):
-            action(*arguments)
 
 
-def mask_branch(
-    block: nn.Module, coupling: Coupling, kept: Sequence[int], rows: Tensor | None = None
+def mask_dimension(
+    model: nn.Module, dimension: Dimension, kept: Sequence[int], rows: Tensor | None = None
 ) -> Callable[[], None]:
     """
-    Lets one branch of a block compute as if only some of its units were there.
+    Lets a model compute as if only some units of one dimension were there.
 
-    :param block: The block.
-    :param coupling: The branch, with more units than are kept. It may be masked already: masks add up.
+    :param model: The model.
+    :param dimension: The dimension, with more units than are kept. It may be masked already: masks add up.
     :param kept: Units that stay; none takes the branch out.
     :param rows: Which rows of a batch this is for, bool ``[sequences]``. None: all, and what is taken out does not run.
     :return: What takes the mask off again. Masks come off in the opposite order.
     """
-    stand_ins = coupling.stand_ins(kept)
-    if not stand_ins:
-        return _mask_inputs(block, coupling, kept, rows)
     with ExitStack() as undo:
+        stand_ins = dimension.replaced(kept)
         for path, stand_in in stand_ins.items():
-            module = block.get_submodule(path)
+            module = model.get_submodule(path)
             if rows is None:
-                undo.callback(block.set_submodule, path, module)
-                block.set_submodule(path, stand_in.standing_for(module))
+                undo.callback(model.set_submodule, path, module)
+                model.set_submodule(path, stand_in.standing_for(module))
             elif not issubclass(stand_in, SkippedUnread):
                 undo.callback(_stand_in_for_rows(module, stand_in, rows).remove)
+        for cut in () if stand_ins else dimension.readers:
+            undo.callback(_mask_inputs(model, cut, kept, rows).remove)
         return undo.pop_all().close
 
 
-def _mask_inputs(block: nn.Module, coupling: Coupling, kept: Sequence[int], rows: Tensor | None) -> Callable[[], None]:
-    output: Any = block.get_submodule(coupling.branch.output)
-    mask = torch.zeros(output.in_features, dtype=torch.bool, device=output.weight.device)
-    mask[coupling.cuts[-1].indices(kept, mask.device)] = True
+def _mask_inputs(model: nn.Module, cut: Cut, kept: Sequence[int], rows: Tensor | None) -> RemovableHandle:
+    reader, weight = model.get_submodule(cut.module), tensor_at(model, cut.tensor)
+    mask = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    mask[cut.indices(kept, mask.device)] = True
+    if isinstance(reader, _CONVOLUTIONS):  # channels stand before the positions
+        mask = mask.view(-1, *(1,) * len(reader.kernel_size))
 
     def zero_removed(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         stays = mask if rows is None else mask | ~_rows_of(rows, inputs[0])
         return (torch.where(stays, inputs[0], inputs[0].new_zeros(())), *inputs[1:])
 
-    return output.register_forward_pre_hook(zero_removed).remove
+    return reader.register_forward_pre_hook(zero_removed)
 
 
 def _stand_in_for_rows(module: nn.Module, kind: Any, rows: Tensor) -> RemovableHandle:

@@ -1,26 +1,27 @@
 """
-The one description of a smaller model: which units of which layer stay.
+The one description of a smaller model: which units of which dimension stay.
 
-A plan is data. It is made by a search or by hand, tried with :func:`nncf_ext.structure.masking.masked`, and carried out
-by :func:`nncf_ext.structure.surgery.extract_structure`.
+A plan is data. It is made by a search or by hand, tried with :func:`nncf_ext.masked`, and carried out by
+:func:`nncf_ext.extract`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import nncf
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nncf_ext.files import write_whole
-from nncf_ext.structure.coupling import Layout, layout_of, unit_weights
+from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.lookup import dimensions_of
 
-VERSION = 1
+VERSION = 2
 _SAMPLE = 4096
 
 
@@ -29,15 +30,13 @@ class Step:
     """
     One decision of the search that made a plan.
 
-    :param branch: ``"attention"``, ``"mlp"`` or ``"mamba"``.
-    :param layer: Index of the layer; where layers share what was cut, the first of them.
-    :param kept: How many units of the branch stay after this step; 0: the branch is gone.
+    :param dimension: Name of the dimension; where several share what was cut, the first of them.
+    :param kept: How many of its units stay after this step; 0: it is gone.
     :param score: Score of the whole model after the step, or None.
     :param margin: Distance to the second best candidate in the same unit, or None.
     """
 
-    branch: str
-    layer: int
+    dimension: str
     kept: int
     score: float | None = None
     margin: float | None = None
@@ -79,9 +78,9 @@ class Fingerprint:
 class StructurePlan:
     """
     :param model: The dense model the plan is for.
-    :param layers: For each layer the kept units of each branch in the order in which they shall stand: key/value heads
-        of ``"attention"``, channels of ``"mlp"``, ``(0,)`` for a ``"mamba"`` without its state space. Nothing kept: the
-        branch is removed, its normalization too.
+    :param kept: For each dimension, by name, the units that stay, in the order in which they shall stand: key/value
+        heads of ``"layers.3.attention"``, channels of ``"layers.3.mlp"``, ``(0,)`` for a ``"layers.3.mamba"`` without
+        its state space. Nothing kept: the branch is removed, its normalization too.
     :param steps: How a search came to it, in order; optional.
     :param calibration: What it was scored on, as plain data; optional.
     :param costs_before: Of the dense model; optional.
@@ -89,35 +88,62 @@ class StructurePlan:
     """
 
     model: Fingerprint
-    layers: tuple[Mapping[str, tuple[int, ...]], ...]
+    kept: Mapping[str, tuple[int, ...]]
     steps: tuple[Step, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     costs_before: Costs | None = None
     costs_after: Costs | None = None
 
     @classmethod
-    def dense(cls, model: nn.Module) -> "StructurePlan":
+    def dense(cls, model: nn.Module, dimensions: Dimensions | None = None) -> "StructurePlan":
         """
-        :param model: A model of a known family.
+        :param model: A model of a known architecture.
+        :param dimensions: Its dimensions; None: find them.
         :return: The plan that keeps everything.
-        :raises nncf.UnsupportedModelError: See :func:`nncf_ext.structure.coupling.layout_of`.
+        :raises nncf.UnsupportedModelError: See :func:`nncf_ext.structure.lookup.dimensions_of`.
         """
-        layers = tuple(
-            {name: tuple(range(coupling.units)) for name, coupling in couplings.items()}
-            for couplings in layout_of(model).couplings
-        )
-        return cls(fingerprint(model), layers)
+        dimensions = dimensions_of(model) if dimensions is None else dimensions
+        return cls(fingerprint(model), dimensions.all_units())
 
-    def keep(self, layer: int, branch: str, kept: Sequence[int]) -> "StructurePlan":
+    @property
+    def point(self) -> dict[str, int]:
+        """:return: The sizes alone: how many units of each dimension stay."""
+        return {name: len(units) for name, units in self.kept.items()}
+
+    def keep(self, dimension: str, kept: Sequence[int]) -> "StructurePlan":
         """
-        :param layer: Index of the layer.
-        :param branch: ``"attention"``, ``"mlp"`` or ``"mamba"``.
-        :param kept: The units that stay; none removes the branch.
-        :return: The plan with this one branch changed.
+        :param dimension: Name of a dimension.
+        :param kept: The units of it that stay; none removes it.
+        :return: The plan with this one dimension changed.
         """
-        layers = list(self.layers)
-        layers[layer] = {**layers[layer], branch: tuple(kept)}
-        return replace(self, layers=tuple(layers))
+        return replace(self, kept={**self.kept, dimension: tuple(kept)})
+
+    def at(self, point: Mapping[str, int], order: Mapping[str, Sequence[int]] | None = None) -> "StructurePlan":
+        """
+        From sizes to units: of every dimension the most important ones stay, in the places they have in this plan.
+
+        :param point: For some dimensions, how many units stay.
+        :param order: For some dimensions, all units that this plan keeps, the most important first; for the others,
+            and with None, importance falls with their place.
+        :return: The plan of that point: ``plan.at(point, order).point`` gives the sizes back.
+        :raises nncf.ValidationError: A dimension is unknown, a size out of range, or an order is no permutation.
+        """
+        kept = {**self.kept}
+        for name, size in point.items():
+            units = self.kept.get(name)
+            if units is None:
+                msg = f"The point names {name!r}; the plan has {', '.join(list(self.kept)[:4])}, ..."
+                raise nncf.ValidationError(msg)
+            ordered = units if order is None else order.get(name, units)
+            if sorted(ordered) != sorted(units):
+                msg = f"The order of {name} must name each of its {len(units)} units once; got {list(ordered)[:8]}."
+                raise nncf.ValidationError(msg)
+            if not 0 <= size <= len(units):
+                msg = f"Asked for {size} units of {name}; 0 to {len(units)} are possible."
+                raise nncf.ValidationError(msg)
+            most = set(ordered[:size])
+            kept[name] = tuple(unit for unit in units if unit in most)
+        return replace(self, kept=kept)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """
@@ -126,13 +152,13 @@ class StructurePlan:
         :param path: The file.
         """
         content = {"version": VERSION, **asdict(self)}
-        content["layers"] = [{name: _runs(kept) for name, kept in layer.items()} for layer in self.layers]
+        content["kept"] = {name: _runs(units) for name, units in self.kept.items()}
         write_whole(Path(path), lambda aside: aside.write_text(json.dumps(content, indent=1)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "StructurePlan":
         """
-        :param path: A file that :meth:`save` wrote.
+        :param path: A file that :meth:`save` wrote, of this version or an earlier one.
         :return: The plan.
         :raises nncf.ValidationError: The file is no plan, or of a newer version.
         """
@@ -145,15 +171,13 @@ class StructurePlan:
                     "Upgrade nncf-ext."
                 )
                 raise nncf.ValidationError(msg)
+            content = _from_version_1(content) if version == 1 else content
             return cls(
                 model=Fingerprint(**content["model"]),
-                layers=tuple(
-                    {
-                        name: tuple(unit for first, end in runs for unit in range(first, end))
-                        for name, runs in each.items()
-                    }
-                    for each in content["layers"]
-                ),
+                kept={
+                    name: tuple(unit for first, end in runs for unit in range(first, end))
+                    for name, runs in content["kept"].items()
+                },
                 steps=tuple(Step(**step) for step in content["steps"]),
                 calibration=content["calibration"],
                 costs_before=Costs(**content["costs_before"]) if content["costs_before"] else None,
@@ -164,39 +188,19 @@ class StructurePlan:
             raise nncf.ValidationError(msg) from error
 
 
-@dataclass(frozen=True)
-class Removal:
-    """
-    One candidate.
-
-    :param layer: Index of the layer.
-    :param branch: Name of the branch.
-    :param kept: Units of it that would stay, ascending; none removes the branch.
-    :param others: Later layers that share the weights and lose the same.
-    """
-
-    layer: int
-    branch: str
-    kept: tuple[int, ...]
-    others: tuple[int, ...] = ()
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """:return: All layers that lose something, in order."""
-        return (self.layer, *self.others)
-
-    def on(self, plan: StructurePlan) -> StructurePlan:
-        """
-        :param plan: Any plan of the model.
-        :return: The plan with this removal carried out.
-        """
-        for layer in self.layers:
-            plan = plan.keep(layer, self.branch, self.kept)
-        return plan
-
-    def as_step(self, score: float | None = None, margin: float | None = None) -> Step:
-        """:return: The removal as a decision that was taken."""
-        return Step(self.branch, self.layer, len(self.kept), score, margin)
+def _from_version_1(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 1 kept units by layer and branch."""
+    kept = {
+        f"layers.{index}.{branch}": runs
+        for index, branches in enumerate(content["layers"])
+        for branch, runs in branches.items()
+    }
+    steps = [
+        {"dimension": f"layers.{step['layer']}.{step['branch']}"}
+        | {key: value for key, value in step.items() if key not in ("layer", "branch")}
+        for step in content["steps"]
+    ]
+    return {**content, "kept": kept, "steps": steps}
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -217,143 +221,6 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return Fingerprint(
         str(getattr(config, "model_type", "")), shapes.hexdigest(), None if meta else weights.hexdigest()
     )
-
-
-def check_plan(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
-    """
-    :param model: The dense model.
-    :param plan: A plan.
-    :param layout: The model's layout.
-    :raises nncf.ValidationError: The plan is for another model, names units that are not there, or leaves no attention
-        by which a cache can tell positions.
-    :raises nncf.UnsupportedModelError: A weight to be cut is shared.
-    """
-    own = fingerprint(model)
-    if (own.model_type, own.shapes) != (plan.model.model_type, plan.model.shapes):
-        msg = (
-            f"The plan was made for a {plan.model.model_type!r} model of other shapes than this {own.model_type!r}. "
-            "Load the dense model that was searched."
-        )
-        raise nncf.ValidationError(msg)
-    if None not in (own.weights, plan.model.weights) and own.weights != plan.model.weights:
-        msg = (
-            "The plan was made for a model of the same shapes with other weights, so its kept units mean nothing here. "
-            "Load the dense model that was searched."
-        )
-        raise nncf.ValidationError(msg)
-    if len(plan.layers) != len(layout.blocks):
-        msg = f"The plan has {len(plan.layers)} layers, the model {len(layout.blocks)}."
-        raise nncf.ValidationError(msg)
-    for index, (kept_units, couplings) in enumerate(zip(plan.layers, layout.couplings, strict=True)):
-        if set(kept_units) != set(couplings):
-            msg = f"The plan names {sorted(kept_units)} in layer {index}; the model has {sorted(couplings)} there."
-            raise nncf.ValidationError(msg)
-        for name, kept in kept_units.items():
-            units = couplings[name].units
-            if len(set(kept)) < len(kept) or any(not 0 <= unit < units for unit in kept):
-                msg = (
-                    f"The plan keeps units {list(kept)[:8]} of the {name} of layer {index}. Each must be one of "
-                    f"0..{units - 1}, once. {unit_in_words(name, layout)}."
-                )
-                raise nncf.ValidationError(msg)
-            if couplings[name].branch.without_ssm and kept == (1,):
-                msg = f"The plan keeps the state space of layer {index} without the mixer that it stands in. Keep both."
-                raise nncf.ValidationError(msg)
-    check_cache(model, plan, layout)
-    check_sharing(model, plan, layout)
-
-
-def check_cache(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
-    """
-    :param model: The dense model.
-    :param plan: A plan for it.
-    :param layout: The model's layout.
-    :raises nncf.ValidationError: No attention is left by which a cache can tell positions.
-    """
-    if not layout.decodes:
-        return
-    config: Any = model.config
-    if "mamba" in layout.family.branches:
-        if not any(kept["mamba"] for kept in plan.layers):
-            msg = "The plan removes the Mamba mixer of every layer: no state would be left. Keep one."
-            raise nncf.ValidationError(msg)
-        attending = [index for index, kept in enumerate(plan.layers) if "attention" in kept]
-        if attending and not plan.layers[attending[0]]["attention"]:
-            msg = (
-                f"The plan removes the attention of layer {attending[0]}, the first that has some: the cache tells "
-                "positions by it. Keep it."
-            )
-            raise nncf.ValidationError(msg)
-        return
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layout.blocks)
-    staying = [index for index, kept in enumerate(plan.layers) if any(kept.values())]
-    if not any(plan.layers[index]["attention"] and kinds[index] == kinds[staying[0]] for index in staying):
-        kind = f" of kind {kinds[staying[0]]}" if staying and len(set(kinds)) > 1 else ""
-        msg = f"The plan removes the attention{kind} of every layer: the cache could not tell positions. Keep one."
-        raise nncf.ValidationError(msg)
-
-
-def check_sharing(model: nn.Module, plan: StructurePlan, layout: Layout) -> None:
-    """
-    :param model: The dense model.
-    :param plan: A plan for it.
-    :param layout: The model's layout.
-    :raises nncf.ValidationError: Layers that share weights would keep other units of them.
-    :raises nncf.UnsupportedModelError: A weight to be cut is used elsewhere, too.
-    """
-    holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    for index, kept_units in enumerate(plan.layers):
-        for name, kept in kept_units.items():
-            coupling = layout.couplings[index][name]
-            if not kept or kept == tuple(range(coupling.units)):
-                continue
-            users = layout.users(index, name)
-            others = {each: plan.layers[each][name] for each in users if plan.layers[each][name]}
-            if len({*others.values()}) > 1:
-                counts = ", ".join(f"{len(units)} in layer {each}" for each, units in others.items())
-                msg = (
-                    f"Layers {', '.join(map(str, users))} share the weights of their {name}, and the plan keeps other "
-                    f"units in each: {counts}. Keep the same ones, or remove the branch of a layer as a whole."
-                )
-                raise nncf.ValidationError(msg)
-            for path in coupling.stand_ins(kept) or [cut.module for cut in coupling.cuts]:
-                for parameter in layout.blocks[index].get_submodule(path).parameters():
-                    if len(holders[id(parameter)]) > len(users):
-                        msg = f"Asked to cut a weight that is shared: {', '.join(holders[id(parameter)])}. Untie it."
-                        raise nncf.UnsupportedModelError(msg)
-
-
-def units_by_score(
-    layout: Layout, layer: int, name: str, score: Callable[[Sequence[Tensor]], Tensor] | None
-) -> list[int]:
-    """
-    :param layout: Of the dense model.
-    :param layer: Index of the layer.
-    :param name: Name of the branch.
-    :param score: Importance of its units from their weights; None: the first are the most important.
-    :return: Units of the branch, the most important first.
-    """
-    coupling = layout.couplings[layer][name]
-    if score is None:
-        return list(range(coupling.units))
-    scores = score(unit_weights(layout.blocks[layer], coupling))
-    return torch.argsort(scores, descending=True, stable=True).tolist()
-
-
-def unit_in_words(name: str, layout: Layout) -> str:
-    """
-    :param name: Name of a branch.
-    :param layout: Of the model.
-    :return: A sentence without its full stop: what a unit of the branch is.
-    """
-    if name == "mamba":
-        return "Unit 0 is the mixer, unit 1 its state space"
-    if name != "attention":
-        return "A unit is one channel"
-    heads = f"{layout.group} query heads" if layout.group > 1 else "query head"
-    return f"A unit is a key/value head with its {heads}, {layout.group * layout.head_dim} channels"
 
 
 def _runs(kept: Sequence[int]) -> list[list[int]]:

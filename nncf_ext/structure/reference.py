@@ -4,18 +4,18 @@ Plans in the files of the published results: counts of what was removed, by laye
 Source: file formats of Munoz et al., MultiPruner (arXiv 2501.09949) and Mamba-Shedder (arXiv 2501.17088).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import nncf
-from torch import Tensor, nn
+from torch import nn
 
-from nncf_ext.structure.coupling import layout_of
-from nncf_ext.structure.plan import Step, StructurePlan, check_plan, unit_in_words, units_by_score
-
-Score = Callable[[Sequence[Tensor]], Tensor]
-"""Importance of the units within a layer, ``[units]``, from their weights."""
+from nncf_ext.structure.checks import check_plan
+from nncf_ext.structure.dimensions import Dimension
+from nncf_ext.structure.lookup import dimensions_of
+from nncf_ext.structure.order import Score, units_by_score
+from nncf_ext.structure.plan import Step, StructurePlan
 
 _MAMBA_SHEDDER = {"pruned_mamba_block_idx": ("mamba", 0), "pruned_ssm_idx": ("mamba", 1)}
 _HYBRID = {**_MAMBA_SHEDDER, "pruned_mha_idx": ("attention", 0), "pruned_mlp_idx": ("mlp", 0)}
@@ -30,14 +30,15 @@ def plan_from_reference(content: Mapping[str, Any], model: nn.Module, score: Sco
         ``pruned_mamba_block_idx``, ``pruned_ssm_idx``, and for Zamba2 ``pruned_mha_idx`` and ``pruned_mlp_idx``.
     :param model: The dense model.
     :param score: The least important units of a layer go, by the weights that
-        :func:`nncf_ext.structure.coupling.unit_weights` gives. :func:`nncf_ext.importance.blocks.l1_norm` is the order
-        of files made with weight reordering. None: the last units go.
+        :meth:`nncf_ext.structure.dimensions.Dimensions.unit_weights` gives. Files made with weight reordering have the
+        order of :func:`nncf_ext.importance.blocks.l1_norm`. None: the last units go.
     :return: The plan.
     :raises nncf.ValidationError: A number does not fit the model.
     """
-    layout, plan = layout_of(model), StructurePlan.dense(model)
+    dimensions = dimensions_of(model)
+    plan, blocks = StructurePlan.dense(model, dimensions), range(len(dimensions.by_block))
     steps: list[Step] = []
-    if "mamba" in layout.family.branches:
+    if dimensions.of_part("mamba"):
         if any((content.get("pruned_mlp_channels") or {}).values()):
             msg = (
                 "pruned_mlp_channels counts channels of each use of a shared MLP by itself. Here the uses share their "
@@ -46,31 +47,32 @@ def plan_from_reference(content: Mapping[str, Any], model: nn.Module, score: Sco
             raise nncf.ValidationError(msg)
         # States first: a block that is removed later takes what is left.
         for key, (name, kept) in sorted(_HYBRID.items(), key=lambda item: -item[1][1]):
-            gone = _layers(content, key, [index for index, each in enumerate(plan.layers) if name in each])
+            gone = _layers(content, key, [each.block for each in dimensions.of_part(name)])
             for layer in gone:
-                plan = plan.keep(layer, name, range(kept))
-            steps += [Step(name, layer, kept) for layer in gone]
+                plan = plan.keep(f"layers.{layer}.{name}", range(kept))
+            steps += [Step(f"layers.{layer}.{name}", kept) for layer in gone]
         return replace(plan, steps=tuple(steps))
     for name, removed, widths in (
         ("attention", "pruned_attn_idx", "pruned_attn_width"),
         ("mlp", "pruned_mlp_idx", "pruned_mlp_width"),
     ):
-        for layer, width in _by_layer(content.get(widths) or {}, len(layout.blocks), widths).items():
-            coupling = layout.couplings[layer][name]
-            count = width // coupling.channels
-            if width % coupling.channels or not 0 < count <= coupling.units:
+        for layer, width in _by_layer(content.get(widths) or {}, len(blocks), widths).items():
+            dimension = dimensions[f"layers.{layer}.{name}"]
+            count, channels = width // dimension.granularity, dimension.granularity
+            if width % channels or not 0 < count <= dimension.size:
                 msg = (
-                    f"{widths} keeps {width} channels in layer {layer}. {unit_in_words(name, layout)}, and the layer "
-                    f"has {coupling.units * coupling.channels}: a multiple from {coupling.channels} up to that works."
+                    f"{widths} keeps {width} channels in layer {layer}. {dimension.unit}, and the layer "
+                    f"has {dimension.size * channels}: a multiple from {channels} up to that works."
                 )
                 raise nncf.ValidationError(msg)
-            if count < coupling.units:
-                plan = plan.keep(layer, name, sorted(units_by_score(layout, layer, name, score)[:count]))
-                steps.append(Step(name, layer, count))
-        gone = _layers(content, removed, range(len(layout.blocks)))
+            if count < dimension.size:
+                order = units_by_score(model, dimensions, dimension.name, score)
+                plan = plan.at({dimension.name: count}, {dimension.name: order})
+                steps.append(Step(dimension.name, count))
+        gone = _layers(content, removed, blocks)
         for layer in gone:
-            plan = plan.keep(layer, name, ())
-        steps = [*(Step(name, layer, 0) for layer in gone), *steps]
+            plan = plan.keep(f"layers.{layer}.{name}", ())
+        steps = [*(Step(f"layers.{layer}.{name}", 0) for layer in gone), *steps]
     return replace(plan, steps=tuple(steps))
 
 
@@ -84,32 +86,34 @@ def plan_to_reference(plan: StructurePlan, model: nn.Module, score: Score | None
     :return: Plain data for ``json.dump``.
     :raises nncf.ValidationError: The plan keeps other units than the reader would.
     """
-    layout = layout_of(model)
-    check_plan(model, plan, layout)
+    dimensions = dimensions_of(model)
+    check_plan(model, plan, dimensions)
     content: dict[str, Any] = {}
-    if "mamba" in layout.family.branches:
-        for key, (name, count) in (_HYBRID if layout.family.hybrids else _MAMBA_SHEDDER).items():
-            content[key] = _in_order(plan, name, count)
+    if dimensions.of_part("mamba"):
+        for key, (name, count) in (_HYBRID if dimensions.of_part("attention") else _MAMBA_SHEDDER).items():
+            content[key] = _in_order(plan, dimensions.of_part(name), count)
         return content
     for name, short in (("attention", "attn"), ("mlp", "mlp")):
-        content[f"pruned_{short}_idx"] = _in_order(plan, name, 0)
+        content[f"pruned_{short}_idx"] = _in_order(plan, dimensions.of_part(name), 0)
         widths = content[f"pruned_{short}_width"] = {}
-        for layer, kept in enumerate(plan.layers):
-            coupling, count = layout.couplings[layer][name], len(kept[name])
-            widths[str(layer)] = (count or coupling.units) * coupling.channels
-            if 0 < count and set(kept[name]) != set(units_by_score(layout, layer, name, score)[:count]):
+        for each in dimensions.of_part(name):
+            kept = plan.kept[each.name]
+            count = len(kept)
+            widths[str(each.block)] = (count or each.size) * each.granularity
+            if 0 < count and set(kept) != set(units_by_score(model, dimensions, each.name, score)[:count]):
                 msg = (
-                    f"The plan keeps {count} units of the {name} of layer {layer} that are not the first by the "
-                    "given score. The reference format holds counts only: keep such a plan in our own format."
+                    f"The plan keeps {count} units of {each.name} that are not the first by the given score. The "
+                    "reference format holds counts only: keep such a plan in our own format."
                 )
                 raise nncf.ValidationError(msg)
     return content
 
 
-def _in_order(plan: StructurePlan, name: str, count: int) -> list[int]:
-    """Layers that keep so many units of a branch, in the order of the plan's steps where it tells them all."""
-    layers = [layer for layer, kept in enumerate(plan.layers) if name in kept and len(kept[name]) == count]
-    ordered = [step.layer for step in plan.steps if step.branch == name and step.kept == count]
+def _in_order(plan: StructurePlan, dimensions: Sequence[Dimension], count: int) -> list[int]:
+    """Layers that keep so many units of one part, in the order of the plan's steps where it tells them all."""
+    blocks = {each.name: each.block for each in dimensions}
+    layers = [block for name, block in blocks.items() if len(plan.kept[name]) == count]
+    ordered = [blocks[step.dimension] for step in plan.steps if step.dimension in blocks and step.kept == count]
     return ordered if sorted(ordered) == layers else layers
 
 

@@ -10,10 +10,11 @@ from torch import nn
 import nncf_ext
 from nncf_ext import DivergenceMetric
 from nncf_ext.pruning.compensation import RIDGE, Compensator
-from nncf_ext.pruning.greedy import Scorer
+from nncf_ext.pruning.scoring import Scorer
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import StructurePlan
 from tests.nncf_ext.test_multipruner import items, models, prune
+from tests.structure_models import by_layer
 
 
 @pytest.fixture(params=["llama", "qwen2", "neox"])
@@ -57,11 +58,11 @@ def test_the_refit_is_the_ridge_regression(model, branch) -> None:
     units = 4 if hasattr(model, "gpt_neox") else 2
     kept = (1,) if branch == "attention" else tuple(range(2, 30))
     columns = torch.arange(32 // units, 64 // units) if branch == "attention" else torch.arange(2, 30)
-    plan = StructurePlan.dense(model).keep(0, "mlp", ()).keep(2, branch, kept)
-    with masked(model, StructurePlan.dense(model).keep(0, "mlp", ())):
+    plan = StructurePlan.dense(model).keep("layers.0.mlp", ()).keep(f"layers.2.{branch}", kept)
+    with masked(model, StructurePlan.dense(model).keep("layers.0.mlp", ())):
         a = inputs_of(model, output_of(model, 2, branch), batches)
     with torch.no_grad():
-        Compensator(model, batches).refit(plan, 2, branch)
+        Compensator(model, batches).refit(plan, f"layers.2.{branch}")
 
     output, before = output_of(model, 2, branch), output_of(dense, 2, branch)
     weight, bias = before.weight.detach().double(), before.bias
@@ -84,28 +85,28 @@ def test_the_refit_is_the_ridge_regression(model, branch) -> None:
 def test_a_second_refit_starts_from_the_dense_weight(model) -> None:
     other = copy.deepcopy(model)
     once, twice = Compensator(model, items()), Compensator(other, items())
-    plan = StructurePlan.dense(model).keep(1, "mlp", range(20))
+    plan = StructurePlan.dense(model).keep("layers.1.mlp", range(20))
     with torch.no_grad():
-        twice.refit(StructurePlan.dense(other).keep(1, "mlp", range(40)), 1, "mlp")
+        twice.refit(StructurePlan.dense(other).keep("layers.1.mlp", range(40)), "layers.1.mlp")
         for each in (once, twice):
-            each.refit(plan, 1, "mlp")
+            each.refit(plan, "layers.1.mlp")
     torch.testing.assert_close(output_of(other, 1, "mlp").weight, output_of(model, 1, "mlp").weight)
 
 
 def test_the_dense_model_can_be_asked_in_between(model) -> None:
     dense = copy.deepcopy(model)
     compensator, batch = Compensator(model, items()), items()[0]
-    plan = StructurePlan.dense(model).keep(1, "mlp", range(20)).keep(2, "attention", (0,))
+    plan = StructurePlan.dense(model).keep("layers.1.mlp", range(20)).keep("layers.2.attention", (0,))
     with torch.no_grad():
         for layer, branch in ((1, "mlp"), (2, "attention"), (3, "mlp")):  # the last has nothing to repair
-            compensator.refit(plan, layer, branch)
+            compensator.refit(plan, f"layers.{layer}.{branch}")
         repaired = {name: value.clone() for name, value in model.state_dict().items()}
         with compensator.dense():
             assert torch.equal(model(**batch, use_cache=False).logits, dense(**batch, use_cache=False).logits)
         assert all(torch.equal(value, repaired[name]) for name, value in model.state_dict().items())
         metric = DivergenceMetric()
         scorer = Scorer(model, [batch], metric.losses, needs_dense=True, as_dense=compensator.dense)
-        with masked(model, plan, scorer._layout):
+        with masked(model, plan, scorer._dimensions):
             ours = model(**batch, use_cache=False).logits
         expected = metric.losses(ours, batch, dense(**batch, use_cache=False).logits).mean()
         assert scorer.loss(plan) == pytest.approx(float(expected))
@@ -146,20 +147,20 @@ def test_a_resumed_search_repairs_what_it_had_repaired(tiny_llama, tmp_path, sto
 def test_order_by_activations(model) -> None:
     """Energy that a channel writes into the residual stream: the least goes first."""
     plan = nncf_ext.structure_plan(prune(model, ratio=0.2, distribution=(0, 1, 0), order="activations"))
-    for layer, kept in enumerate(plan.layers):
+    for layer, kept in enumerate(by_layer(plan)):
         output = output_of(model, layer, "mlp")
         energy = inputs_of(model, output, items()).square().mean(dim=0) * output.weight.double().square().sum(dim=0)
         order = torch.argsort(energy, descending=True).tolist()
         assert set(kept["mlp"]) == set(order[: len(kept["mlp"])])
-    assert any(len(kept["mlp"]) < 48 for kept in plan.layers)
+    assert any(len(kept["mlp"]) < 48 for kept in by_layer(plan))
 
 
 def test_orders_by_activations_of_heads(model) -> None:
     plan = nncf_ext.structure_plan(prune(model, ratio=0.03, distribution=(0, 0, 1), order="activations"))
     units = 4 if hasattr(model, "gpt_neox") else 2
-    for layer, kept in enumerate(plan.layers):
+    for layer, kept in enumerate(by_layer(plan)):
         output = output_of(model, layer, "attention")
         energy = inputs_of(model, output, items()).square().mean(dim=0) * output.weight.double().square().sum(dim=0)
         order = torch.argsort(energy.view(units, -1).sum(dim=1), descending=True).tolist()
         assert set(kept["attention"]) == set(order[: len(kept["attention"])])
-    assert any(len(kept["attention"]) < units for kept in plan.layers)
+    assert any(len(kept["attention"]) < units for kept in by_layer(plan))

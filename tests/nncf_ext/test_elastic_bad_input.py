@@ -211,7 +211,7 @@ def test_extract_carries_out_a_plan_on_a_model_only():
     plan = nncf_ext.StructurePlan.dense(base("llama"))
     with pytest.raises(nncf.UnsupportedModelError, match="StructurePlan on a NoneType"):
         nncf_ext.extract(None, plan)
-    small = nncf_ext.extract(base("llama"), plan.keep(0, "mlp", range(8)))
+    small = nncf_ext.extract(base("llama"), plan.keep("layers.0.mlp", range(8)))
     assert small.model.layers[0].mlp.up_proj.out_features == 8
 
 

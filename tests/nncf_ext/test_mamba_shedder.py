@@ -8,16 +8,16 @@ import torch
 from torch.nn import functional as F
 
 import nncf_ext
-from nncf_ext import AdvancedMambaShedderParameters, CompressMode, RemovalStage
+from nncf_ext import AdvancedMambaShedderParameters, CompressMode, PruningStage
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
-from tests.structure_models import LAYERS, VOCABULARY, make
+from tests.structure_models import LAYERS, VOCABULARY, by_layer, make, place_of
 
-BLOCKS, SSM = RemovalStage(("mamba_block",), 2), RemovalStage(("ssm",), 2)
+BLOCKS, SSM = PruningStage(("mamba_block",), 2), PruningStage(("ssm",), 2)
 HYBRID = (
-    RemovalStage(("mamba_block", "attention", "mlp"), 3),
-    RemovalStage(("mlp_channels",), 3),
-    RemovalStage(("ssm",), 2),
+    PruningStage(("mamba_block", "attention", "mlp"), 3),
+    PruningStage(("mlp_channels",), 3),
+    PruningStage(("ssm",), 2),
 )
 
 
@@ -65,15 +65,15 @@ def greedy(model, moves_of, steps):
 
 
 def blocks(plan, _step):
-    for layer, kept in enumerate(plan.layers):
+    for layer, kept in enumerate(by_layer(plan)):
         if kept["mamba"]:
-            yield ("mamba", layer, 0), plan.keep(layer, "mamba", ())
+            yield ("mamba", layer, 0), plan.keep(f"layers.{layer}.mamba", ())
 
 
 def state_spaces(plan, _step):
-    for layer, kept in enumerate(plan.layers):
+    for layer, kept in enumerate(by_layer(plan)):
         if len(kept["mamba"]) == 2:
-            yield ("mamba", layer, 1), plan.keep(layer, "mamba", (0,))
+            yield ("mamba", layer, 1), plan.keep(f"layers.{layer}.mamba", (0,))
 
 
 def zamba2(plan, step):
@@ -81,17 +81,19 @@ def zamba2(plan, step):
         yield from blocks(plan, step)
         for name in ("attention", "mlp"):
             # The first attention stays: the cache tells positions by it.
-            layers = [layer for layer, kept in enumerate(plan.layers) if kept.get(name)]
+            layers = [layer for layer, kept in enumerate(by_layer(plan)) if kept.get(name)]
             yield from (
-                ((name, layer, 0), plan.keep(layer, name, ())) for layer in layers if (name, layer) != ("attention", 2)
+                ((name, layer, 0), plan.keep(f"layers.{layer}.{name}", ()))
+                for layer in layers
+                if (name, layer) != ("attention", 2)
             )
     elif step < 6:
         for uses in ((2, 4), (3,)):
-            left = [layer for layer in uses if plan.layers[layer]["mlp"]]
-            if left and (count := len(plan.layers[left[0]]["mlp"]) - 8) > 0:
+            left = [layer for layer in uses if plan.kept[f"layers.{layer}.mlp"]]
+            if left and (count := len(plan.kept[f"layers.{left[0]}.mlp"]) - 8) > 0:
                 after = plan
                 for layer in left:
-                    after = after.keep(layer, "mlp", range(count))
+                    after = after.keep(f"layers.{layer}.mlp", range(count))
                 yield ("mlp", left[0], count), after
     else:
         yield from state_spaces(plan, step)
@@ -112,8 +114,8 @@ def test_search_is_greedy_search(name, stages, moves) -> None:
     small = shed(model, *stages, order=None)
     plan = nncf_ext.structure_plan(small)
     expected, taken = greedy(model, moves, sum(stage.steps for stage in stages))
-    assert plan.layers == expected.layers
-    assert [(step.branch, step.layer, step.kept) for step in plan.steps] == [each[:3] for each in taken]
+    assert plan.kept == expected.kept
+    assert [(*place_of(step), step.kept) for step in plan.steps] == [each[:3] for each in taken]
     assert [step.score for step in plan.steps] == pytest.approx([each[3] for each in taken], rel=1e-5)
     assert perplexity(small) == pytest.approx(taken[-1][3], rel=1e-5)
     assert plan.costs_after.parameters == sum(each.numel() for each in small.parameters())
@@ -126,7 +128,7 @@ def test_until_the_ratio_is_reached() -> None:
     sizes = [sum(each.numel() for each in extract_structure(model, plan).parameters()) for plan in _prefixes(small)]
     assert sizes[-1] <= 0.7 * whole < sizes[-2]
     # Steps first, then the ratio.
-    small = shed(model, SSM, RemovalStage(("mamba_block",)), ratio=0.3)
+    small = shed(model, SSM, PruningStage(("mamba_block",)), ratio=0.3)
     kept = [step.kept for step in nncf_ext.structure_plan(small).steps]
     assert kept[:2] == [1, 1] and set(kept[2:]) == {0}
 
@@ -136,7 +138,7 @@ def _prefixes(small):
     trial = StructurePlan(plan.model, tuple({"mamba": (0, 1)} for _ in plan.layers))
     for step in plan.steps:
         yield trial
-        trial = trial.keep(step.layer, step.branch, range(step.kept))
+        trial = trial.keep(step.dimension, range(step.kept))
     yield trial
 
 
@@ -153,8 +155,8 @@ def test_resumed_search_gives_the_same_plan(at, tmp_path, stopped_search) -> Non
 
 def test_ignored_mixers_stay() -> None:
     scope = nncf.IgnoredScope(patterns=[r".*layers\.[0-2]\.mixer\.in_proj"])
-    plan = nncf_ext.structure_plan(shed(make("mamba2"), RemovalStage(("mamba_block",), 1), ignored_scope=scope))
-    assert [(step.layer, step.kept) for step in plan.steps] == [(3, 0)]
+    plan = nncf_ext.structure_plan(shed(make("mamba2"), PruningStage(("mamba_block",), 1), ignored_scope=scope))
+    assert [(place_of(step)[1], step.kept) for step in plan.steps] == [(3, 0)]
 
 
 def test_what_is_refused(tiny_llama) -> None:
@@ -162,15 +164,15 @@ def test_what_is_refused(tiny_llama) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for stages, options, message in (
         ((), {"ratio": 0.95}, r"95.0%.*mamba_block ran out of candidates: it reached \d+\.\d%"),
-        ((RemovalStage(("ssm",)),), {"ratio": 0.5}, "ssm ran out of candidates"),
-        ((RemovalStage(("mamba_block",), LAYERS),), {}, "ran out of candidates"),  # all mixers
+        ((PruningStage(("ssm",)),), {"ratio": 0.5}, "ssm ran out of candidates"),
+        ((PruningStage(("mamba_block",), LAYERS),), {}, "ran out of candidates"),  # all mixers
         ((BLOCKS,), {"ratio": 0.2}, "every stage says its steps"),
-        ((RemovalStage(("ssm",)), BLOCKS), {"ratio": 0.2}, "Only the last stage"),
-        ((RemovalStage(("head",), 1),), {}, "some of mamba_block, ssm"),
-        ((RemovalStage("ssm", 1),), {}, "a tuple of some"),
-        ((RemovalStage(("ssm",), 0),), {}, "steps must be at least 1"),
-        ((RemovalStage(("attention", "ssm"), 1),), {}, "attention: Mamba2ForCausalLM has Mamba blocks only"),
-        (("ssm",), {}, "stages are RemovalStage"),
+        ((PruningStage(("ssm",)), BLOCKS), {"ratio": 0.2}, "Only the last stage"),
+        ((PruningStage(("head",), 1),), {}, "some of mamba_block, ssm"),
+        ((PruningStage("ssm", 1),), {}, "a tuple of some"),
+        ((PruningStage(("ssm",), 0),), {}, "steps must be at least 1"),
+        ((PruningStage(("attention", "ssm"), 1),), {}, "attention: Mamba2ForCausalLM has Mamba blocks only"),
+        (("ssm",), {}, "stages are PruningStage"),
     ):
         with pytest.raises(nncf.ValidationError, match=message):
             shed(model, *stages, **options)
@@ -195,5 +197,5 @@ def test_what_is_refused(tiny_llama) -> None:
         2
     ].shared_transformer.feed_forward.gate_up_proj.weight
     with pytest.raises(nncf.UnsupportedModelError, match="shared"):
-        shed(hybrid, RemovalStage(("mlp_channels",), 1))
+        shed(hybrid, PruningStage(("mlp_channels",), 1))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

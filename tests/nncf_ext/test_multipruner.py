@@ -11,10 +11,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2Fo
 import nncf_ext
 import nncf_ext.structure.counting
 from nncf_ext import AdvancedMultiPrunerParameters, CompressMode, DivergenceMetric, PerplexityMetric
-from nncf_ext.pruning.greedy import Scorer
-from nncf_ext.structure.coupling import layout_of
+from nncf_ext.pruning.candidates import Removal
+from nncf_ext.pruning.scoring import Scorer
+from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.masking import masked
-from nncf_ext.structure.plan import Removal, StructurePlan
+from nncf_ext.structure.plan import StructurePlan
+from tests.structure_models import by_layer, place_of
 
 VOCABULARY = 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "max_position_embeddings": 64}
@@ -106,15 +108,15 @@ def greedy(model, ratio, distribution, groups):
             best = None
             for branch in ("attention", "mlp") if stage == 0 else (("mlp",), ("attention",))[stage - 1]:
                 for layer in range(4):
-                    now = len(plan.layers[layer][branch])
+                    now = len(plan.kept[f"layers.{layer}.{branch}"])
                     left = 0 if stage == 0 else now - groups[branch]
-                    attentions = sum(bool(kept["attention"]) for kept in plan.layers)
+                    attentions = sum(bool(kept["attention"]) for kept in by_layer(plan))
                     if not now or left < 0 or (stage and left == 0):
                         continue
                     if stage == 0 and branch == "attention" and attentions == 1:
                         continue
-                    candidate = plan.keep(layer, branch, sorted(order_of(model, branch, layer)[:left]))
-                    with masked(model, candidate, layout_of(model)):
+                    candidate = plan.keep(f"layers.{layer}.{branch}", sorted(order_of(model, branch, layer)[:left]))
+                    with masked(model, candidate, dimensions_of(model)):
                         found = losses(model, batches)
                     loss = sum(found) / len(found)
                     if best is None or loss < best[0]:
@@ -129,10 +131,10 @@ def test_search_is_greedy_search(model) -> None:
     for options in ({}, {"early_stop": False}, {"candidates_per_pass": 4, "reuse_bytes": 50_000}):
         small = prune(model, **options)
         plan = nncf_ext.structure_plan(small)
-        assert [(step.branch, step.layer, step.kept) for step in plan.steps] == [step[:3] for step in steps]
+        assert [(*place_of(step), step.kept) for step in plan.steps] == [step[:3] for step in steps]
         assert [step.score for step in plan.steps] == pytest.approx([step[3] for step in steps], rel=1e-5)
-        assert plan.layers == expected.layers
-    assert {step.branch for step in plan.steps} == {"attention", "mlp"} and len(steps) > 5
+        assert plan.kept == expected.kept
+    assert {place_of(step)[0] for step in plan.steps} == {"attention", "mlp"} and len(steps) > 5
     assert sum(each.numel() for each in small.parameters()) == size(model, plan) == plan.costs_after.parameters
     assert 1 - plan.costs_after.parameters / plan.costs_before.parameters >= 0.3
     ids = items()[0]["input_ids"]
@@ -143,7 +145,7 @@ def test_search_is_greedy_search(model) -> None:
 
 
 def test_early_stop_saves_work_and_no_choice(model) -> None:
-    candidates = [Removal(layer, branch, ()) for branch in ("attention", "mlp") for layer in range(4)]
+    candidates = [Removal(f"layers.{layer}.{branch}", ()) for branch in ("attention", "mlp") for layer in range(4)]
     plan, metric = StructurePlan.dense(model), PerplexityMetric()
     with torch.no_grad():
         thorough = Scorer(model, items(4), metric.losses, early_stop=False)
@@ -156,7 +158,7 @@ def test_early_stop_saves_work_and_no_choice(model) -> None:
 
 def test_a_race_gives_up_who_is_behind(model) -> None:
     """Against paired differences computed here; the leader is never given up, and a wide margin gives up nobody."""
-    candidates = [Removal(layer, branch, ()) for branch in ("attention", "mlp") for layer in range(4)]
+    candidates = [Removal(f"layers.{layer}.{branch}", ()) for branch in ("attention", "mlp") for layer in range(4)]
     plan, metric, batches = StructurePlan.dense(model), PerplexityMetric(), items(4)
     saved = torch.arange(1.0, 9.0, dtype=torch.float64)
     with torch.no_grad():
@@ -211,17 +213,17 @@ def test_divergence_chooses_too(model) -> None:
     totals = {}
     for branch in ("attention", "mlp"):
         for layer in range(4):
-            with torch.no_grad(), masked(model, StructurePlan.dense(model).keep(layer, branch, ())):
+            with torch.no_grad(), masked(model, StructurePlan.dense(model).keep(f"layers.{layer}.{branch}", ())):
                 ours = [model(**item, use_cache=False).logits.log_softmax(dim=2).double() for item in ids]
             parts = [((a.exp() * (a - b)).sum(dim=2)[:, :-1]).mean(dim=1) for a, b in zip(dense, ours, strict=True)]
             totals[branch, layer] = float(torch.cat(parts).mean())
-    assert min(totals, key=totals.get) == (best.branch, best.layer)
-    assert best.score == pytest.approx(totals[best.branch, best.layer], rel=1e-4)
+    assert min(totals, key=totals.get) == place_of(best)
+    assert best.score == pytest.approx(totals[place_of(best)], rel=1e-4)
 
 
 def heads_and_channels(plan) -> float:
     """A cost of one's own."""
-    return sum(20 * len(kept["attention"]) + len(kept["mlp"]) for kept in plan.layers)
+    return sum(20 * len(kept["attention"]) + len(kept["mlp"]) for kept in by_layer(plan))
 
 
 @pytest.mark.parametrize("cost", ["parameters", "kv_bytes_per_token", heads_and_channels])
@@ -233,7 +235,7 @@ def test_joint_search_pays_where_a_unit_costs_least_loss(model, cost) -> None:
         return cost(each) if callable(cost) else getattr(nncf_ext.structure.counting.count_costs(model, each), cost)
 
     def loss(each):
-        with masked(model, each, layout_of(model)):
+        with masked(model, each, dimensions_of(model)):
             found = losses(model, items())
         return sum(found) / len(found)
 
@@ -245,13 +247,13 @@ def test_joint_search_pays_where_a_unit_costs_least_loss(model, cost) -> None:
                 left = len(kept[branch]) - {"attention": 1, "mlp": 16}[branch]
                 for count in {0, max(left, 0)} if kept[branch] else ():
                     last = branch == "attention" and not count and sum(bool(k["attention"]) for k in now.layers) == 1
-                    each = now.keep(layer, branch, sorted(order_of(model, branch, layer)[:count]))
+                    each = now.keep(f"layers.{layer}.{branch}", sorted(order_of(model, branch, layer)[:count]))
                     if not last and price(each) < price(now):
                         candidates[branch, layer, count] = (loss(each) - loss(now)) / (price(now) - price(each))
-        assert min(candidates, key=candidates.get) == (step.branch, step.layer, step.kept)
-        kept = sorted(order_of(model, step.branch, step.layer)[: step.kept])
-        now = now.keep(step.layer, step.branch, kept)
-    assert now.layers == plan.layers and price(now) <= 0.75 * price(dense)
+        assert min(candidates, key=candidates.get) == (*place_of(step), step.kept)
+        kept = sorted(order_of(model, *place_of(step))[: step.kept])
+        now = now.keep(step.dimension, kept)
+    assert now.kept == plan.kept and price(now) <= 0.75 * price(dense)
 
 
 @pytest.mark.parametrize("rescore_top", [None, 2])
@@ -263,7 +265,7 @@ def test_resumed_search_gives_the_same_plan(tiny_llama, tmp_path, stopped_search
         prune(model, resume=tmp_path / "journal", rescore_top=rescore_top)
     resumed = nncf_ext.structure_plan(prune(model, resume=tmp_path / "journal", rescore_top=rescore_top))
     assert resumed == expected and len(resumed.steps) > at
-    assert StructurePlan.load(sorted((tmp_path / "journal").glob("plan.*.json"))[-1]).layers == expected.layers
+    assert StructurePlan.load(sorted((tmp_path / "journal").glob("plan.*.json"))[-1]).kept == expected.kept
     for other in ({"ratio": 0.2}, {"mlp_group": 8}, {"count": 2}, {"distribution": (1, 1, 1)}):
         with pytest.raises(nncf.ValidationError, match="begun by another search"):
             prune(model, resume=tmp_path / "journal", **{"rescore_top": rescore_top, **other})
@@ -274,8 +276,8 @@ def test_ignored_branches_stay(tiny_llama) -> None:
     scope = nncf.IgnoredScope(patterns=[r".*mlp\.down_proj", r".*layers\.0\..*"])
     plan = nncf_ext.structure_plan(prune(model, ratio=0.05, distribution=(1, 0, 0), ignored_scope=scope))
     dense = StructurePlan.dense(model)
-    assert all(kept["mlp"] == full["mlp"] for kept, full in zip(plan.layers, dense.layers, strict=True))
-    assert plan.layers[0] == dense.layers[0] and plan.layers != dense.layers
+    assert all(kept["mlp"] == full["mlp"] for kept, full in zip(by_layer(plan), by_layer(dense), strict=True))
+    assert by_layer(plan)[0] == by_layer(dense)[0] and plan.kept != dense.kept
 
 
 def test_what_is_refused(tiny_llama) -> None:

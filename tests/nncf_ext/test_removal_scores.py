@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from nncf_ext import PerplexityMetric
+from nncf_ext.pruning.candidates import Removal
 from nncf_ext.pruning.compensation import Compensator
-from nncf_ext.pruning.greedy import Elimination, Scorer
-from nncf_ext.structure.coupling import layout_of
+from nncf_ext.pruning.greedy import Elimination
+from nncf_ext.pruning.scoring import Scorer
+from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.masking import masked
-from nncf_ext.structure.plan import Removal, StructurePlan
-from tests.structure_models import CAUSAL, HYBRIDS, STATE_SPACE, VOCABULARY, make
+from nncf_ext.structure.plan import StructurePlan
+from tests.structure_models import CAUSAL, HYBRIDS, STATE_SPACE, VOCABULARY, blocks_of, by_layer, make
 
 PLENTY = 2**30
 METRIC = PerplexityMetric()
@@ -29,27 +31,29 @@ def items() -> list[dict[str, torch.Tensor]]:
 
 def all_candidates(plan: StructurePlan) -> list[Removal]:
     """Every branch as a whole, and half of it where it has several units."""
-    branches = [(layer, name, kept) for layer, branches in enumerate(plan.layers) for name, kept in branches.items()]
-    whole = [Removal(layer, name, ()) for layer, name, kept in branches if kept]
-    return whole + [Removal(layer, name, kept[: len(kept) // 2]) for layer, name, kept in branches if len(kept) > 1]
+    branches = [(layer, name, kept) for layer, branches in enumerate(by_layer(plan)) for name, kept in branches.items()]
+    whole = [Removal(f"layers.{layer}.{name}", ()) for layer, name, kept in branches if kept]
+    return whole + [
+        Removal(f"layers.{layer}.{name}", kept[: len(kept) // 2]) for layer, name, kept in branches if len(kept) > 1
+    ]
 
 
 def journey(model) -> list[StructurePlan]:
     """What a search could come by: a late layer, an early one, two at once."""
     plans = [StructurePlan.dense(model)]
-    last = len(plans[0].layers) - 1
+    last = len(by_layer(plans[0])) - 1
     for layers in ((last,), (1,), (0, last - 1)):
         plan = plans[-1]
         for layer in layers:
-            name, kept = max(plan.layers[layer].items(), key=lambda each: len(each[1]))
-            plan = plan.keep(layer, name, kept[: len(kept) // 2])
+            name, kept = max(by_layer(plan)[layer].items(), key=lambda each: len(each[1]))
+            plan = plan.keep(f"layers.{layer}.{name}", kept[: len(kept) // 2])
         plans.append(plan)
     return plans
 
 
 def whole_passes(model, plan, candidate) -> torch.Tensor:
     """Losses of the masked model, every block of it run."""
-    with torch.no_grad(), masked(model, candidate.on(plan), layout_of(model)):
+    with torch.no_grad(), masked(model, candidate.on(plan), dimensions_of(model)):
         return torch.cat([METRIC.losses(model(**each, use_cache=False).logits, each, None) for each in items()])
 
 
@@ -58,7 +62,7 @@ def test_scores_are_those_of_whole_masked_passes(name) -> None:
     """Bit for bit, when candidates run one by one; to rounding, side by side."""
     model = make(name)
     plan = StructurePlan.dense(model)
-    layers = len(plan.layers)
+    layers = len(by_layer(plan))
     half = layers + sum(layers - 1 - each.layer for each in all_candidates(plan)) // 2  # of what could be kept
     some = len(items()) * (2 * 10 * 32 * 4) * half
     exact = [Scorer(model, items(), METRIC.losses, early_stop=False, reuse_bytes=each) for each in (some, PLENTY)]
@@ -76,7 +80,9 @@ def test_scores_are_those_of_whole_masked_passes(name) -> None:
 def test_shared_weights_lose_the_same_in_all_their_uses() -> None:
     model = make("zamba2")
     plan = StructurePlan.dense(model)
-    candidates = [Removal(2, "mlp", tuple(range(left)), (4,)) for left in (32, 8)] + [Removal(3, "attention", ())]
+    candidates = [Removal("layers.2.mlp", tuple(range(left)), ("layers.4.mlp",)) for left in (32, 8)] + [
+        Removal("layers.3.attention", ())
+    ]
     expected = torch.stack([whole_passes(model, plan, each) for each in candidates])
     with torch.no_grad():
         found = Scorer(model, items(), METRIC.losses, early_stop=False).score(plan, candidates)
@@ -98,7 +104,7 @@ def test_only_what_changed_runs_again(count) -> None:
 
         return count_rows
 
-    for layer, block in enumerate(layout_of(model).blocks):
+    for layer, block in enumerate(blocks_of(model)):
         block.register_forward_pre_hook(counting(layer))
     batches = items()[:1]
     scorer = Scorer(model, batches, METRIC.losses, early_stop=False, candidates_per_pass=count)
@@ -113,7 +119,7 @@ def test_only_what_changed_runs_again(count) -> None:
         with torch.no_grad():
             scorer.score(plan, candidates)
         assert torch.equal(runs, expected)
-        plan, changed = plan.keep(step, "mlp", ()), step
+        plan, changed = plan.keep(f"layers.{step}.mlp", ()), step
 
 
 @pytest.mark.parametrize("reuse_bytes", [0, 30_000, 70_000, PLENTY])
@@ -132,7 +138,7 @@ def test_memory_between_steps_has_a_limit(reuse_bytes) -> None:
     plan = StructurePlan.dense(model)
     with torch.no_grad():
         scorer.score(plan, all_candidates(plan))
-        scorer.score(plan.keep(3, "mlp", ()), all_candidates(plan.keep(3, "mlp", ())))
+        scorer.score(plan.keep("layers.3.mlp", ()), all_candidates(plan.keep("layers.3.mlp", ())))
     kept = len(alive() - before) * size
     assert kept <= max(reuse_bytes, 4 * size)  # of the batch at hand all blocks' outputs are there
     if reuse_bytes == PLENTY:  # all blocks of the model, and of candidates what stands before the last block
@@ -148,9 +154,9 @@ def test_repairs_between_steps_are_seen() -> None:
     scorer = Scorer(model, items(), METRIC.losses, early_stop=False)
     plan = StructurePlan.dense(model)
     for layer, kept in ((2, 30), (1, 20), (2, 10)):
-        plan = plan.keep(layer, "mlp", range(kept))
+        plan = plan.keep(f"layers.{layer}.mlp", range(kept))
         with torch.no_grad():
-            compensator.refit(plan, layer, "mlp")
+            compensator.refit(plan, f"layers.{layer}.mlp")
             found = scorer.score(plan, all_candidates(plan))
         expected = torch.stack([whole_passes(model, plan, each) for each in all_candidates(plan)])
         assert torch.equal(found.losses, expected)
@@ -183,7 +189,7 @@ def test_a_race_is_the_same_side_by_side() -> None:
             one, other = (scorer.score(plan, all_candidates(plan)) for scorer in (alone, together))
         assert torch.equal(one.complete, other.complete) and 0 < int(one.complete.sum()) < len(all_candidates(plan))
         torch.testing.assert_close(one.losses, other.losses, rtol=2e-4, atol=2e-5)
-        plan = plan.keep(2, "attention", ())
+        plan = plan.keep("layers.2.attention", ())
     assert alone.evaluations == together.evaluations
 
 
@@ -213,7 +219,7 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was(count, at) -> None:
         if len(calls) == at:
             raise MemoryError
 
-    hooks = [block.fc2.register_forward_pre_hook(fail) for block in layout_of(model).blocks]
+    hooks = [block.fc2.register_forward_pre_hook(fail) for block in blocks_of(model)]
     scorer = Scorer(model, items(), METRIC.losses, candidates_per_pass=count)
     plan = StructurePlan.dense(model)
     with torch.no_grad(), pytest.raises(MemoryError):

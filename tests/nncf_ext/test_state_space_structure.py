@@ -11,12 +11,12 @@ from torch.nn import functional as F
 import nncf_ext
 from nncf_ext.standalone.gated_convolution import GatedConvMixer
 from nncf_ext.structure.counting import count_costs
-from nncf_ext.structure.coupling import layout_of
+from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.reference import plan_from_reference, plan_to_reference
 from nncf_ext.structure.surgery import extract_structure
-from tests.structure_models import HYBRIDS, STATE_SPACE, cached_logits, logits, make, tokens
+from tests.structure_models import HYBRIDS, STATE_SPACE, blocks_of, by_layer, cached_logits, logits, make, tokens
 
 MODELS = STATE_SPACE | HYBRIDS
 NO_SSM = (0,)
@@ -25,24 +25,26 @@ NO_SSM = (0,)
 def plans(dense: StructurePlan, name: str) -> dict[str, StructurePlan]:
     last = len(dense.layers) - 1
     found = {
-        "first block": dense.keep(0, "mamba", ()),
-        "last block": dense.keep(last, "mamba", ()),
-        "two blocks": dense.keep(0, "mamba", ()).keep(2, "mamba", ()),
-        "one state space": dense.keep(1, "mamba", NO_SSM),
-        "mixed": dense.keep(0, "mamba", ()).keep(1, "mamba", NO_SSM).keep(last, "mamba", NO_SSM),
+        "first block": dense.keep("layers.0.mamba", ()),
+        "last block": dense.keep(f"layers.{last}.mamba", ()),
+        "two blocks": dense.keep("layers.0.mamba", ()).keep("layers.2.mamba", ()),
+        "one state space": dense.keep("layers.1.mamba", NO_SSM),
+        "mixed": dense.keep("layers.0.mamba", ()).keep("layers.1.mamba", NO_SSM).keep(f"layers.{last}.mamba", NO_SSM),
     }
     found["all state spaces"] = dense
     for layer in range(last + 1):
-        found["all state spaces"] = found["all state spaces"].keep(layer, "mamba", NO_SSM)
+        found["all state spaces"] = found["all state spaces"].keep(f"layers.{layer}.mamba", NO_SSM)
     if name in HYBRIDS:
         channels = (3, *range(5, 37))
         found |= {
-            "attention": dense.keep(3, "attention", ()).keep(4, "attention", ()),
-            "one MLP": dense.keep(2, "mlp", ()),
-            "all MLPs": dense.keep(2, "mlp", ()).keep(3, "mlp", ()).keep(4, "mlp", ()),
-            "shared channels": dense.keep(2, "mlp", channels).keep(4, "mlp", channels),
-            "channels of the other use": dense.keep(2, "mlp", ()).keep(4, "mlp", channels),
-            "everything of a layer": dense.keep(3, "mlp", ()).keep(3, "attention", ()).keep(3, "mamba", ()),
+            "attention": dense.keep("layers.3.attention", ()).keep("layers.4.attention", ()),
+            "one MLP": dense.keep("layers.2.mlp", ()),
+            "all MLPs": dense.keep("layers.2.mlp", ()).keep("layers.3.mlp", ()).keep("layers.4.mlp", ()),
+            "shared channels": dense.keep("layers.2.mlp", channels).keep("layers.4.mlp", channels),
+            "channels of the other use": dense.keep("layers.2.mlp", ()).keep("layers.4.mlp", channels),
+            "everything of a layer": dense.keep("layers.3.mlp", ())
+            .keep("layers.3.attention", ())
+            .keep("layers.3.mamba", ()),
         }
     return found
 
@@ -75,7 +77,7 @@ def test_masked_is_extracted_is_reloaded(name, tmp_path) -> None:
 @pytest.mark.parametrize("name", STATE_SPACE)
 def test_blocks_go_without_a_trace_and_stock_transformers_reads_the_rest(name, tmp_path) -> None:
     model, ids = make(name), tokens()
-    small = extract_structure(model, StructurePlan.dense(model).keep(1, "mamba", ()).keep(3, "mamba", ()))
+    small = extract_structure(model, StructurePlan.dense(model).keep("layers.1.mamba", ()).keep("layers.3.mamba", ()))
     assert small.config.num_hidden_layers == len(small.backbone.layers) == 2
     kept = model.backbone.layers[0], model.backbone.layers[2]
     with torch.no_grad():
@@ -95,7 +97,7 @@ def test_blocks_go_without_a_trace_and_stock_transformers_reads_the_rest(name, t
 def test_a_mixer_without_its_state_space_is_a_gated_convolution(name) -> None:
     """Written out: loops over tokens and channels, weights by their places in the dense tensors."""
     model = make(name)
-    block = layout_of(model).blocks[0]
+    block = blocks_of(model)[0]
     mixer = block.mamba if name in HYBRIDS else block.mixer
     hidden = torch.randn(2, 5, 32)
     width, kernel = mixer.intermediate_size, mixer.conv_kernel_size
@@ -126,7 +128,7 @@ def test_a_mixer_without_its_state_space_is_a_gated_convolution(name) -> None:
 def test_padding_on_the_left_changes_nothing() -> None:
     for name in ("mamba", "mamba2"):
         model = make(name)
-        plan = StructurePlan.dense(model).keep(1, "mamba", NO_SSM).keep(2, "mamba", NO_SSM)
+        plan = StructurePlan.dense(model).keep("layers.1.mamba", NO_SSM).keep("layers.2.mamba", NO_SSM)
         small, ids = extract_structure(model, plan), tokens(2, 7)
         padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], dim=1)
         mask = torch.cat([torch.zeros(2, 3, dtype=torch.int64), torch.ones_like(ids)], dim=1)
@@ -167,7 +169,7 @@ def test_zamba2_parts_are_bypassed_as_published() -> None:
     with torch.no_grad():
         wanted = {name: function(hidden) for name, function in expected.items()}
         for name, value in wanted.items():
-            with masked(model, StructurePlan.dense(model).keep(3, name, ())):
+            with masked(model, StructurePlan.dense(model).keep(f"layers.3.{name}", ())):
                 found = model.model.layers[3](hidden, embeddings, 3, causal_mask=mask, position_embeddings=positions)
             torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -175,35 +177,36 @@ def test_zamba2_parts_are_bypassed_as_published() -> None:
 def test_shared_weights_stay_shared() -> None:
     model = make("zamba2")
     dense = StructurePlan.dense(model)
-    assert layout_of(model).users(2, "mlp") == (2, 4) and layout_of(model).users(3, "mlp") == (3,)
-    small = extract_structure(model, dense.keep(2, "mlp", range(8)).keep(4, "mlp", range(8)))
+    users = dimensions_of(model).users
+    assert users("layers.2.mlp") == ("layers.2.mlp", "layers.4.mlp") and users("layers.3.mlp") == ("layers.3.mlp",)
+    small = extract_structure(model, dense.keep("layers.2.mlp", range(8)).keep("layers.4.mlp", range(8)))
     first, second = (small.model.layers[index].shared_transformer.feed_forward for index in (2, 4))
     assert first.down_proj.weight is second.down_proj.weight and first.down_proj.weight.shape == (32, 8)
     # One use goes: the file does not get smaller. Both go: the block goes.
-    one, both = dense.keep(2, "mlp", ()), dense.keep(2, "mlp", ()).keep(4, "mlp", ())
+    one, both = dense.keep("layers.2.mlp", ()), dense.keep("layers.2.mlp", ()).keep("layers.4.mlp", ())
     whole = count_costs(model).parameters
     assert count_costs(model, one).parameters == whole
     gone = {id(each): each.numel() for each in model.model.layers[2].shared_transformer.feed_forward.parameters()}
     assert count_costs(model, both).parameters == whole - sum(gone.values()) - 32  # and one normalization
     with pytest.raises(nncf.ValidationError, match="Layers 2, 4 share the weights of their mlp.*8 in layer 2, 40 in"):
-        extract_structure(model, dense.keep(2, "mlp", range(8)))
+        extract_structure(model, dense.keep("layers.2.mlp", range(8)))
 
 
 def test_plans_that_cannot_work() -> None:
     model = make("mamba2")
     plan = StructurePlan.dense(model)
     for layer in range(4):
-        plan = plan.keep(layer, "mamba", ())
+        plan = plan.keep(f"layers.{layer}.mamba", ())
     for wrong, message in (
         (plan, "Mamba mixer of every layer.*Keep one"),
-        (StructurePlan.dense(model).keep(0, "mamba", (1,)), "state space of layer 0 without the mixer"),
-        (StructurePlan.dense(model).keep(0, "mamba", (0, 2)), r"0\.\.1, once.*Unit 0 is the mixer"),
+        (StructurePlan.dense(model).keep("layers.0.mamba", (1,)), "state space of layer 0 without the mixer"),
+        (StructurePlan.dense(model).keep("layers.0.mamba", (0, 2)), r"0\.\.1, once.*Unit 0 is the mixer"),
     ):
         with pytest.raises(nncf.ValidationError, match=message):
             extract_structure(model, wrong)
     hybrid = make("zamba2")
     with pytest.raises(nncf.ValidationError, match="attention of layer 2, the first"):
-        extract_structure(hybrid, StructurePlan.dense(hybrid).keep(2, "attention", ()))
+        extract_structure(hybrid, StructurePlan.dense(hybrid).keep("layers.2.attention", ()))
 
 
 def test_mixers_without_a_place_in_the_cache_are_refused() -> None:
@@ -215,7 +218,9 @@ def test_mixers_without_a_place_in_the_cache_are_refused() -> None:
 
 def test_stock_classes_refuse_what_lacks_state_spaces(tmp_path) -> None:
     model = make("mamba2")
-    nncf_ext.save_pretrained(extract_structure(model, StructurePlan.dense(model).keep(1, "mamba", NO_SSM)), tmp_path)
+    nncf_ext.save_pretrained(
+        extract_structure(model, StructurePlan.dense(model).keep("layers.1.mamba", NO_SSM)), tmp_path
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["per_layer_config"] == {"1": {"skip": ["ssm"]}}
     assert config["base_model_type"] == "mamba2" and config["model_type"] == "nncf_structured"
@@ -227,7 +232,7 @@ def test_plans_of_the_published_files() -> None:
     model = make("mamba2")
     content = {"pruned_mamba_block_idx": [3, 0], "pruned_ssm_idx": [2]}
     plan = plan_from_reference(content, model)
-    assert [len(each["mamba"]) for each in plan.layers] == [0, 2, 1, 0]
+    assert [len(each["mamba"]) for each in by_layer(plan)] == [0, 2, 1, 0]
     assert plan_to_reference(plan, model) == content
     hybrid = make("zamba2")
     content |= {"pruned_mha_idx": [3], "pruned_mlp_idx": [4, 2]}
@@ -293,11 +298,14 @@ def test_published_totals_of_zamba2() -> None:
     assert unshared == 3_828_481_440
     assert count_costs(model).parameters == sum(each.numel() for each in model.parameters()) < unshared
     dense = StructurePlan.dense(model)
-    users = layout_of(model).users(6, "mlp")
-    assert users == (6, 18, 30, 42, 52) and layout_of(model).users(13, "mlp") == (13, 25, 37, 47)
+    dimensions = dimensions_of(model)
+    users, others = (
+        tuple(dimensions[each].block for each in dimensions.users(name)) for name in ("layers.6.mlp", "layers.13.mlp")
+    )
+    assert users == (6, 18, 30, 42, 52) and others == (13, 25, 37, 47)
     narrow, none = dense, dense
     for layer in users:
-        narrow, none = narrow.keep(layer, "mlp", range(9216)), none.keep(layer, "mlp", ())
+        narrow, none = narrow.keep(f"layers.{layer}.mlp", range(9216)), none.keep(f"layers.{layer}.mlp", ())
     adapters = 5 * 128 * 2 * 1024  # their second matrices; the first ones stay
     assert count_costs(model).parameters - count_costs(model, narrow).parameters == 7_864_320 + adapters
     adapters = 5 * 128 * (2560 + 2 * 10240)

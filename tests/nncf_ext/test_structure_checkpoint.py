@@ -24,27 +24,34 @@ SCANNED = STATE_SPACE | HYBRIDS
 def uneven(name: str) -> torch.nn.Module:
     """Layer 0 without attention, layer 1 gone, layer 2 with one head group less, layer 3 with three channels."""
     model = make(name)
-    plan = StructurePlan.dense(model).keep(0, "attention", ()).keep(1, "attention", ()).keep(1, "mlp", ())
-    heads = len(plan.layers[2]["attention"])
-    return extract_structure(model, plan.keep(2, "attention", range(1, heads)).keep(3, "mlp", (2, 30, 11)))
+    plan = (
+        StructurePlan.dense(model)
+        .keep("layers.0.attention", ())
+        .keep("layers.1.attention", ())
+        .keep("layers.1.mlp", ())
+    )
+    heads = len(plan.kept["layers.2.attention"])
+    return extract_structure(model, plan.keep("layers.2.attention", range(1, heads)).keep("layers.3.mlp", (2, 30, 11)))
 
 
 def without_states(name: str) -> torch.nn.Module:
     """Two layers without state spaces; of a hybrid one without attention, one use of the shared MLP gone as well."""
     model = make(name)
-    plan = StructurePlan.dense(model).keep(0, "mamba", (0,)).keep(2, "mamba", (0,))
+    plan = StructurePlan.dense(model).keep("layers.0.mamba", (0,)).keep("layers.2.mamba", (0,))
     if name in HYBRIDS:
-        plan = plan.keep(3, "attention", ()).keep(4, "mlp", ()).keep(1, "mamba", ())
+        plan = plan.keep("layers.3.attention", ()).keep("layers.4.mlp", ()).keep("layers.1.mamba", ())
     return extract_structure(model, plan)
 
 
 def uniform(name: str) -> torch.nn.Module:
     """Every layer with half of the head groups and 16 channels; layer 3 gone."""
     model = make(name)
-    plan = StructurePlan.dense(model).keep(3, "attention", ()).keep(3, "mlp", ())
+    plan = StructurePlan.dense(model).keep("layers.3.attention", ()).keep("layers.3.mlp", ())
     for layer in range(3):
-        heads = len(plan.layers[layer]["attention"])
-        plan = plan.keep(layer, "attention", range(heads // 2)).keep(layer, "mlp", range(layer, 16 + layer))
+        heads = len(plan.kept[f"layers.{layer}.attention"])
+        plan = plan.keep(f"layers.{layer}.attention", range(heads // 2)).keep(
+            f"layers.{layer}.mlp", range(layer, 16 + layer)
+        )
     return extract_structure(model, plan)
 
 
@@ -78,10 +85,15 @@ def test_uniform_layers_load_in_stock_transformers(name, tmp_path) -> None:
 def test_any_plan_can_be_made_uniform(name, tmp_path) -> None:
     """Layer 1 gone, layer 0 without attention, few channels in layer 2: stock classes load the even one."""
     model = make(name)
-    plan = StructurePlan.dense(model).keep(1, "attention", ()).keep(1, "mlp", ()).keep(0, "attention", ())
-    plan = plan.keep(2, "mlp", range(6))
+    plan = (
+        StructurePlan.dense(model)
+        .keep("layers.1.attention", ())
+        .keep("layers.1.mlp", ())
+        .keep("layers.0.attention", ())
+    )
+    plan = plan.keep("layers.2.mlp", range(6))
     even = snap_to_uniform(model, plan, multiple=4, score=l1_norm)
-    assert snap_to_uniform(model, plan, multiple=4).layers[0]["mlp"] == tuple(range(28))
+    assert snap_to_uniform(model, plan, multiple=4).kept["layers.0.mlp"] == tuple(range(28))
     sizes = {tuple(len(kept[branch]) for branch in ("attention", "mlp")) for kept in even.layers}
     assert (0, 0) in sizes and len(sizes) == 2
     heads, width = max(sizes)
@@ -98,7 +110,7 @@ def test_any_plan_can_be_made_uniform(name, tmp_path) -> None:
 @pytest.mark.parametrize("branch", ["attention", "mlp"])
 def test_stock_classes_refuse_uneven_layers(branch, tmp_path) -> None:
     model = make("llama")
-    small = extract_structure(model, StructurePlan.dense(model).keep(1, branch, ()))
+    small = extract_structure(model, StructurePlan.dense(model).keep(f"layers.1.{branch}", ()))
     nncf_ext.save_pretrained(model, tmp_path)  # weights that were here before must not come back
     nncf_ext.save_pretrained(small, tmp_path)
     for loader in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
@@ -190,7 +202,7 @@ def test_other_floating_type(tmp_path) -> None:
 
 def test_uneven_layers_on_the_grid(tiny_llama, token_dataset, tmp_path) -> None:
     dense = tiny_llama(layers=3)
-    plan = StructurePlan.dense(dense).keep(0, "mlp", range(64, 192)).keep(1, "attention", ())
+    plan = StructurePlan.dense(dense).keep("layers.0.mlp", range(64, 192)).keep("layers.1.attention", ())
     small = nncf_ext.compress(
         extract_structure(dense, plan),
         nncf_ext.CompressMode.SPARSE_MAGNITUDE,

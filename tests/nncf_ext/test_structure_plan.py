@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import nncf_ext
 from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.structure.counting import count_costs
-from nncf_ext.structure.coupling import layout_of, unit_weights
+from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import Costs, Step, StructurePlan
 from nncf_ext.structure.reference import plan_from_reference, plan_to_reference
@@ -29,11 +29,11 @@ def llama():
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kept=st.lists(st.integers(0, 39), unique=True), score=st.floats(allow_nan=False) | st.none())
 def test_file_round_trip(kept, score, llama, tmp_path) -> None:
-    plan = StructurePlan.dense(llama).keep(2, "mlp", kept).keep(1, "attention", (3, 0, 1))
+    plan = StructurePlan.dense(llama).keep("layers.2.mlp", kept).keep("layers.1.attention", (3, 0, 1))
     plan = StructurePlan(
         plan.model,
-        plan.layers,
-        steps=(Step("mlp", 2, len(kept), score=score, margin=None),),
+        plan.kept,
+        steps=(Step("layers.2.mlp", len(kept), score=score, margin=None),),
         calibration={"dataset": "text", "tokens": 512},
         costs_before=count_costs(llama),
         costs_after=count_costs(llama, plan),
@@ -46,7 +46,12 @@ def test_costs_by_hand(llama) -> None:
     # hidden 32, 8 heads of 6, 4 key/value heads, 40 channels, 96 tokens, 4 layers, output head not tied
     layer = 2 * 32 * 48 + 2 * 32 * 24 + 3 * 32 * 40 + 2 * 32
     assert count_costs(llama) == Costs(2 * 96 * 32 + 4 * layer + 32, 4 * layer + 32, 4 * (6144 + 4 * layer + 32), 768)
-    plan = StructurePlan.dense(llama).keep(0, "attention", ()).keep(1, "attention", (2,)).keep(1, "mlp", (5, 6))
+    plan = (
+        StructurePlan.dense(llama)
+        .keep("layers.0.attention", ())
+        .keep("layers.1.attention", (2,))
+        .keep("layers.1.mlp", (5, 6))
+    )
     gone = (2 * 32 * 48 + 2 * 32 * 24 + 32) + 3 * (2 * 32 * 12 + 2 * 32 * 6) + 38 * 3 * 32
     assert count_costs(llama, plan).parameters == count_costs(llama).parameters - gone
     assert count_costs(llama, plan).kv_bytes_per_token == 2 * (1 + 4 + 4) * 6 * 4
@@ -136,18 +141,18 @@ def test_published_totals_from_configurations(kind, sizes, published, attention,
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "opt", "gemma2"])
 def test_reference_round_trip(name, score) -> None:
     model = make(name)
-    heads = layout_of(model).couplings[2]["attention"]
-    widths = dict.fromkeys(map(str, range(LAYERS)), heads.units * heads.channels)
+    heads = dimensions_of(model)["layers.2.attention"]
+    widths = dict.fromkeys(map(str, range(LAYERS)), heads.size * heads.granularity)
     config = {
         "pruned_attn_idx": [3, 1],
         "pruned_mlp_idx": [1],
-        "pruned_attn_width": {**widths, "2": (heads.units - 1) * heads.channels},
+        "pruned_attn_width": {**widths, "2": (heads.size - 1) * heads.granularity},
         "pruned_mlp_width": {"0": 40, "1": 40, "2": 17, "3": 40},
     }
     plan = plan_from_reference(config, model, score=score)
     assert plan_to_reference(plan, model, score=score) == config
-    assert len(plan.layers[2]["attention"]) == heads.units - 1 and len(plan.layers[2]["mlp"]) == 17
-    assert (plan.layers[2]["mlp"] == tuple(range(17))) == (score is None)
+    assert len(plan.kept["layers.2.attention"]) == heads.size - 1 and len(plan.kept["layers.2.mlp"]) == 17
+    assert (plan.kept["layers.2.mlp"] == tuple(range(17))) == (score is None)
 
 
 def test_the_importer_follows_a_shifted_index(llama) -> None:
@@ -166,11 +171,11 @@ def test_order_by_l1_norm_by_hand(llama) -> None:
             for row in range(group * 12, group * 12 + 12)
         ]
         expected.append(sum(rows) / 12)
-    couplings = layout_of(llama).couplings[1]
-    found = l1_norm(unit_weights(layer, couplings["attention"]))
+    dimensions = dimensions_of(llama)
+    found = l1_norm(dimensions.unit_weights(llama, "layers.1.attention"))
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0)
     channels = layer.mlp.gate_proj.weight.abs().sum(1) + layer.mlp.up_proj.weight.abs().sum(1)
-    torch.testing.assert_close(l1_norm(unit_weights(layer, couplings["mlp"])), channels.detach())
+    torch.testing.assert_close(l1_norm(dimensions.unit_weights(llama, "layers.1.mlp")), channels.detach())
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -178,9 +183,8 @@ def test_reordering_everything_changes_nothing(name) -> None:
     model = make(name).double()
     plan = StructurePlan.dense(model)
     generator = torch.Generator().manual_seed(5)
-    for layer, kept in enumerate(plan.layers):
-        for branch, units in kept.items():
-            plan = plan.keep(layer, branch, torch.randperm(len(units), generator=generator).tolist())
+    for name, units in plan.kept.items():
+        plan = plan.keep(name, torch.randperm(len(units), generator=generator).tolist())
     reordered = extract_structure(model, plan)
     before, after = model.state_dict(), reordered.state_dict()
     assert sum(not torch.equal(before[name], after[name]) for name in before) >= 2 * LAYERS
@@ -203,7 +207,7 @@ def test_reference_files_that_do_not_fit(config, message, llama) -> None:
 
 
 def test_units_the_reference_format_cannot_name(llama) -> None:
-    plan = StructurePlan.dense(llama).keep(0, "mlp", (0, 2))
+    plan = StructurePlan.dense(llama).keep("layers.0.mlp", (0, 2))
     with pytest.raises(nncf.ValidationError, match="our own format"):
         plan_to_reference(plan, llama)
 
@@ -211,8 +215,8 @@ def test_units_the_reference_format_cannot_name(llama) -> None:
 def test_the_last_user_of_a_shared_weight_takes_it_away() -> None:
     model = make("llama")
     model.model.layers[2].input_layernorm.weight = model.model.layers[1].input_layernorm.weight
-    one = StructurePlan.dense(model).keep(1, "attention", ())
-    both = one.keep(2, "attention", ())
+    one = StructurePlan.dense(model).keep("layers.1.attention", ())
+    both = one.keep("layers.2.attention", ())
     for plan in (one, both):
         small = extract_structure(model, plan)
         assert count_costs(model, plan) == count_costs(small)
@@ -229,27 +233,32 @@ def test_plans_that_do_not_fit(llama) -> None:
     cases = [
         (make("qwen3"), plan, nncf.ValidationError, "'llama' model of other shapes than this 'qwen3'"),
         (other, plan, nncf.ValidationError, "other weights"),
-        (llama, plan.keep(0, "attention", (0, 4)), nncf.ValidationError, "0..3, once"),
-        (llama, plan.keep(0, "mlp", (3, 3)), nncf.ValidationError, "once"),
-        (llama, plan.keep(0, "ssm", (1,)), nncf.ValidationError, "names .*ssm"),
-        (llama, StructurePlan(plan.model, plan.layers[:3]), nncf.ValidationError, "3 layers, the model 4"),
+        (llama, plan.keep("layers.0.attention", (0, 4)), nncf.ValidationError, "0..3, once"),
+        (llama, plan.keep("layers.0.mlp", (3, 3)), nncf.ValidationError, "once"),
+        (llama, plan.keep("layers.0.ssm", (1,)), nncf.ValidationError, "names .*ssm"),
+        (
+            llama,
+            StructurePlan(plan.model, dict([*plan.kept.items()][:6])),
+            nncf.ValidationError,
+            "6 dimensions, the model 8",
+        ),
     ]
     bare = plan
     for layer in range(LAYERS):
-        bare = bare.keep(layer, "attention", ())
+        bare = bare.keep(f"layers.{layer}.attention", ())
     cases.append((llama, bare, nncf.ValidationError, "Keep one"))
     mixed = make("gemma2")
     cases.append(
         (
             mixed,
-            StructurePlan.dense(mixed).keep(0, "attention", ()).keep(2, "attention", ()),
+            StructurePlan.dense(mixed).keep("layers.0.attention", ()).keep("layers.2.attention", ()),
             nncf.ValidationError,
             "of kind sliding_attention",
         )
     )
     tied = make("llama")
     tied.model.layers[2].mlp.up_proj.weight = tied.model.layers[1].mlp.up_proj.weight
-    cases.append((tied, StructurePlan.dense(tied).keep(1, "mlp", (0,)), nncf.UnsupportedModelError, "is shared"))
+    cases.append((tied, StructurePlan.dense(tied).keep("layers.1.mlp", (0,)), nncf.UnsupportedModelError, "is shared"))
     for model, wrong, error, message in cases:
         with pytest.raises(error, match=message):
             extract_structure(model, wrong)
@@ -259,14 +268,14 @@ def test_plans_that_do_not_fit(llama) -> None:
 
 def test_the_fingerprint_does_not_see_the_floating_type(llama) -> None:
     half = copy.deepcopy(llama).to(torch.bfloat16)
-    plan = StructurePlan.dense(half).keep(1, "mlp", (1, 2))
+    plan = StructurePlan.dense(half).keep("layers.1.mlp", (1, 2))
     assert extract_structure(half.float(), plan).model.layers[1].mlp.up_proj.out_features == 2
     assert extract_structure(llama, plan).model.layers[1].mlp.up_proj.out_features == 2
 
 
 def test_models_whose_structure_is_unknown(llama) -> None:
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=96))
-    with pytest.raises(nncf.UnsupportedModelError, match=r"'gpt2'.*missing.*families.py"):
+    with pytest.raises(nncf.UnsupportedModelError, match=r"'gpt2'.*missing.*structure/records"):
         StructurePlan.dense(gpt2)
     with pytest.raises(nncf.UnsupportedModelError, match="No repeated blocks"):
         StructurePlan.dense(torch.nn.Linear(2, 2))
@@ -286,13 +295,13 @@ def test_files_that_are_no_plans(change, llama, tmp_path) -> None:
     StructurePlan.dense(llama).save(path)
     content = json.loads(path.read_text())
     if change == "version":
-        content["version"] = 2
+        content["version"] = 3
     elif change == "no layers":
-        del content["layers"]
+        del content["kept"]
     elif change == "wrong step":
         content["steps"] = [{"colour": "blue"}]
     path.write_text("{" if change == "no json" else json.dumps(content))
     with pytest.raises(
-        nncf.ValidationError, match="version 2.*Upgrade" if change == "version" else "no structure plan"
+        nncf.ValidationError, match="version 3.*Upgrade" if change == "version" else "no structure plan"
     ):
         StructurePlan.load(path)

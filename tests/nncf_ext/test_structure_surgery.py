@@ -9,52 +9,52 @@ import transformers
 from torch import nn
 
 from nncf_ext.structure.counting import count_costs
-from nncf_ext.structure.coupling import layout_of
+from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.masking import masked
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
-from tests.structure_models import CAUSAL, ENCODERS, FOUR, LAYERS, SIZES, cached_logits, logits, make, tokens
+from tests.structure_models import CAUSAL, ENCODERS, FOUR, LAYERS, SIZES, blocks_of, cached_logits, logits, make, tokens
 
 CHANNELS = tuple(range(1, 40, 3)) + (0,)
 
 
 def plans(model: nn.Module) -> dict[str, StructurePlan]:
     dense = StructurePlan.dense(model)
-    heads = len(dense.layers[0]["attention"])
+    heads = len(dense.kept["layers.0.attention"])
     return {
         "all": dense,
-        "widths": dense.keep(1, "mlp", CHANNELS).keep(3, "mlp", (7,)),
-        "heads": dense.keep(0, "attention", range(1, heads)).keep(2, "attention", (heads - 1,)),
-        "first attention": dense.keep(0, "attention", ()),
-        "last layer": dense.keep(LAYERS - 1, "attention", ()).keep(LAYERS - 1, "mlp", ()),
-        "first layer": dense.keep(0, "attention", ()).keep(0, "mlp", ()),
-        "attention of a prefix": dense.keep(0, "attention", ()).keep(1, "attention", ()).keep(2, "mlp", CHANNELS),
-        "everything at once": dense.keep(0, "attention", ())
-        .keep(1, "attention", ())
-        .keep(1, "mlp", ())
-        .keep(2, "attention", (heads - 1, 0))
-        .keep(2, "mlp", ())
-        .keep(3, "mlp", CHANNELS),
-        "uniform": dense.keep(0, "mlp", range(8))
-        .keep(1, "mlp", range(8, 16))
-        .keep(2, "mlp", range(8))
-        .keep(3, "mlp", range(8)),
+        "widths": dense.keep("layers.1.mlp", CHANNELS).keep("layers.3.mlp", (7,)),
+        "heads": dense.keep("layers.0.attention", range(1, heads)).keep("layers.2.attention", (heads - 1,)),
+        "first attention": dense.keep("layers.0.attention", ()),
+        "last layer": dense.keep(f"layers.{LAYERS - 1}.attention", ()).keep(f"layers.{LAYERS - 1}.mlp", ()),
+        "first layer": dense.keep("layers.0.attention", ()).keep("layers.0.mlp", ()),
+        "attention of a prefix": dense.keep("layers.0.attention", ())
+        .keep("layers.1.attention", ())
+        .keep("layers.2.mlp", CHANNELS),
+        "everything at once": dense.keep("layers.0.attention", ())
+        .keep("layers.1.attention", ())
+        .keep("layers.1.mlp", ())
+        .keep("layers.2.attention", (heads - 1, 0))
+        .keep("layers.2.mlp", ())
+        .keep("layers.3.mlp", CHANNELS),
+        "uniform": dense.keep("layers.0.mlp", range(8))
+        .keep("layers.1.mlp", range(8, 16))
+        .keep("layers.2.mlp", range(8))
+        .keep("layers.3.mlp", range(8)),
     }
 
 
 def zero_output(model: nn.Module, plan: StructurePlan) -> nn.Module:
     """An oracle without hooks or stand-ins: columns of output projections, whole branches included, become zero."""
     model = copy.deepcopy(model)
-    layout = layout_of(model)
-    for block, couplings, kept_units in zip(layout.blocks, layout.couplings, plan.layers, strict=True):
-        for name, coupling in couplings.items():
-            projection = block.get_submodule(coupling.branch.output)
-            size = coupling.channels
-            for unit in range(coupling.units):
-                if unit not in kept_units[name]:
-                    projection.weight.data[:, unit * size : (unit + 1) * size] = 0
-            if not kept_units[name] and projection.bias is not None:
-                projection.bias.data.zero_()
+    for name, dimension in dimensions_of(model).items():
+        (reader,) = dimension.readers
+        projection, size = model.get_submodule(reader.module), dimension.granularity
+        for unit in range(dimension.size):
+            if unit not in plan.kept[name]:
+                projection.weight.data[:, unit * size : (unit + 1) * size] = 0
+        if not plan.kept[name] and projection.bias is not None:
+            projection.bias.data.zero_()
     return model
 
 
@@ -96,10 +96,9 @@ def test_encoders(name: str) -> None:
 @pytest.mark.parametrize("name", ["gemma2", "opt_post_norm", "bert"])
 def test_a_removed_branch_passes_hidden_states_unchanged(name: str) -> None:
     model = make(name)
-    layout = layout_of(model)
-    plan = StructurePlan.dense(model).keep(1, "attention", ()).keep(1, "mlp", ())
+    plan = StructurePlan.dense(model).keep("layers.1.attention", ()).keep("layers.1.mlp", ())
     seen = {}
-    block = layout.blocks[1]
+    block = blocks_of(model)[1]
     handle = block.register_forward_hook(
         lambda _module, inputs, output: seen.update(
             before=inputs[0], after=output[0] if isinstance(output, tuple) else output
@@ -136,9 +135,18 @@ def test_generation_with_cache_is_greedy_decoding_without() -> None:
 
 def test_an_extracted_model_can_be_cut_again() -> None:
     model, ids = make("phi3"), tokens()
-    once = extract_structure(model, StructurePlan.dense(model).keep(0, "mlp", (3, 5, 8)).keep(1, "attention", (1,)))
-    twice = extract_structure(once, StructurePlan.dense(once).keep(0, "mlp", (0, 2)).keep(2, "attention", (1,)))
-    plan = StructurePlan.dense(model).keep(0, "mlp", (3, 8)).keep(1, "attention", (1,)).keep(2, "attention", (1,))
+    once = extract_structure(
+        model, StructurePlan.dense(model).keep("layers.0.mlp", (3, 5, 8)).keep("layers.1.attention", (1,))
+    )
+    twice = extract_structure(
+        once, StructurePlan.dense(once).keep("layers.0.mlp", (0, 2)).keep("layers.2.attention", (1,))
+    )
+    plan = (
+        StructurePlan.dense(model)
+        .keep("layers.0.mlp", (3, 8))
+        .keep("layers.1.attention", (1,))
+        .keep("layers.2.attention", (1,))
+    )
     assert torch.equal(logits(extract_structure(model, plan), ids), logits(twice, ids))
 
 
@@ -155,7 +163,12 @@ def test_bert_as_decoder() -> None:
     torch.manual_seed(3)
     config = transformers.BertConfig(**SIZES, **FOUR, is_decoder=True)
     model, ids = transformers.BertLMHeadModel(config).eval().double(), tokens()
-    plan = StructurePlan.dense(model).keep(0, "attention", ()).keep(2, "attention", (3, 1)).keep(1, "mlp", ())
+    plan = (
+        StructurePlan.dense(model)
+        .keep("layers.0.attention", ())
+        .keep("layers.2.attention", (3, 1))
+        .keep("layers.1.mlp", ())
+    )
     with masked(model, plan):
         tried, tried_cached = logits(model, ids), cached_logits(model, ids)
     small = extract_structure(model, plan)

@@ -32,7 +32,7 @@ SIXTY_FOUR = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
 
 def cut(model: Any) -> Any:
     """Layer 1 gone, layer 2 without its state space."""
-    return extract_structure(model, StructurePlan.dense(model).keep(1, "mamba", ()).keep(2, "mamba", (0,)))
+    return extract_structure(model, StructurePlan.dense(model).keep("layers.1.mamba", ()).keep("layers.2.mamba", (0,)))
 
 
 @pytest.mark.parametrize("name", STATE_SPACE)

@@ -23,8 +23,13 @@ HEADS = (3, 4, 1)
 def small(tokenizer: Any) -> Any:
     """Llama: layer 0 without attention, then 3, 4 and 1 key/value heads; no MLP in layer 1, 8 channels in layer 2."""
     model = make("llama", vocab_size=len(tokenizer))
-    plan = StructurePlan.dense(model).keep(0, "attention", ()).keep(1, "attention", range(1, 4)).keep(1, "mlp", ())
-    return extract_structure(model, plan.keep(2, "mlp", range(3, 11)).keep(3, "attention", (3,)))
+    plan = (
+        StructurePlan.dense(model)
+        .keep("layers.0.attention", ())
+        .keep("layers.1.attention", range(1, 4))
+        .keep("layers.1.mlp", ())
+    )
+    return extract_structure(model, plan.keep("layers.2.mlp", range(3, 11)).keep("layers.3.attention", (3,)))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,7 @@ def test_weights_compress_and_pack_afterwards(folder: Path, core: ov.Core) -> No
 
 def test_gaps_in_the_cache_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     model = make("gemma2", vocab_size=len(tokenizer))
-    gap = extract_structure(model, StructurePlan.dense(model).keep(0, "attention", ()))
+    gap = extract_structure(model, StructurePlan.dense(model).keep("layers.0.attention", ()))
     with pytest.raises(ValueError, match=r"places \[0, 1, 3\] of the cache"):
         ov_ext.optimum.export(gap, tokenizer, tmp_path / "ir")
 
@@ -115,9 +120,9 @@ def test_every_family_exports_uneven_layers(name: str, tokenizer: Any, tmp_path:
     plan = StructurePlan.dense(model)
     if not getattr(model.config, "sliding_window", None) or name == "mistral":
         # Where layers are of two kinds, removed attention leaves gaps in the cache.
-        plan = plan.keep(0, "attention", ()).keep(1, "attention", ()).keep(1, "mlp", ())
-    heads = len(plan.layers[2]["attention"])
-    small = extract_structure(model, plan.keep(2, "attention", range(1, heads)).keep(3, "mlp", (2, 30, 11)))
+        plan = plan.keep("layers.0.attention", ()).keep("layers.1.attention", ()).keep("layers.1.mlp", ())
+    heads = len(plan.kept["layers.2.attention"])
+    small = extract_structure(model, plan.keep("layers.2.attention", range(1, heads)).keep("layers.3.mlp", (2, 30, 11)))
     ov_ext.optimum.export(small, tokenizer, tmp_path / "ir")
     found = ov_ext.optimum.load(tmp_path / "ir", ov_config=EXACT)
     made = found.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False)

@@ -17,9 +17,10 @@ from peft import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nncf_ext import PerplexityMetric, StructurePlan, extract
-from nncf_ext.pruning.greedy import Elimination, Scorer
+from nncf_ext.pruning.candidates import Removal
+from nncf_ext.pruning.greedy import Elimination
+from nncf_ext.pruning.scoring import Scorer
 from nncf_ext.structure.masking import masked
-from nncf_ext.structure.plan import Removal
 from tests.structure_models import make, tokens
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -70,11 +71,15 @@ def test_a_searched_choice_beats_influence_and_influence_beats_chance() -> None:
     model = models.load(SAMPLES / "assets" / "tiny_lm").requires_grad_(False)
     ids = text.windows(AutoTokenizer.from_pretrained(SAMPLES / "assets" / "tiny_lm"), "calibration", 4)[:, :128]
     dense, seen = StructurePlan.dense(model), {}
-    candidates = [Removal(layer, branch, ()) for branch in ("attention", "mlp") for layer in range(len(dense.layers))]
+    candidates = [
+        Removal(f"layers.{layer}.{branch}", ())
+        for branch in ("attention", "mlp")
+        for layer in range(len(dense.kept) // 2)
+    ]
     hooks = []
     for layer, block in enumerate(model.model.layers):
         for branch, norm in (("attention", block.input_layernorm), ("mlp", block.post_attention_layernorm)):
-            see = partial(lambda place, _module, inputs: seen.update({place: inputs[0]}), (layer, branch))
+            see = partial(lambda place, _module, inputs: seen.update({place: inputs[0]}), f"layers.{layer}.{branch}")
             hooks.append(norm.register_forward_pre_hook(see))
     hooks.append(model.model.norm.register_forward_pre_hook(lambda _module, inputs: seen.update(end=inputs[0])))
     with torch.no_grad():
@@ -94,10 +99,10 @@ def test_a_searched_choice_beats_influence_and_influence_beats_chance() -> None:
         search = Elimination(dense)
         scorer = Scorer(model, text.batches(ids, 4), PerplexityMetric().losses)
         for _ in range(3):
-            left = [each for each in candidates if search.plan.layers[each.layer][each.branch]]
+            left = [each for each in candidates if search.plan.kept[each.dimension]]
             search.step(scorer, left, lambda loss: loss)
-        greedy = loss(Removal(step.layer, step.branch, ()) for step in search.plan.steps)
-        influence = loss(sorted(candidates, key=lambda each: turns[each.layer, each.branch])[:3])
+        greedy = loss(Removal(step.dimension, ()) for step in search.plan.steps)
+        influence = loss(sorted(candidates, key=lambda each: turns[each.dimension])[:3])
         draws = random.Random(0)
         chance = [loss(draws.sample(candidates, 3)) for _ in range(8)]
     assert greedy == pytest.approx(search.plan.steps[-1].score, abs=1e-4)
@@ -109,7 +114,7 @@ def test_recovery_learns_from_the_dense_model_and_keeps_shapes(
     rank: int | None, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = make("llama")
-    plan = StructurePlan.dense(dense).keep(1, "mlp", range(9)).keep(2, "attention", (0, 2))
+    plan = StructurePlan.dense(dense).keep("layers.1.mlp", range(9)).keep("layers.2.attention", (0, 2))
     small, before = extract(dense, plan), {name: value.clone() for name, value in dense.state_dict().items()}
     rng = np.random.default_rng(0)
     stream = text.Stream(rng.integers(3, 96, 4 * text.WINDOW).astype(np.uint16), 2, seed=0)

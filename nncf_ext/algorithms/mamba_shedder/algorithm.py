@@ -24,12 +24,13 @@ from nncf_ext.algorithms.mamba_shedder.parameters import (
     SSM,
     AdvancedMambaShedderParameters,
 )
-from nncf_ext.pruning.method import Stage, StructureRemoval, mlp_group, width_removals
-from nncf_ext.structure.coupling import Layout
-from nncf_ext.structure.plan import Removal, StructurePlan
+from nncf_ext.pruning.candidates import Removal, branch_removals, width_removals
+from nncf_ext.pruning.method import Stage, StructuredPruning, mlp_group
+from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.plan import StructurePlan
 
 
-class MambaShedder(StructureRemoval):
+class MambaShedder(StructuredPruning):
     """
     One run.
 
@@ -62,8 +63,8 @@ class MambaShedder(StructureRemoval):
             msg = "Only the last stage can go on until the ratio is reached: give the others their steps."
             raise nncf.ValidationError(msg)
 
-    def stages(self, model: nn.Module, layout: Layout, order: Mapping[tuple[str, int], list[int]]) -> list[Stage]:
-        branches = {name for couplings in layout.couplings for name in couplings}
+    def stages(self, model: nn.Module, dimensions: Dimensions, order: Mapping[str, list[int]]) -> list[Stage]:
+        branches = {each.part for each in dimensions.values()}
         if "mamba" not in branches:
             msg = (
                 f"Asked to remove Mamba blocks or state spaces from {type(model).__name__}, which has none. "
@@ -75,20 +76,20 @@ class MambaShedder(StructureRemoval):
         if missing:
             msg = f"{', '.join(missing)}: {type(model).__name__} has Mamba blocks only. mamba_block and ssm work."
             raise nncf.ValidationError(msg)
-        group = mlp_group(layout, self._parameters.mlp_group) if CHANNELS in asked else 0
-        target = (1 - self._ratio) * self.cost(model, StructurePlan.dense(model))
+        group = mlp_group(dimensions, self._parameters.mlp_group) if CHANNELS in asked else 0
+        target = (1 - self._ratio) * self.cost(model, dimensions, StructurePlan.dense(model, dimensions))
         ends = accumulate(stage.steps or 0 for stage in self._parameters.stages)
         stages = []
         for stage, end in zip(self._parameters.stages, ends, strict=True):
             done = partial(_steps_done, end)
             if stage.steps is None:
-                done = partial(self._small_enough, model, target)
-            could_go = partial(_could_go, layout, stage.units, group, order)
+                done = partial(self._small_enough, model, dimensions, target)
+            could_go = partial(_could_go, dimensions, stage.units, group, order)
             stages.append(Stage(", ".join(stage.units), could_go, done, self._batches))
         return stages
 
-    def _small_enough(self, model: nn.Module, target: float, plan: StructurePlan) -> bool:
-        return self.cost(model, plan) <= target
+    def _small_enough(self, model: nn.Module, dimensions: Dimensions, target: float, plan: StructurePlan) -> bool:
+        return self.cost(model, dimensions, plan) <= target
 
     def header(self) -> dict[str, Any]:
         return super().header() | {"stages": [[list(each.units), each.steps] for each in self._parameters.stages]}
@@ -103,16 +104,17 @@ def _steps_done(end: int, plan: StructurePlan) -> bool:
 
 # As published: blocks before attention before MLPs, lower layers first.
 def _could_go(
-    layout: Layout,
+    dimensions: Dimensions,
     units: Sequence[str],
     group: int,
-    order: Mapping[tuple[str, int], list[int]],
+    order: Mapping[str, list[int]],
     plan: StructurePlan,
 ) -> Iterator[Removal]:
-    for unit, branch in ((BLOCKS, "mamba"), (ATTENTION, "attention"), (MLP, "mlp")):
+    for unit, part in ((BLOCKS, "mamba"), (ATTENTION, "attention"), (MLP, "mlp")):
         if unit in units:
-            yield from (Removal(layer, branch, ()) for layer, kept in enumerate(plan.layers) if kept.get(branch))
+            yield from branch_removals(dimensions, plan, part)
     if CHANNELS in units:
-        yield from width_removals(layout, plan, "mlp", group, order)
+        yield from width_removals(dimensions, plan, "mlp", group, order)
     if SSM in units:
-        yield from (Removal(layer, "mamba", (0,)) for layer, kept in enumerate(plan.layers) if len(kept["mamba"]) == 2)
+        mixers = dimensions.of_part("mamba")
+        yield from (Removal(each.name, (0,)) for each in mixers if len(plan.kept[each.name]) == 2)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import nncf
 
-from nncf_ext.pruning.method import RemovalParameters, check_count
+from nncf_ext.pruning.method import PruningParameters, check_count
 
 BLOCKS, SSM, ATTENTION, MLP, CHANNELS = UNITS = ("mamba_block", "ssm", "attention", "mlp", "mlp_channels")
 
 
 @dataclass(frozen=True)
-class RemovalStage:
+class PruningStage:
     """
     What competes at a time.
 
@@ -26,23 +26,23 @@ class RemovalStage:
 
 
 @dataclass(kw_only=True)
-class AdvancedMambaShedderParameters(RemovalParameters):
+class AdvancedMambaShedderParameters(PruningParameters):
     """
-    Parameters of the mode MAMBA_SHEDDER, beside those of every search (:class:`RemovalParameters`): ``metric``,
+    Parameters of the mode MAMBA_SHEDDER, beside those of every search (:class:`PruningParameters`): ``metric``,
     ``mlp_group``, ``order``, ``early_stop``, ``racing``, ``rescore_top``, ``candidates_per_pass``, ``reuse_bytes``.
 
-    :param stages: What goes, stage by stage. Published: Mamba-1 ``RemovalStage(("mamba_block",), 14)``, Mamba-2
-        ``RemovalStage(("ssm",), 24)``, Zamba2 ``(RemovalStage(("mamba_block", "attention", "mlp"), 3),
-        RemovalStage(("mlp_channels",), 20), RemovalStage(("ssm",), 18))``. Where all stages say their steps, the ratio
+    :param stages: What goes, stage by stage. Published: Mamba-1 ``PruningStage(("mamba_block",), 14)``, Mamba-2
+        ``PruningStage(("ssm",), 24)``, Zamba2 ``(PruningStage(("mamba_block", "attention", "mlp"), 3),
+        PruningStage(("mlp_channels",), 20), PruningStage(("ssm",), 18))``. Where all stages say their steps, the ratio
         is 0.
     """
 
-    stages: Sequence[RemovalStage] = (RemovalStage((BLOCKS,)),)
+    stages: Sequence[PruningStage] = (PruningStage((BLOCKS,)),)
 
     def check(self) -> None:
         super().check()
-        if not self.stages or not all(isinstance(each, RemovalStage) for each in self.stages):
-            msg = f"stages are RemovalStage(units, steps), at least one; got {self.stages!r}."
+        if not self.stages or not all(isinstance(each, PruningStage) for each in self.stages):
+            msg = f"stages are PruningStage(units, steps), at least one; got {self.stages!r}."
             raise nncf.ValidationError(msg)
         for stage in self.stages:
             unknown = sorted({*stage.units} - {*UNITS})

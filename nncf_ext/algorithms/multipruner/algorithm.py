@@ -20,16 +20,17 @@ from nncf_ext.algorithms.multipruner.parameters import ACTIVATIONS, COSTS, Advan
 from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import evaluation
 from nncf_ext.importance.blocks import activation_norm
+from nncf_ext.pruning.candidates import Removal, branch_removals, width_removals
 from nncf_ext.pruning.compensation import Compensator
-from nncf_ext.pruning.method import Stage, StructureRemoval, mlp_group, width_removals
+from nncf_ext.pruning.method import Stage, StructuredPruning, mlp_group
 from nncf_ext.structure.counting import count_costs
-from nncf_ext.structure.coupling import Coupling, Layout
-from nncf_ext.structure.plan import Removal, StructurePlan
+from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.plan import StructurePlan
 
 BLOCKS, CHANNELS, HEADS = STAGES = ("blocks", "MLP channels", "heads")
 
 
-class MultiPruner(StructureRemoval):
+class MultiPruner(StructuredPruning):
     """
     One run.
 
@@ -56,15 +57,16 @@ class MultiPruner(StructureRemoval):
         self._width_batches = self._batches[: parameters.width_subset_size or max(1, len(self._batches) // 2)]
         self._spread: dict[nn.Module, Tensor] = {}
 
-    def stages(self, model: nn.Module, layout: Layout, order: Mapping[tuple[str, int], list[int]]) -> list[Stage]:
-        if set(layout.family.branches) != {"attention", "mlp"}:
+    def stages(self, model: nn.Module, dimensions: Dimensions, order: Mapping[str, list[int]]) -> list[Stage]:
+        parts = list(dict.fromkeys(each.part for each in dimensions.values()))
+        if set(parts) != {"attention", "mlp"}:
             msg = (
                 f"Asked to remove attention and MLPs from {type(model).__name__}, which has "
-                f"{', '.join(layout.family.branches)} branches. CompressMode.MAMBA_SHEDDER works on such a model."
+                f"{', '.join(parts)} branches. CompressMode.MAMBA_SHEDDER works on such a model."
             )
             raise nncf.UnsupportedModelError(msg)
-        groups = self._groups(layout)
-        whole = self.cost(model, StructurePlan.dense(model))
+        groups = self._groups(dimensions)
+        whole = self.cost(model, dimensions, StructurePlan.dense(model, dimensions))
         paying = [name for name in STAGES if self._share(name)]
         joint = self._parameters.joint_cost is not None
         stages, paid = [], 0.0
@@ -74,56 +76,64 @@ class MultiPruner(StructureRemoval):
             stages.append(
                 Stage(
                     ", ".join(names),
-                    partial(self._could_go, layout, names, groups, order),
-                    lambda plan, target=target: 1 - self.cost(model, plan) / whole >= target,  # type: ignore[misc]
+                    partial(self._could_go, dimensions, names, groups, order),
+                    partial(self._has_paid, model, dimensions, whole, target),
                     self._batches if BLOCKS in names else self._width_batches,
                 )
             )
         return stages
 
+    def _has_paid(
+        self, model: nn.Module, dimensions: Dimensions, whole: float, target: float, plan: StructurePlan
+    ) -> bool:
+        return 1 - self.cost(model, dimensions, plan) / whole >= target
+
     # Attention before MLP, lower layers first: the order that breaks ties.
     def _could_go(
         self,
-        layout: Layout,
+        dimensions: Dimensions,
         names: Sequence[str],
         groups: Mapping[str, int],
-        order: Mapping[tuple[str, int], list[int]],
+        order: Mapping[str, list[int]],
         plan: StructurePlan,
     ) -> Iterator[Removal]:
         for name in names:
             if name == BLOCKS:
-                for branch in ("attention", "mlp"):
-                    yield from (Removal(layer, branch, ()) for layer, kept in enumerate(plan.layers) if kept[branch])
+                for part in ("attention", "mlp"):
+                    yield from branch_removals(dimensions, plan, part)
             else:
-                branch = "mlp" if name == CHANNELS else "attention"
-                yield from width_removals(layout, plan, branch, groups[branch], order)
+                part = "mlp" if name == CHANNELS else "attention"
+                yield from width_removals(dimensions, plan, part, groups[part], order)
 
-    def cost(self, model: nn.Module, plan: StructurePlan) -> float:
+    def cost(self, model: nn.Module, dimensions: Dimensions, plan: StructurePlan) -> float:
         cost = self._parameters.joint_cost
-        return float(cost(plan)) if callable(cost) else float(getattr(count_costs(model, plan), cost or COSTS[0]))
+        if callable(cost):
+            return float(cost(plan))
+        return float(getattr(count_costs(model, plan, dimensions=dimensions), cost or COSTS[0]))
 
     def savings(
-        self, model: nn.Module, plan: StructurePlan, candidates: Sequence[Removal]
+        self, model: nn.Module, dimensions: Dimensions, plan: StructurePlan, candidates: Sequence[Removal]
     ) -> Mapping[Removal, float] | None:
         if self._parameters.joint_cost is None:
             return None
-        now = self.cost(model, plan)
-        found = {each: now - self.cost(model, each.on(plan)) for each in candidates}
+        now = self.cost(model, dimensions, plan)
+        found = {each: now - self.cost(model, dimensions, each.on(plan)) for each in candidates}
         return {each: saved for each, saved in found.items() if saved > 0}
 
-    def compensator(self, model: nn.Module) -> Compensator | None:
-        return Compensator(model, self._batches) if self._parameters.compensate else None
+    def compensator(self, model: nn.Module, dimensions: Dimensions) -> Compensator | None:
+        return Compensator(model, self._batches, dimensions) if self._parameters.compensate else None
 
-    def order(self, model: nn.Module, layout: Layout) -> dict[tuple[str, int], list[int]]:
+    def order(self, model: nn.Module, dimensions: Dimensions) -> dict[str, list[int]]:
         if self._parameters.order == ACTIVATIONS:
-            self._spread = self._mean_squares(model, layout)
-        return super().order(model, layout)
+            self._spread = self._mean_squares(model, dimensions)
+        return super().order(model, dimensions)
 
-    def scores(self, block: nn.Module, coupling: Coupling) -> Tensor | None:
-        if self._parameters.order != ACTIVATIONS or not coupling.units:
-            return super().scores(block, coupling)
-        output: Any = block.get_submodule(coupling.branch.output)
-        return activation_norm(self._spread[output], output.weight.detach(), coupling.units)
+    def scores(self, model: nn.Module, dimensions: Dimensions, name: str) -> Tensor | None:
+        if self._parameters.order != ACTIVATIONS or not dimensions[name].readers:
+            return super().scores(model, dimensions, name)
+        (reader,) = dimensions[name].readers
+        output: Any = model.get_submodule(reader.module)
+        return activation_norm(self._spread[output], output.weight.detach(), dimensions[name].size)
 
     def header(self) -> dict[str, Any]:
         cost = self._parameters.joint_cost
@@ -144,35 +154,31 @@ class MultiPruner(StructureRemoval):
     def advice(self) -> str:
         return "A lower ratio, smaller groups, another distribution or a smaller ignored scope would work."
 
-    def _mean_squares(self, model: nn.Module, layout: Layout) -> dict[nn.Module, Tensor]:
+    def _mean_squares(self, model: nn.Module, dimensions: Dimensions) -> dict[nn.Module, Tensor]:
         """Of every input of the output projections, on calibration text."""
         outputs: dict[nn.Module, InputStatistics] = {}
         with ExitStack() as hooks, evaluation(model):
-            for block, couplings in zip(layout.blocks, layout.couplings, strict=True):
-                for coupling in couplings.values():
-                    output: Any = block.get_submodule(coupling.branch.output) if coupling.units else None
-                    if output is not None:
-                        outputs[output] = InputStatistics(output.in_features, device=output.weight.device)
-                        hook = output.register_forward_pre_hook(
-                            lambda module, inputs: outputs[module].update(inputs[0])
-                        )
-                        hooks.callback(hook.remove)
+            for cut in [cut for each in dimensions.values() for cut in each.readers]:
+                output: Any = model.get_submodule(cut.module)
+                outputs[output] = InputStatistics(output.in_features, device=output.weight.device)
+                hook = output.register_forward_pre_hook(lambda module, inputs: outputs[module].update(inputs[0]))
+                hooks.callback(hook.remove)
             for batch in self._batches:
                 model(**batch, use_cache=False)
         return {output: statistics.mean_square for output, statistics in outputs.items()}
 
-    def _groups(self, layout: Layout) -> dict[str, int]:
-        """Units that go together, by branch."""
-        channels = layout.group * layout.head_dim
-        heads = max(couplings["attention"].units for couplings in layout.couplings)
+    def _groups(self, dimensions: Dimensions) -> dict[str, int]:
+        """Units that go together, by part."""
+        widest = max(dimensions.of_part("attention"), key=lambda each: each.size)
+        channels = widest.granularity
         asked = self._parameters.attention_group or channels
-        if asked % channels or asked > heads * channels:
+        if asked % channels or asked > widest.size * channels:
             msg = (
-                f"attention_group={asked} query channels. A key/value head goes with its {layout.group} query heads, "
-                f"{channels} channels; a multiple of {channels} below {heads * channels} works."
+                f"attention_group={asked} query channels. {widest.unit}; a multiple of {channels} below "
+                f"{widest.size * channels} works."
             )
             raise nncf.ValidationError(msg)
-        group = mlp_group(layout, self._parameters.mlp_group) if self._share(CHANNELS) else 0
+        group = mlp_group(dimensions, self._parameters.mlp_group) if self._share(CHANNELS) else 0
         return {"attention": asked // channels, "mlp": group}
 
     def _share(self, stage: str) -> float:

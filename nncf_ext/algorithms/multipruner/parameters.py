@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import nncf
 
-from nncf_ext.pruning.method import RemovalParameters, check_count
+from nncf_ext.pruning.method import PruningParameters, check_count
 from nncf_ext.structure.plan import StructurePlan
 
 ACTIVATIONS = "activations"
@@ -13,9 +13,9 @@ COSTS = ("parameters", "bytes", "kv_bytes_per_token")
 
 
 @dataclass(kw_only=True)
-class AdvancedMultiPrunerParameters(RemovalParameters):
+class AdvancedMultiPrunerParameters(PruningParameters):
     """
-    Parameters of the mode MULTIPRUNER, beside those of every search (:class:`RemovalParameters`): ``metric``,
+    Parameters of the mode MULTIPRUNER, beside those of every search (:class:`PruningParameters`): ``metric``,
     ``mlp_group``, ``order``, ``early_stop``, ``racing``, ``rescore_top``, ``candidates_per_pass``, ``reuse_bytes``.
 
     :param distribution: Shares of the ratio that blocks, MLP channels and attention heads pay, in this order; any
