@@ -135,7 +135,7 @@ def test_until_the_ratio_is_reached() -> None:
 
 def _prefixes(small):
     plan = nncf_ext.structure_plan(small)
-    trial = StructurePlan(plan.model, tuple({"mamba": (0, 1)} for _ in plan.layers))
+    trial = StructurePlan(plan.model, dict.fromkeys(plan.kept, (0, 1)))
     for step in plan.steps:
         yield trial
         trial = trial.keep(step.dimension, range(step.kept))

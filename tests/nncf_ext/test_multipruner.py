@@ -243,10 +243,10 @@ def test_joint_search_pays_where_a_unit_costs_least_loss(model, cost) -> None:
     for step in plan.steps:
         candidates = {}
         for branch in ("attention", "mlp"):
-            for layer, kept in enumerate(now.layers):
+            for layer, kept in enumerate(by_layer(now)):
                 left = len(kept[branch]) - {"attention": 1, "mlp": 16}[branch]
                 for count in {0, max(left, 0)} if kept[branch] else ():
-                    last = branch == "attention" and not count and sum(bool(k["attention"]) for k in now.layers) == 1
+                    last = branch == "attention" and not count and sum(bool(k["attention"]) for k in by_layer(now)) == 1
                     each = now.keep(f"layers.{layer}.{branch}", sorted(order_of(model, branch, layer)[:count]))
                     if not last and price(each) < price(now):
                         candidates[branch, layer, count] = (loss(each) - loss(now)) / (price(now) - price(each))

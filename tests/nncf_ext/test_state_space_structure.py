@@ -23,7 +23,7 @@ NO_SSM = (0,)
 
 
 def plans(dense: StructurePlan, name: str) -> dict[str, StructurePlan]:
-    last = len(dense.layers) - 1
+    last = len(by_layer(dense)) - 1
     found = {
         "first block": dense.keep("layers.0.mamba", ()),
         "last block": dense.keep(f"layers.{last}.mamba", ()),

@@ -16,7 +16,7 @@ from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
 from nncf_ext.structure.uniform import snap_to_uniform
-from tests.structure_models import CAUSAL, ENCODERS, HYBRIDS, STATE_SPACE, cached_logits, logits, make, tokens
+from tests.structure_models import CAUSAL, ENCODERS, HYBRIDS, STATE_SPACE, by_layer, cached_logits, logits, make, tokens
 
 SCANNED = STATE_SPACE | HYBRIDS
 
@@ -94,7 +94,7 @@ def test_any_plan_can_be_made_uniform(name, tmp_path) -> None:
     plan = plan.keep("layers.2.mlp", range(6))
     even = snap_to_uniform(model, plan, multiple=4, score=l1_norm)
     assert snap_to_uniform(model, plan, multiple=4).kept["layers.0.mlp"] == tuple(range(28))
-    sizes = {tuple(len(kept[branch]) for branch in ("attention", "mlp")) for kept in even.layers}
+    sizes = {tuple(len(kept[branch]) for branch in ("attention", "mlp")) for kept in by_layer(even)}
     assert (0, 0) in sizes and len(sizes) == 2
     heads, width = max(sizes)
     assert width == 28 and heads in (1, 2, 4)  # (40 + 6 + 40) / 3; two of three layers had attention
