@@ -162,7 +162,7 @@ def _divergence(
     """Mean KL divergence of predictions [.., classes] from targets of that shape, where there is a label."""
     if causal:
         logits, target, labels = logits[..., :-1, :], target[..., :-1, :], labels[..., 1:]
-    # Probabilities of large vocabularies are too small for half precision: hence float32 before the logarithm.
+    # In half precision the rounding of the logits may be larger than the divergence: hence float32.
     there = (labels != _IGNORED_LABEL).to(logits.device)
     expected, found = log_softmax(target[there].float(), dim=-1), log_softmax(logits[there].float(), dim=-1)
     total = kl_div(found, expected, reduction="sum", log_target=True)
