@@ -1,8 +1,8 @@
 """
-Do a model's blocks hand over one to the next, so that each can be run alone on the output of the one before?
+Does each block of a model take the output of the block before it, so that blocks can be run one by one?
 
-Read off one traced forward, with no knowledge of the architecture: whatever a block gets besides the hidden state
-(masks, position embeddings, flags) is kept as it was and given again.
+The answer comes from one traced forward, without knowledge of the architecture. Whatever a block gets besides the
+hidden state (masks, position embeddings, flags) is kept and given to it again.
 """
 
 import operator
@@ -29,7 +29,7 @@ class Chain:
 
     :param entry: Position or keyword of the hidden state among a block's inputs.
     :param exit: Index of the hidden state in a block's output tuple; None if the output is the tensor itself.
-    :param uniform: All blocks get the same further inputs.
+    :param uniform: Whether all blocks get the same inputs besides the hidden state.
     """
 
     entry: int | str
@@ -71,6 +71,7 @@ def trace_calls(lists: Sequence[BlockList]) -> Iterator[list[BlockCall]]:
     def begin(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = joined(args, kwargs)
+            # Torch counts how often a tensor was written to in place: another count after the call tells a write.
             versions = {id(value): value._version for value in inputs.values() if isinstance(value, Tensor)}
             calls.append(BlockCall(name, inputs, versions))
 
@@ -120,6 +121,7 @@ def find_chain(each: BlockList, calls: Sequence[BlockCall]) -> Chain | None:
     entry, index = links.pop()
     further = [{key: value for key, value in call.inputs.items() if key != entry} for call in calls]
     for call, inputs in zip(calls, further, strict=True):
+        # A block that writes to its input would find it changed when it is run a second time.
         if entry not in call.inputs or id(call.inputs[entry]) in call.overwrites or not _replayable(inputs, computed):
             return None
     uniform = all(_agree(inputs, further[0], operator.is_) for inputs in further[1:])
@@ -129,7 +131,8 @@ def find_chain(each: BlockList, calls: Sequence[BlockCall]) -> Chain | None:
 @contextmanager
 def disturbed_outputs(each: BlockList, chain: Chain) -> Iterator[None]:
     """
-    Halves the hidden state that every block returns, while the context is open.
+    Halves the hidden state that every block returns, while the context is open. What else blocks get then stays the
+    same only if it does not depend on hidden states.
 
     :param each: A list of blocks.
     :param chain: How they hand over.

@@ -46,7 +46,7 @@ class InputStatistics:
             self._products.addmm_(rows.T, rows)
         else:
             self._products += rows.square().sum(dim=0)
-        self.sequences += math.prod(inputs.shape[:-2])
+        self.sequences += math.prod(inputs.shape[:-2])  # 1 without a batch axis: the product of no numbers
         self.tokens += rows.shape[0]
         wanted = min(_SAMPLED_TOKENS_PER_CALL, _SAMPLED_TOKENS - self._sampled, rows.shape[0])
         if wanted > 0:
@@ -84,6 +84,8 @@ class InputStatistics:
 
         Source: Frantar & Alistarh, SparseGPT, section 3.1.
         """
+        # The factor in front cancels in the solver: scores are compared with each other, corrections are ratios of
+        # entries, and damping is relative to the diagonal. It is kept so that the number is the one of the paper.
         return self._products * (2.0 / max(self.sequences, 1))
 
     def output_error(self, weight: Tensor, replacement: Tensor) -> float:

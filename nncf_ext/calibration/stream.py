@@ -1,11 +1,11 @@
 """
-Calibration activations of a model, one unit of layers at a time, each unit fed by compressed predecessors.
+Calibration activations of a model, one unit of layers after the other. Each unit sees the outputs of the units before
+it as they are after compression.
 
-A unit is usually one block of a list of blocks. The inputs of the first block are captured once; a unit can then be
-run over them as often as needed, and `advance` replaces them by its outputs. So the activations at one block boundary
-are held, never those of the whole model (only while planning, those of one sample at all boundaries). Where the blocks
-do not form such a chain, or there are none, a unit is run by running the whole model: right for any model, and slower
-by the number of units.
+A unit is usually one block. The inputs of the first block are captured once. A unit can then be run on them as often as
+needed, and `advance` replaces them by its outputs. So only the activations between two blocks are held, never those of
+the whole model (except while planning: those of one sample, between all blocks). Where blocks do not form such a chain,
+or there are none, the whole model is run for each unit: right for any model, and slower by the number of units.
 """
 
 import inspect
@@ -40,7 +40,7 @@ logger = logging.getLogger("nncf_ext")
 
 
 class _Reached(Exception):
-    """Ends a forward as soon as what it was run for has been seen."""
+    """Ends a forward early: the inputs that it was run for have been captured."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,7 @@ class CalibrationStream:
                 units = {block: own for block, own in units.items() if own}
             if any(units.values()):
                 segments.append(_Segment(chain, units, each.blocks))
+        # Layers that read the very same tensor are one unit. `inputs` keeps the tensors alive, so no id is used twice.
         groups: dict[int, dict[str, nn.Linear]] = {}
         for name in order:
             if block_of[name] is None:
@@ -203,7 +204,8 @@ class CalibrationStream:
         chain = find_chain(each, calls)
         if chain is None or chain.uniform:
             return chain
-        # Blocks get different further inputs. They may be kept only if they do not follow from the hidden states.
+        # Blocks differ in their inputs besides the hidden state. Keeping these is right only if they do not depend on
+        # hidden states, which compression changes: so the hidden states are disturbed, and the inputs compared.
         with disturbed_outputs(each, chain), trace_calls([each]) as again:
             self._call(self._items[0])
         before = [call for call in calls if call.block in each.blocks]
@@ -293,6 +295,7 @@ def observe_inputs(unit: Unit, *, full: bool) -> dict[str, InputStatistics]:
     :return: Statistics by the path of the layer; a layer that no token reached is missing.
     """
     statistics: dict[str, InputStatistics] = {}
+    # Which layers share an input is found on the first sample, by identity, and checked on every further one.
     latest: dict[str, Tensor] = {}
     leader_of: dict[str, str] = {}
 

@@ -31,7 +31,7 @@ Places = tuple[int, ...]
 """For each dimension of a space, the place of a size in its list."""
 
 _WHAT = "nncf_ext"
-"""Attribute of a study that says what it searches."""
+"""Attribute of a study that says what it searches: space and objectives. Another search must not continue from it."""
 _REPEATS = 200
 """A sampler that proposes nothing new this many times in a row has nothing left."""
 _POPULATION = 20
@@ -53,15 +53,16 @@ def search(
     Looks for the best sub-networks of an elastic network.
 
     The heuristic point (the middle size of every dimension) is measured first, so without limits the chosen point is
-    never worse on the first objective. No point is measured twice. Ctrl-C ends the search early with what was found.
+    never worse than it on the first objective. No point is measured twice. Ctrl-C ends the search early with what was
+    found.
 
     :param net: Elastic network: what ``make_elastic`` returns. Its active point is the same before and after.
-    :param objectives: What to maximize or minimize, the measure on validation data first: it decides which point is
-        chosen. With several objectives the report holds the front of points that none dominates.
+    :param objectives: What to maximize or minimize. The first one, a measure on validation data, decides which point is
+        chosen. With several objectives the report holds the front: the points that no other point dominates.
     :param sampler: A member of SearchSampler, or any Optuna sampler over integer parameters (places in the lists of
         sizes). HEURISTIC needs no search, HILL_CLIMBING one objective.
     :param budget: Number of points to measure, at least 1, those found in the storage included.
-    :param limits: Bounds on objectives by name, which the chosen point must keep: at most this where the objective is
+    :param limits: Constraints on the chosen point, by the name of the objective: at most this where the objective is
         minimized, at least this where it is maximized.
     :param test: The measure of the first objective on test data, taken once, of the chosen point, at the end. The
         report tells the gap between validation and test.
@@ -71,8 +72,8 @@ def search(
     :param seed: Seed of the members of SearchSampler. A search that continues from storage gives the same as one that
         was not interrupted.
     :return: All points measured, the front, and the chosen point.
-    :raises nncf.ValidationError: Objectives are missing or have equal names, limits are unknown, the test function is
-        that of validation, the storage holds another search, or a value is not finite.
+    :raises nncf.ValidationError: Objectives are missing or have equal names, a limit names no objective, the test
+        function is that of validation, the storage holds another search, or a value is not finite.
     :raises nncf.ParameterNotSupportedError: The sampler is unknown or cannot take several objectives.
     :raises KeyboardInterrupt: If interrupted before the first point was measured.
     """
@@ -180,7 +181,7 @@ def _run(
     budget: int,
     seed: int,
 ) -> None:
-    """Measures points into `known` until the budget or the sampler's ideas are used up."""
+    """Measures points into `known` until the budget is used up or the sampler proposes nothing new."""
     space = net.space
     distributions: dict[str, BaseDistribution] = {
         name: IntDistribution(0, len(sizes) - 1) for name, sizes in space.dimensions.items()
@@ -200,11 +201,12 @@ def _run(
                 point = space.decode(places)
                 net.activate(point)
                 known[places] = tuple(objective(point) for objective in objectives)
+            # Another process on the same storage may have finished this very trial.
             study.tell(trial.number, known[places], skip_if_finished=True)
             progress.update(task, completed=len(known), description=f"Searching; {_best(known, objectives)}")
             return new
 
-        # A trial that was running when its process ended has its point already: measuring it is what would have come.
+        # A trial whose process was stopped has its point already. It comes first, as in a search without interruption.
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             if len(trial.params) == len(distributions):
                 measure(trial)
@@ -213,7 +215,7 @@ def _run(
                 break
             study.sampler = sampler if isinstance(sampler, BaseSampler) else _seeded(sampler, study, seed)
             repeats = 0 if measure(study.ask(distributions)) else repeats + 1
-            # Other processes may work on the same storage.
+            # What other processes on the same storage have measured meanwhile is not measured again.
             known.update(_measured(study, space))
 
 

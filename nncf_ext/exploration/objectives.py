@@ -16,7 +16,7 @@ class Objective:
 
     :param name: Its name in reports and storage.
     :param function: Called with a point, which is active in the network at that time; returns a finite number. It may
-        look at the network instead of the point: ``Objective("accuracy", lambda point: accuracy(model))``.
+        measure the network and ignore the point: ``Objective("accuracy", lambda point: accuracy(model))``.
     :param maximize: Whether more is better.
     """
 

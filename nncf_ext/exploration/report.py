@@ -32,8 +32,8 @@ class SearchReport:
     ``str(report)`` is a table of the front; :meth:`to_dict` gives plain data.
 
     :param evaluations: Every point measured, in the order of measuring.
-    :param objectives: The objectives, the one that decides first.
-    :param chosen: The point chosen on validation data; None if no point keeps the limits.
+    :param objectives: The objectives. The first one decides which point is chosen.
+    :param chosen: The point chosen on validation data; None if no point is within the limits.
     :param test: The first objective of the chosen point on test data; None if there was no test.
     :param complete: Whether the search came to its end; False if it was interrupted.
     """
@@ -58,7 +58,7 @@ class SearchReport:
 
     @property
     def gap(self) -> float | None:
-        """How much better the chosen point looked on validation data than on test data; None without a test."""
+        """How much better the chosen point is on validation data than on test data; None without a test."""
         if self.chosen is None or self.test is None:
             return None
         first = self.objectives[0]
@@ -76,8 +76,8 @@ class SearchReport:
         """
         :param limits: Bounds on objectives by name: at most this where the objective is minimized, at least this where
             it is maximized.
-        :return: The best point by the first objective among those that keep all limits, ties decided by the next
-            objectives; None if there is none.
+        :return: Of the points within all limits, the best by the first objective; the next objectives decide between
+            equal ones. None if no point is within the limits.
         :raises nncf.ValidationError: There is no objective of that name.
         """
         named = {objective.name: objective for objective in self.objectives}

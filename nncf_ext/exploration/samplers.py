@@ -15,13 +15,13 @@ _TRIES = 100
 
 class HillClimbingSampler(BaseSampler):
     """
-    Walks from the best trial so far to its neighbours, and on as soon as one is better.
+    Tries neighbours of the best trial so far; as soon as one is better, it tries neighbours of that one.
 
     A neighbour differs in at most `distance` parameters, each by one step up or down. Parameters must be integers. The
     first trial, unless it was enqueued, is the middle of every range. What comes next depends on the finished trials,
     the seed and the trial's number alone, so that a study continues from storage as if it had never stopped.
 
-    :param neighbours: How many trials without a gain :meth:`converged` waits for.
+    :param neighbours: After how many trials without a gain :meth:`converged` is true.
     :param distance: Greatest number of parameters to change at once.
     :param seed: Seed of the choice of neighbours.
     """

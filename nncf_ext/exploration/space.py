@@ -100,7 +100,7 @@ class SearchSpace:
         :raises nncf.ValidationError: A dimension is missing or unknown.
         """
         self._check_names(point)
-        # Sizes fall, and min() takes the first of equals.
+        # Lists begin with the largest size, so among equally near sizes the smallest place is the largest size.
         return {
             name: min((abs(size - point[name]), place, size) for place, size in enumerate(sizes))[2]
             for name, sizes in self._dimensions.items()

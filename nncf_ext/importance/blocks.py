@@ -9,8 +9,8 @@ def l1_norm(parts: Sequence[Tensor]) -> Tensor:
     """
     Sum over the projections that write into a unit of the mean L1 norm of the unit's rows.
 
-    For a head group the rows are its query, key and value rows: key and value rows that several query heads share
-    count as if repeated. For an MLP channel it is one row each of gate and up.
+    For a group of heads the rows are its query, key and value rows. Because of the mean, key and value rows that
+    several query heads share count as if each query head had its own. An MLP channel has one row in gate, one in up.
 
     :param parts: For each projection ``[units, rows, in_features]``, any floating type.
     :return: Score ``[units]``, float32.
@@ -24,8 +24,8 @@ def l1_norm(parts: Sequence[Tensor]) -> Tensor:
 
 def activation_norm(mean_square: Tensor, weight: Tensor, units: int) -> Tensor:
     """
-    How much a unit writes to the residual stream: root of the sum over its channels of
-    ``mean(a_c^2) * |W[:, c]|^2``.
+    How much a unit writes to the residual stream: the root of the sum over its channels c of
+    ``mean(a_c^2) * |W[:, c]|^2``, a_c being the input of the output projection in that channel.
 
     :param mean_square: Mean square of each input of the output projection, ``[in_features]`` float32.
     :param weight: Of the output projection, ``[out_features, in_features]``, any floating type.

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_CHUNK = 256  # positions whose logits are float32 at a time
+_CHUNK = 256  # positions whose logits are turned to float32 at a time: a whole sequence of them needs much memory
 
 
 class Metric(ABC):
-    """A loss of every sequence, none below zero, and what is shown for its mean."""
+    """
+    A loss of every sequence, and what is shown for its mean.
+
+    Losses must not be below zero: a search gives a candidate up once its sum exceeds the best one, which is right only
+    if the rest cannot lower it.
+    """
 
     needs_dense = False
-    """Whether the logits of the dense model are looked at."""
+    """Whether :meth:`losses` needs the logits of the dense model."""
 
     @abstractmethod
     def losses(self, logits: Tensor, batch: Mapping[str, Tensor], dense: Tensor | None) -> Tensor:
@@ -29,7 +34,7 @@ class Metric(ABC):
     def shown(self, loss: float) -> float:
         """
         :param loss: A mean loss.
-        :return: What to show for it; rises with the loss.
+        :return: What to show for it. It must rise with the loss.
         """
         return loss
 
@@ -62,7 +67,7 @@ class PerplexityMetric(Metric):
 
     def shown(self, loss: float) -> float:
         """See :class:`Metric`."""
-        return math.exp(min(loss, 700.0))
+        return math.exp(min(loss, 700.0))  # beyond that a double overflows
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,13 @@ def wanda_score(weight: Tensor, mean_square: Tensor) -> Tensor:
 def optimal_brain_score(weight: Tensor, factor_diagonal: Tensor) -> Tensor:
     """
     The increase of the layer's squared output error when one weight is zeroed and all later columns of its row may
-    correct for it: ``W_ij^2 / U_jj^2``.
+    correct for it, up to a constant factor: ``W_ij^2 / U_jj^2``.
+
+    Optimal brain surgery gives ``W_ij^2 / [H_F^-1]_jj``, H_F being the rows and columns of H from j on. The Cholesky
+    factor of the whole inverse holds all of these at once: ``[H_F^-1]_jj = U_jj^2``.
 
     :param weight: Weight ``[out_features, columns]``, float32, already corrected for the columns before.
-    :param factor_diagonal: Diagonal of the upper Cholesky factor of the inverse Hessian. ``[columns]``, float32.
+    :param factor_diagonal: Diagonal of U, the upper Cholesky factor of the inverse Hessian. ``[columns]``, float32.
     :return: Score ``[out_features, columns]``, float32.
 
     Source: Frantar & Alistarh, SparseGPT, section 3.2 (adaptive mask selection).

@@ -57,7 +57,8 @@ class ElasticRank:
         """
         if self._active == self.maximum:
             return output
-        # Cut and padded rather than multiplied by a mask: what an inactive row holds, even NaN, has no influence.
+        # Cut and padded rather than multiplied by a mask: what an inactive row holds, even NaN, has no influence. The
+        # list of pad() begins with the last axis, two entries for each: all zero up to the axis of ranks.
         kept = output.narrow(self._axis, 0, self._active)
         return pad(kept, (0, 0) * (-1 - self._axis) + (0, self.maximum - self._active))
 

@@ -80,7 +80,8 @@ def _target(path: str, layer: LoraLayer) -> str:
 
 
 def _alpha(scaling: float, rank: int, rslora: bool) -> float:
-    """The alpha that PEFT divides to this scaling: exactly if there is one, else to the last bit of a double."""
+    """The alpha of which PEFT computes this scaling: exactly if any double does, else within the last bit."""
+    # scaling * divisor is rounded, so dividing it again may miss by a bit; a neighbour, or an integer, may hit.
     divisor = math.sqrt(rank) if rslora else rank
     alpha = scaling * divisor
     near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))

@@ -81,7 +81,10 @@ def sandwich_loss(
     causal: bool = True,
 ) -> Tensor:
     """
-    The loss of the maximal point on the labels, plus the divergence of the minimal and of the active point from it.
+    The loss of the maximal point on the labels, plus the divergence of the minimal and of the active point from it:
+    ``loss(maximal) + KL(p_maximal || p_minimal) + KL(p_maximal || p_active)``, p being the predicted distributions. In
+    the divergences, p_maximal is a constant: the smaller points learn from the largest one, which learns from the
+    labels alone.
 
     For the loss of a Trainer, in a subclass of three lines::
 
@@ -120,8 +123,9 @@ def sandwich_loss(
     net.activate(maximal)
     outputs = model(**inputs, **items)
     loss = _Activation.apply(outputs.loss, net, maximal)
-    target = outputs.logits.detach()
+    target = outputs.logits.detach()  # else the largest point would be pulled towards the smaller ones
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    # An active point that is the maximal or the minimal one would add nothing, or the same term twice.
     for point in (minimal, active) if active not in (maximal, minimal) else (minimal,):
         net.activate(point)
         logits = model(**unlabelled).logits
@@ -132,10 +136,13 @@ def sandwich_loss(
 
 class _Activation(torch.autograd.Function):
     """
-    Passes a loss through, and its gradient too, activating the point of the loss before the gradient goes on.
+    Passes a loss and its gradient through unchanged. In the backward it activates the point of the loss, before the
+    gradient goes on into the forward of that point.
 
-    Autograd takes the last of the nodes that are ready, by the order in which the forward made them. So everything of
-    a later forward is done before this node of an earlier one is, on one device.
+    Why the points do not get mixed up: of all nodes that are ready, autograd runs the one that was made last. The
+    forwards are made one after the other, each with such a node at its end. So the backward of the last forward runs
+    completely, recomputation under gradient checkpointing included, before the node of the forward before it. This
+    holds within one device, as each device has a queue of its own.
     """
 
     @staticmethod
@@ -155,6 +162,7 @@ def _divergence(
     """Mean KL divergence of predictions [.., classes] from targets of that shape, where there is a label."""
     if causal:
         logits, target, labels = logits[..., :-1, :], target[..., :-1, :], labels[..., 1:]
+    # In half precision the rounding of the logits may be larger than the divergence: hence float32.
     there = (labels != _IGNORED_LABEL).to(logits.device)
     expected, found = log_softmax(target[there].float(), dim=-1), log_softmax(logits[there].float(), dim=-1)
     total = kl_div(found, expected, reduction="sum", log_target=True)

@@ -2,6 +2,11 @@
 One weight matrix: zero what matters least, round the rest, and let the columns that follow make up for the error.
 
 SparseGPT and GPTQ are the same walk over columns. They differ in what happens to a column (masked, rounded, or both).
+
+The error to keep small is ``|X (W - R)^T|^2``, X being the inputs and R the new weight. Rows of W do not depend on each
+other, and all have the same Hessian H. Say column j of a row changes by d. The error stays smallest if the columns F
+from j on change by ``d / [H_F^-1]_jj * [H_F^-1]_j,:`` (optimal brain surgery). With U from ``H^-1 = U^T U``, computed
+once, ``[H_F^-1]_j,: = U_jj U_j,:`` for every j. So the change is ``d / U_jj * U_j,:``.
 """
 
 from dataclasses import dataclass
@@ -64,8 +69,8 @@ class AdaptiveMask:
     """
     SparseGPT's choice: the weights with the smallest error once later columns have made up for it.
 
-    Without a pattern the mask is chosen for one block over all rows; with one, for each run of M columns when the walk
-    reaches it. Weights that were zero before stay zero and count.
+    Without a pattern the mask is chosen for one block of columns over all rows together; with a pattern, for each run
+    of M columns when the walk reaches it. Weights that were zero before stay zero, and count among the zeros.
 
     :param zeros: Zeros of the weight before, ``[out_features, in_features]``.
     :param ratio: Fraction of all weights to zero, 0..1.
@@ -83,6 +88,7 @@ class AdaptiveMask:
     def __call__(self, block: Tensor, factor_diagonal: Tensor, start: int) -> Tensor:
         rows, columns = block.shape
         zeros = self.zeros[:, start : start + columns]
+        # Below every score: what is zero already comes first, whatever corrections have put there.
         scores = optimal_brain_score(block, factor_diagonal).masked_fill(zeros, -1.0)
         if self.run is not None:
             return pattern_mask(scores, self.keep, self.run) | zeros
@@ -94,8 +100,8 @@ class AdaptiveMask:
 def dead_columns(hessian: Tensor) -> Tensor:
     """
     :param hessian: ``[in_features, in_features]``.
-    :return: Inputs that were zero on every calibration token ``[in_features]``, bool: nothing is known about their
-        weights, and on such data they do nothing.
+    :return: Inputs that were zero on every calibration token ``[in_features]``, bool. Their weights had no effect on
+        this data, and the data says nothing about them.
     """
     return hessian.diagonal() == 0
 
@@ -172,9 +178,11 @@ def solve(
         for column in range(stop - start):
             if choose_mask.run is not None and column % choose_mask.run == 0:
                 ahead = slice(column, column + choose_mask.run)
-                mask[:, ahead] = choose_mask(block[:, ahead], diagonal[ahead], start + column)
+                mask[:, ahead] = choose_mask(block[:, ahead], diagonal[ahead], start + column)  # corrected by now
             if group_size is not None and (start + column) % group_size == 0:
                 ahead = slice(column, column + group_size)
+                # Later columns of the group will still be corrected, and a pattern may still choose others of them.
+                # What then exceeds the grid is clamped to its end.
                 scales.append(group_scale(block[:, ahead].masked_fill(mask[:, ahead], 0.0)))
             current = block[:, column]
             kept = current.masked_fill(mask[:, column], 0.0)
@@ -185,6 +193,8 @@ def solve(
                 codes[:, start + column] = code.squeeze(1).to(torch.int8)
                 kept = grid_value(code, scales[-1]).squeeze(1)
             result[:, start + column] = kept
+            # d / U_jj, to be passed on along U_j,: as above: within the block at once, behind it for all columns of the
+            # block in one matrix product, which is much faster and the same sum.
             errors[:, column] = (current - kept) / diagonal[column]
             block[:, column + 1 :].addr_(errors[:, column], local[column, column + 1 :], alpha=-1.0)
         weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1.0)

@@ -1,9 +1,9 @@
 """
-The product with a weight to which a masked low-rank delta was added, computed as the merged model will compute it.
+The product of inputs with a base weight plus its masked adapter, computed as the merged model will compute it.
 
-The merged weight is ``W + s (B A) * M``, on a grid the point nearest to it; gradients pass the rounding straight. No
-``[out, in]`` matrix outlives the forward: the backward computes it once more from what a plain adapter keeps as well
-(inputs, A and B) and from the mask, one bit a weight.
+The merged weight is ``W + s (B A) * M``; on a grid, the grid point nearest to it. In the backward, rounding counts as
+the identity (straight-through estimator). No ``[out, in]`` matrix is kept for the backward: it is computed once more
+from what a plain adapter keeps as well (inputs, A and B) and from the mask, one bit a weight.
 
 Source: SQFT, arXiv 2410.03750, sections 3.2 (SparsePEFT) and 3.3 (QA-SparsePEFT).
 """
@@ -49,7 +49,7 @@ class MergedWeight:
 
     All arithmetic is float32 (float64 if A is), whatever autocast would choose; only ``B A`` is summed up in float64
     and then rounded. So the last bit of an entry does not depend on the shape of the matrix product, the number of
-    threads or the device, and codes found here are found again by anybody else.
+    threads or the device: merging finds the same codes as the forward.
 
     :param weight: W ``[out, in]``, floating.
     :param mask: M, packed, ``[out, ceil(in / 8)]`` uint8.
@@ -140,10 +140,15 @@ class MergedWeight:
         """
         The gradient on its way back through rounding to a grid whose scales are trained.
 
+        With w the weight before rounding and c its code, the rounded weight is ``c * scale``, where
+        ``c = clamp(round(w / scale))``. Inside of the grid, with the derivative of round() taken as 1, its derivative
+        by w is 1, and by the scale ``c - w / scale``. Outside, c is constant: 0 by w, and c by the scale.
+
         :param rows: Some rows.
         :param gradient: Gradient of the rounded weight ``[rows, in]``.
-        :return: Gradient of the weight before rounding: zero where it lies outside of the grid. And gradient of the
-            scales ``[rows, groups]``: the code, less what rounding would have followed the scale inside of the grid.
+        :return: Gradient of the weight before rounding ``[rows, in]`` and of the scales ``[rows, groups]``.
+
+        Source: Esser et al., Learned Step Size Quantization (arXiv 1902.08153), section 2.1.
         """
         assert self.scales is not None
         scales = self.scales[rows].half().to(self.precision).unsqueeze(-1)
@@ -158,6 +163,10 @@ class MergedWeight:
 class MergedLinear(torch.autograd.Function):
     """
     ``x V^T + b``, V being the merged weight; with dropout, ``x V^T + (dropout(x) - x) D^T + b``, D being its delta.
+
+    Dropout is for the adapter's part alone, as in LoRA: ``x W^T + dropout(x) D^T``. On a grid there is no such part,
+    since W and D are rounded together; so what dropout changes is added to the whole product. Without a grid both
+    are the same.
     """
 
     @staticmethod
@@ -217,7 +226,9 @@ class MergedLinear(torch.autograd.Function):
         grad_B = torch.zeros_like(lora_B, dtype=merged.precision)
         grad_scales = torch.zeros_like(scales) if trained else None
         outputs, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        # Rounding is passed straight, so the gradients of V and D add up to that of what the adapter saw.
+        # With G the gradient of the outputs, that of V is G^T x, and D has G^T (dropout(x) - x) besides. V is W + D up
+        # to rounding, which counts as the identity: together G^T dropout(x), one product. Where scales are trained,
+        # only the part of V goes back through rounding, so the two are computed one by one.
         seen = inputs if excess is None or trained else (x * (1 + excess)).reshape(inputs.shape)
         unseen = (x * excess).reshape(inputs.shape) if excess is not None and trained else None
         for rows in merged.blocks():
@@ -227,6 +238,7 @@ class MergedLinear(torch.autograd.Function):
                 of_sum, grad_scales[rows] = merged.through_scales(rows, of_sum)
             if unseen is not None:
                 of_sum += (part @ unseen).to(merged.precision)
+            # D = s (B A) * M, so B A has s M * of_sum, and of that B gets the product with A^T, and A that with B^T.
             of_delta = of_sum.masked_fill_(~merged.kept(rows), 0.0).mul_(ctx.scaling)
             grad_B[rows] = of_delta @ lora_A.to(merged.precision).T
             grad_A += lora_B[rows].to(merged.precision).T @ of_delta
@@ -245,6 +257,6 @@ class MergedLinear(torch.autograd.Function):
 
 
 def _excess(kept: Tensor, dropout: float, x: Tensor) -> Tensor:
-    """What dropout adds to an input, as a fraction of it: -1 where it was dropped; in the shape of x."""
+    """``dropout(x) / x - 1``, in the shape of x: -1 where an input was dropped, elsewhere what it is scaled up by."""
     seen = unpack_mask(kept, x.shape[-1]).to(x.dtype).div_(max(1 - dropout, 1e-9))
     return seen.sub_(1).reshape(x.shape)

@@ -31,9 +31,9 @@ def load_gptq(folder: str | os.PathLike[str], partner: nn.Module) -> nn.Module:
         gptq_v2), ``scales`` [groups, out] float16 and optionally ``g_idx`` [in] int32 for each layer.
     :param partner: The floating model that was quantized, such as the sparse float16 partner of an SQFT base; gives
         everything that is not quantized, and the type of weights. Not changed.
-    :return: A new model with packed INT4 weights: the grid of :func:`nncf_ext.make_mergeable`. Codes that are not zero
-        where the partner is, as GPTQ leaves them that does not know of zeros, are set to zero; the report says how
-        many, and how far the weights are from the partner's.
+    :return: A new model with packed INT4 weights: the grid of :func:`nncf_ext.make_mergeable`. GPTQ knows nothing of
+        zeros, so the code of a pruned weight may not be zero. Such codes are set to zero; the report says how many, and
+        how far the weights are from the partner's.
     :raises nncf.ValidationError: There is no quantized layer, a file is damaged, a tensor is missing, or one fits no
         layer of `partner`.
     :raises nncf.UnsupportedModelError: A quantized layer is no floating ``torch.nn.Linear`` of `partner`, or shares its

@@ -127,6 +127,7 @@ class MaskedLoraLinear(LoraLinear):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         x = x.to(torch.get_autocast_dtype(device) if autocast else merged.weight.dtype)
+        # The types are chosen now; autocast would change those of the products inside.
         with torch.autocast(device, enabled=False):
             return MergedLinear.apply(
                 x,

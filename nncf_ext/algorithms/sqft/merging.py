@@ -28,7 +28,8 @@ from nncf_ext.weights.records import LayerRecord, set_record
 
 def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
     """
-    Merges the active adapter into its base, as a contract. With elastic ranks, the active ranks are merged.
+    Merges the active adapter into its base, or raises an error if something would be lost. With elastic ranks, the
+    active ranks are merged.
 
     SPARSE: zeros stay zeros. The adapter may come from :func:`nncf_ext.make_mergeable`, or be any LoRA adapter trained
     on a sparse base: its delta is masked then, and the report (:func:`nncf_ext.compression_report`) tells the relative
@@ -117,7 +118,8 @@ def _codes_without_adapter(base: nn.Module, adapted: Collection[str]) -> dict[st
 
 
 def _make_plain(base: nn.Module) -> None:
-    """Takes off what training with gradient checkpointing has put on."""
+    """Undoes what training with gradient checkpointing has set on the model."""
+    # disable_input_require_grads() fails where it was never enabled.
     for undo in ("disable_input_require_grads", "gradient_checkpointing_disable"):
         if (undo[0] == "g" or hasattr(base, "_require_grads_hook")) and callable(getattr(base, undo, None)):
             getattr(base, undo)()
@@ -126,7 +128,7 @@ def _make_plain(base: nn.Module) -> None:
 def _check(
     base: nn.Module, layers: Mapping[str, LoraLinear], adapter: str, grids: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
-    """Compares what the merged model computes with to what the forward of the original layers computes with."""
+    """Compares the weights that the merged model computes with, and those of the original layers' forward."""
     hooks = decompressors(base)
     for path, layer in layers.items():
         parameter = base.get_parameter(f"{path}.weight")

@@ -20,7 +20,8 @@ from nncf_ext.weights.int4 import (
 )
 from nncf_ext.weights.records import LayerRecord, record_of, set_record
 
-# How near to the border of its cell a weight may be put, in steps of the grid: bfloat16 stays inside.
+# A weight that is moved into the cell of its code ends at most so far from the middle, in steps of the grid. The border
+# is at 0.5. Rounding to bfloat16 moves a weight of 8 steps by 0.02 steps at most, so it stays inside.
 _REACH = 0.4
 
 
@@ -152,7 +153,8 @@ def _missing(path: str, grid: nn.Module, hook: nn.Module | None) -> str:
 
 def into_cells(weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """
-    Moves weights that would round to another code just far enough into the cell of their own.
+    Moves weights that would round to another code just far enough to round to their own. The cell of a code are the
+    numbers that round to it.
 
     :param weight: ``[out, in]``, floating.
     :param codes: ``[out, in]`` int8; zero where the weight is.

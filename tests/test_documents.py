@@ -1,0 +1,57 @@
+"""What the documents promise: links that lead somewhere, lines one can read, and an example that runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("benchmarks", "docs", "nncf_ext", "ov_ext", "samples", "tests")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.md"))])
+GENERATED = ROOT / "samples" / "assets"
+LONGEST_LINE = 200
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [each for each in DOCUMENTS if GENERATED not in each.parents], ids=relative)
+def test_no_line_is_too_long(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > LONGEST_LINE] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    local = [link for link in links if link and "://" not in link]
+    assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_python_blocks_parse(path: Path) -> None:
+    for block in python_blocks(path):
+        ast.parse(block)
+
+
+@pytest.mark.slow
+def test_the_complete_example_runs(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "assets").symlink_to(ROOT / "samples" / "assets")
+    (example,) = python_blocks(ROOT / "README.md")
+    command = [sys.executable, "-c", example]
+    done = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True, timeout=600)
+    assert "of 44 weights packed" in done.stdout  # how many depends on the CPU
+    assert "def read_file(path):" in done.stdout
+    assert (tmp_path / "samples" / "out" / "readme" / "openvino_model.bin").is_file()
