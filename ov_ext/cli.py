@@ -18,6 +18,7 @@ from rich.table import Table
 from ov_ext import runtime
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
+from ov_ext.extension import ExtensionUnavailableError, package_version
 from ov_ext.folder import refuse_existing, whole_folder, write_whole
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
@@ -53,10 +54,10 @@ _TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # they need anothe
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Instruction set, kernels, AMX permission, versions, and whether the extension is the right build."""
-    facts: dict[str, Any] = {"nncf_ext": runtime.package_version(), "format": "SPW1", "format_version": VERSION}
+    facts: dict[str, Any] = {"nncf_ext": package_version(), "format": "SPW1", "format_version": VERSION}
     try:
         facts |= {"extension": "ok", **runtime.cpu_info()}
-    except runtime.ExtensionUnavailableError as error:
+    except ExtensionUnavailableError as error:
         facts |= {"extension": str(error), "openvino": ov.get_version()}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ov_ext import runtime
+from ov_ext.extension import extension_path
 
 if TYPE_CHECKING:
     from openvino_genai import LLMPipeline
@@ -29,7 +30,7 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
         msg = f"{folder} lacks {' and '.join(missing)}: ov_ext.optimum.export and `ov-ext pack` write complete folders."
         raise ValueError(msg)
     runtime.read_model(Path(folder) / "openvino_model.xml")  # for its checks: weights stay unread until they are used
-    extensions = [*properties.pop("extensions", ()), str(runtime.extension_path())]
+    extensions = [*properties.pop("extensions", ()), str(extension_path())]
     from openvino_genai import LLMPipeline
 
     return LLMPipeline(str(folder), device, extensions=extensions, **properties)

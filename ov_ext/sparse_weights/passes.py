@@ -13,7 +13,9 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import runtime
+from ov_ext.cpu_plugin.sparse_matmul import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
+from ov_ext.extension import extension_path, package_version
 from ov_ext.sparse_weights.cost import Choice
 from ov_ext.sparse_weights.packed import OPERATION, detach, group, is_packed, records, redirect
 from ov_ext.sparse_weights.policy import LayerReport, PackReport, SparsePolicy
@@ -50,7 +52,7 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
     :raises ExtensionUnavailableError: The compiled extension is missing or was built for another OpenVINO.
     """
     policy = policy or SparsePolicy()
-    library = runtime.extension_path()
+    library = extension_path()
     runtime.check_format(model)
     if packed := sum(node.get_output_size() for graph in _graphs(model) for node in graph.get_ops() if is_packed(node)):
         msg = (
@@ -72,7 +74,7 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
         entries = {
             "format": "SPW1",
             "format_version": VERSION,
-            "version": runtime.package_version(),
+            "version": package_version(),
             "target": policy.target,
             "activation_group": policy.activation_group,
         }
@@ -154,8 +156,6 @@ def _unpack(graph: ov.Model) -> None:
 
 def _stock_form(record: str, blob: np.ndarray, x: Output, known: dict[str, Node]) -> Node:
     """:return: The last node of the stock subgraph of one packed weight, computed from ``x``; see :func:`restore`."""
-    from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
-
     return restore(read_record(record), native.unpack(blob), x, known)
 
 
@@ -293,8 +293,6 @@ def _foldable_bias(found: ConstantWeight) -> Node | None:
 
 
 def _blob_constant(weight: Weight, dense: bool, bias: Node | None, name: str) -> Node:
-    from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
-
     constant = bias and bias_constant(bias)
     if constant is not None:
         weight = replace(weight, bias=elements(constant).astype(np.float32))
