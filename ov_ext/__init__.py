@@ -1,7 +1,7 @@
 """Sparse weights in OpenVINO: pack an IR, load it, run it.
 
-Needs openvino, numpy, rich and typer; torch, NNCF, Optimum and GenAI only where a function names them. Names are loaded
-on first use, so that ``import ov_ext`` costs nothing and works in a container without torch.
+The package needs openvino, numpy, rich and typer. A function that needs torch, NNCF, Optimum or GenAI as well imports
+it when it is called. Public names are loaded on first use, so that ``import ov_ext`` is fast and needs no torch.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ OutFolder = Annotated[Path, typer.Argument(help="Model folder to write.", metava
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT; the old one stays until the new one is complete.")
 ]
-_TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # they need another extension, and hold no weights
+_TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # reading them needs another extension
 
 
 @app.command()
@@ -174,7 +174,7 @@ def bench(
 
 
 def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
-    """Copy a model folder; IRs that ``change(name, model)`` changed (returned True for) are saved anew."""
+    """Copy a model folder. An IR for which ``change(name, model)`` returns True was changed and is saved anew."""
     models = sorted(path for path in source.glob("*.xml") if not path.stem.startswith(_TOKENIZERS))
     if not models:
         raise ValueError(f"{source} holds no OpenVINO model: NAME.xml and NAME.bin are needed.")
@@ -196,7 +196,7 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
 
 
 def _add_tokenizer(folder: Path) -> None:
-    """Add the tokenizer IRs that GenAI needs where IN had only a Hugging Face tokenizer; a warning where that fails."""
+    """Add the tokenizer IRs that GenAI needs if IN had only a Hugging Face tokenizer. A failure is only a warning."""
     if (folder / "openvino_tokenizer.xml").exists() or not (folder / "tokenizer.json").exists():
         return
     before = set(folder.iterdir())
@@ -206,7 +206,7 @@ def _add_tokenizer(folder: Path) -> None:
         from ov_ext.optimum import save_tokenizer_ir
 
         save_tokenizer_ir(AutoTokenizer.from_pretrained(folder), folder)
-    except Exception as error:  # three libraries and the user's files meet here; the packed model must not be lost
+    except Exception as error:  # of three libraries that read the user's files; the packed model must survive it
         for half in set(folder.iterdir()) - before:
             half.unlink()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

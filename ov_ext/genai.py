@@ -19,7 +19,7 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
     :param folder: Model folder with openvino_model.xml and the tokenizer IRs.
     :param device: OpenVINO device; packed weights run on CPU.
     :param properties: Pipeline and OpenVINO properties, such as ``ATTENTION_BACKEND="SDPA"`` or ``scheduler_config``.
-        ``extensions`` of your own are kept.
+        Your own ``extensions`` are kept, and the one of this package is added.
     :return: The pipeline.
     :raises ValueError: The folder lacks the model or its tokenizer.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
@@ -29,7 +29,7 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
     if missing:
         msg = f"{folder} lacks {' and '.join(missing)}: ov_ext.optimum.export and `ov-ext pack` write complete folders."
         raise ValueError(msg)
-    runtime.read_model(Path(folder) / "openvino_model.xml")  # for its checks: weights stay unread until they are used
+    runtime.read_model(Path(folder) / "openvino_model.xml")  # only to check it: OpenVINO maps weights, it reads none
     extensions = [*properties.pop("extensions", ()), str(extension_path())]
     from openvino_genai import LLMPipeline
 

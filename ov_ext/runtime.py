@@ -1,4 +1,4 @@
-"""What can this CPU run, and does a packed IR fit it? And: teach a Core the operations of this package."""
+"""Teaches a Core the operations of this package; says what this CPU can run, and whether a packed IR fits it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ov_ext.extension import built_for, extension_path
 logger = logging.getLogger("ov_ext")
 
 InstructionSet = Literal["reference", "avx2", "avx2_vnni", "avx512", "amx"]
-TARGETS: tuple[InstructionSet, ...] = get_args(InstructionSet)  # what packed IRs name, weakest first
+TARGETS: tuple[InstructionSet, ...] = get_args(InstructionSet)  # a packed IR names one of them; weakest first
 _warned_targets: set[str] = set()
 
 
@@ -24,7 +24,7 @@ class NewerFormatError(ValueError):
 
 
 def add_extension(core: ov.Core) -> ov.Core:
-    """Teach a Core the operations of this package. Doing it twice is harmless.
+    """Teach a Core the operations of this package. It does no harm to do it twice.
 
     :param core: The Core that will read and compile packed IRs.
     :return: The same Core.
@@ -35,10 +35,10 @@ def add_extension(core: ov.Core) -> ov.Core:
 
 
 def read_model(path: str | os.PathLike[str]) -> ov.Model:
-    """Read an IR, packed or not, and check that it fits: its format (an error) and its target (a warning).
+    """Read an IR, packed or not. A format that is too new is an error, a target that is too strong a warning.
 
     :param path: The .xml file.
-    :return: The model; any Core can compile it.
+    :return: The model. Any Core can compile it, also one that was not taught the operations.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
     :raises NewerFormatError: It was packed by a newer release.
     """
@@ -49,7 +49,7 @@ def read_model(path: str | os.PathLike[str]) -> ov.Model:
 
 
 def cpu_info() -> dict[str, Any]:
-    """What this CPU offers and which kernel will run.
+    """Tell what this CPU offers and which kernel will run.
 
     :return: ``features`` (name to bool), ``amx_permission``, ``kernels`` (best first), ``selected``, ``override`` (the
         value of the environment variable OV_EXT_ISA, or None), ``openvino`` and ``built_for`` (versions), ``library``.
@@ -61,7 +61,7 @@ def cpu_info() -> dict[str, Any]:
 
 
 def this_cpu() -> InstructionSet:
-    """:return: The entry of :data:`TARGETS` that names the best instruction set this CPU and build can run."""
+    """:return: The strongest of :data:`TARGETS` that both this CPU and this build of the extension have."""
     kernels = cpu_info()["kernels"]
     return next(target for target in reversed(TARGETS) if target in kernels)
 
@@ -70,7 +70,7 @@ def check_format(model: ov.Model) -> None:
     """Refuse an IR whose packed weights this release cannot read.
 
     :param model: Any model.
-    :raises NewerFormatError: Its format version is newer than ours.
+    :raises NewerFormatError: Its format version is newer than the one that this release reads.
     """
     if not model.has_rt_info(["ov_ext", "format_version"]):
         return
@@ -81,10 +81,11 @@ def check_format(model: ov.Model) -> None:
 
 
 def check_target(model: ov.Model) -> bool:
-    """Does a packed IR fit this CPU? It always runs, but on a weaker CPU it may be slower than the stock IR.
+    """Tell whether a packed IR fits this CPU. It always runs, but on a weaker CPU it may be slower than the stock IR.
 
-    :param model: Any model; one without packed weights fits.
-    :return: False, after one warning per process and target, when it was packed for a stronger instruction set.
+    :param model: Any model. A model without packed weights fits.
+    :return: False when it was packed for a stronger instruction set. The first time in a process that a target does not
+        fit, a warning says so.
     """
     if not model.has_rt_info(["ov_ext", "target"]):
         return True
