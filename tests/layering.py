@@ -110,7 +110,8 @@ def upward_imports(files: Mapping[str, Path], package: str, floors: Sequence[str
             wrong.append(f"{module} stands on no floor")
             continue
         for found in inside:
-            target = home(found.name, files) or found.name
+            target = home(found.name, files)
+            target = found.name if target in (None, package) else target
             other = room(target.removeprefix(f"{package}."), floors)
             if other is None:
                 wrong.append(f"{module} imports {found.name}, which stands on no floor")
