@@ -15,6 +15,8 @@ from benchmarks.arms import UnfairComparison
 from benchmarks.comparison import Entrant, running
 from benchmarks.engines import Engine, EngineDied
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
