@@ -17,8 +17,6 @@ import nncf_ext
 from nncf_ext import AdvancedSparseWeightsParameters, CompressMode
 from nncf_ext.algorithms.sparse_weights.algorithm import MODES
 
-pytestmark = pytest.mark.slow
-
 
 class Mlp(nn.Module):
     """Three linear layers of awkward sizes, no repeated blocks."""
