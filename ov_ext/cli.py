@@ -18,8 +18,11 @@ from rich.table import Table
 from ov_ext import runtime
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
+from ov_ext.decode import measure
 from ov_ext.extension import ExtensionUnavailableError, package_version
 from ov_ext.folder import refuse_existing, whole_folder, write_whole
+from ov_ext.genai import pipeline
+from ov_ext.optimum import save_tokenizer_ir
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
 
@@ -139,8 +142,6 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
 ) -> None:
     """Continue a text with OpenVINO GenAI, greedily."""
-    from ov_ext.genai import pipeline
-
     typer.echo(
         pipeline(folder).generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, apply_chat_template=False)
     )
@@ -156,8 +157,6 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Decode speed and resident memory, in turns with the unpacked model when it is given."""
-    from ov_ext.decode import measure
-
     folders = [against, folder] if against is not None else [folder]
     records = measure(folders, tokens=tokens, prompt=prompt, rounds=rounds)
     if as_json:
@@ -202,8 +201,6 @@ def _add_tokenizer(folder: Path) -> None:
     before = set(folder.iterdir())
     try:
         from transformers import AutoTokenizer
-
-        from ov_ext.optimum import save_tokenizer_ir
 
         save_tokenizer_ir(AutoTokenizer.from_pretrained(folder), folder)
     except Exception as error:  # of three libraries that read the user's files; the packed model must survive it
