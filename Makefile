@@ -3,18 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CPP := $(shell find ov_ext/cpu_plugin -name '*.cpp' -o -name '*.hpp' -o -name CMakeLists.txt)
+C_SOURCES := $(shell find ov_ext tests -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h')
+
+# Processes that run tests, each with one thread. pytest alone runs them in one process.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # How long `make fuzz` and `make soak` take, in seconds.
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 60
 
-.PHONY: demo test bench lint fuzz soak clean
+.PHONY: demo test test-quick bench lint format fuzz soak clean
 
 demo: $(VENV)/.built
 	$(BIN)/python samples/01_sparse_int4_llm.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Unit tests that need no model and no compiler: for while you work.
+test-quick: $(VENV)/.built
+	$(PYTEST) -q -m 'not slow'
 
 bench: $(VENV)/.bench $(VENV)/.built
 	$(BIN)/python -m benchmarks
@@ -29,8 +38,14 @@ soak: $(VENV)/.built
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 # PyTorch goes first, alone, so that the build pip is configured for is the one that stays. optimum-intel declares torchvision,
 # whose CUDA build breaks `import transformers` beside a CPU build of PyTorch: it is removed unless it imports.

@@ -1,7 +1,7 @@
 """Sparse weights in OpenVINO: pack an IR, load it, run it.
 
-Needs openvino, numpy, rich and typer; torch, NNCF, Optimum and GenAI only where a function names them. Names are loaded
-on first use, so that ``import ov_ext`` costs nothing and works in a container without torch.
+The package needs openvino, numpy, rich and typer. A function that needs torch, NNCF, Optimum or GenAI as well imports
+it when it is called. Public names are loaded on first use, so that ``import ov_ext`` is fast and needs no torch.
 """
 
 from __future__ import annotations
@@ -11,21 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ov_ext.convert import convert_model, save_model
-    from ov_ext.runtime import (
-        ExtensionUnavailableError,
-        NewerFormatError,
-        add_extension,
-        check_target,
-        cpu_info,
-        extension_path,
-    )
+    from ov_ext.extension import ExtensionUnavailableError, extension_path
+    from ov_ext.runtime import NewerFormatError, add_extension, check_target, cpu_info
     from ov_ext.sparse_weights.passes import AlreadyPackedError, pack_sparse_weights, unpack_sparse_weights
     from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
     from ov_ext.sparse_weights.subgraph import RecordError
 
 _HOME = {
     "AlreadyPackedError": "sparse_weights.passes",
-    "ExtensionUnavailableError": "runtime",
+    "ExtensionUnavailableError": "extension",
     "NewerFormatError": "runtime",
     "PackReport": "sparse_weights.policy",
     "RecordError": "sparse_weights.subgraph",
@@ -34,7 +28,7 @@ _HOME = {
     "check_target": "runtime",
     "convert_model": "convert",
     "cpu_info": "runtime",
-    "extension_path": "runtime",
+    "extension_path": "extension",
     "pack_sparse_weights": "sparse_weights.passes",
     "save_model": "convert",
     "unpack_sparse_weights": "sparse_weights.passes",

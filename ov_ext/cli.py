@@ -18,7 +18,11 @@ from rich.table import Table
 from ov_ext import runtime
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
+from ov_ext.decode import measure
+from ov_ext.extension import ExtensionUnavailableError, package_version
 from ov_ext.folder import refuse_existing, whole_folder, write_whole
+from ov_ext.genai import pipeline
+from ov_ext.optimum import save_tokenizer_ir
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
 
@@ -47,16 +51,16 @@ OutFolder = Annotated[Path, typer.Argument(help="Model folder to write.", metava
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT; the old one stays until the new one is complete.")
 ]
-_TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # they need another extension, and hold no weights
+_TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # reading them needs another extension
 
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Instruction set, kernels, AMX permission, versions, and whether the extension is the right build."""
-    facts: dict[str, Any] = {"nncf_ext": runtime.package_version(), "format": "SPW1", "format_version": VERSION}
+    facts: dict[str, Any] = {"nncf_ext": package_version(), "format": "SPW1", "format_version": VERSION}
     try:
         facts |= {"extension": "ok", **runtime.cpu_info()}
-    except runtime.ExtensionUnavailableError as error:
+    except ExtensionUnavailableError as error:
         facts |= {"extension": str(error), "openvino": ov.get_version()}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -138,8 +142,6 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
 ) -> None:
     """Continue a text with OpenVINO GenAI, greedily."""
-    from ov_ext.genai import pipeline
-
     typer.echo(
         pipeline(folder).generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, apply_chat_template=False)
     )
@@ -155,8 +157,6 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Decode speed and resident memory, in turns with the unpacked model when it is given."""
-    from ov_ext.decode import measure
-
     folders = [against, folder] if against is not None else [folder]
     records = measure(folders, tokens=tokens, prompt=prompt, rounds=rounds)
     if as_json:
@@ -173,7 +173,7 @@ def bench(
 
 
 def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
-    """Copy a model folder; IRs that ``change(name, model)`` changed (returned True for) are saved anew."""
+    """Copy a model folder. An IR for which ``change(name, model)`` returns True was changed and is saved anew."""
     models = sorted(path for path in source.glob("*.xml") if not path.stem.startswith(_TOKENIZERS))
     if not models:
         raise ValueError(f"{source} holds no OpenVINO model: NAME.xml and NAME.bin are needed.")
@@ -195,17 +195,15 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
 
 
 def _add_tokenizer(folder: Path) -> None:
-    """Add the tokenizer IRs that GenAI needs where IN had only a Hugging Face tokenizer; a warning where that fails."""
+    """Add the tokenizer IRs that GenAI needs if IN had only a Hugging Face tokenizer. A failure is only a warning."""
     if (folder / "openvino_tokenizer.xml").exists() or not (folder / "tokenizer.json").exists():
         return
     before = set(folder.iterdir())
     try:
         from transformers import AutoTokenizer
 
-        from ov_ext.optimum import save_tokenizer_ir
-
         save_tokenizer_ir(AutoTokenizer.from_pretrained(folder), folder)
-    except Exception as error:  # three libraries and the user's files meet here; the packed model must not be lost
+    except Exception as error:  # of three libraries that read the user's files; the packed model must survive it
         for half in set(folder.iterdir()) - before:
             half.unlink()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

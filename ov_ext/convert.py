@@ -1,4 +1,4 @@
-"""A torch module or an ONNX model as ov.Model, with names and INT4 grids intact; and saving without rounding."""
+"""Converts a torch module or an ONNX model to ov.Model with its names and INT4 values; saves it without rounding."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ def convert_model(
     dynamic_shapes: Any = None,
     method: Literal["auto", "trace", "export"] = "auto",
 ) -> ov.Model:
-    """Convert a model, keeping names, sparse weights and NNCF's packed INT4 weights as they are.
+    """Convert a model and keep its names, its zeros and NNCF's packed INT4 weights.
 
-    Weights compressed by NNCF (``INT4SymmetricWeightsDecompressor`` and its relatives) become i4 and u4 constants with
-    the very codes and scales of the torch model. Language models for generation, which need a stateful KV cache, go
-    through :func:`ov_ext.optimum.export` instead.
+    Weights compressed by NNCF (``INT4SymmetricWeightsDecompressor`` and the like) become i4 and u4 constants with
+    exactly the integers and scales of the torch model. A language model that generates text needs a stateful KV cache:
+    use :func:`ov_ext.optimum.export` for it.
 
     :param model: torch.nn.Module, torch.export.ExportedProgram, path of an ONNX file, onnx.ModelProto, or an ov.Model,
         which is returned as it is.
     :param example_input: For a torch module: a tensor, a tuple of positional inputs, or a dict of named ones.
-    :param dynamic_shapes: What ``torch.export.export`` takes; implies ``method="export"``. By default every axis longer
-        than 1 in the example may vary.
-    :param method: How to capture a torch module. ``auto`` traces it, which keeps module paths in the names of all
-        operations and any axis dynamic, and exports what cannot be traced (such as transformers' decoder models).
+    :param dynamic_shapes: As for ``torch.export.export``; implies ``method="export"``. By default every axis that is
+        longer than 1 in the example may vary.
+    :param method: How to capture a torch module. ``"trace"`` keeps module paths in the names of all operations and
+        leaves every axis dynamic. ``"export"`` can capture more models, such as the decoders of transformers.
+        ``"auto"`` traces, and exports if tracing fails.
     :return: The model.
-    :raises ValueError: Nothing that can be converted, or a torch module without example_input.
+    :raises ValueError: The model is none of these, its file does not exist, or a torch module has no example_input.
     """
     if isinstance(model, ov.Model):
         return model
@@ -72,13 +73,13 @@ def convert_model(
 def save_model(model: ov.Model, path: str | os.PathLike[str]) -> None:
     """Save an IR bit for bit.
 
-    ``openvino.save_model`` rounds f32 constants to f16 unless told not to; this never does. Each of the two files is
-    written aside and replaced atomically, so a model that is loaded from the old ones keeps them; the pair is not: a
-    reader that opens it in between gets the new .bin with the old .xml. Folders that ``ov-ext`` and
-    :func:`ov_ext.optimum.export` write appear as a whole.
+    ``openvino.save_model`` rounds f32 constants to f16 by default; this function never does. Each of the two files is
+    written under another name and then renamed, so a model that was loaded from the old files stays valid. The pair is
+    not replaced at one moment: who opens it in between gets the new .bin with the old .xml. Where this matters, write a
+    new folder: ``ov-ext`` and :func:`ov_ext.optimum.export` do so.
 
     :param model: The model.
-    :param path: The .xml file; the .bin file goes beside it.
+    :param path: The .xml file. The .bin file is written beside it.
     :raises ValueError: The path does not end in .xml.
     """
     target = Path(path)
@@ -132,9 +133,11 @@ def _right_shift(context: Any) -> Any:
 
 
 def _fold_packed_weights(model: ov.Model) -> None:
-    """Turn integer expressions over constants (nibble unpacking) into constants: i4 or u4 where they unpack nibbles.
+    """Evaluate integer expressions over constants, and put constants in their place.
 
-    A traced module gets this from OpenVINO. One expression is evaluated at a time, so the peak memory is one weight.
+    NNCF keeps two INT4 values in a byte, and the exported program unpacks them. What is unpacked so becomes an i4 or u4
+    constant, any other expression an 8-bit one. OpenVINO does this by itself for traced modules. One expression is
+    evaluated at a time, so that the extra memory is that of one weight.
     """
     core = ov.Core()
     for convert in model.get_ordered_ops():
@@ -161,7 +164,7 @@ def _fold_packed_weights(model: ov.Model) -> None:
 
 
 def _constant_expression(node: Node) -> set[str]:
-    """:return: Operation types of an expression over constants; empty when it depends on an input or is long."""
+    """:return: Operation types in an expression over constants. Empty if it reads an input or has more than 64."""
     pending, seen, types = [node], set(), set()
     while pending:
         node = pending.pop()
@@ -177,19 +180,19 @@ def _constant_expression(node: Node) -> set[str]:
 
 
 def _take_shapes(model: ov.Model, program: torch.export.ExportedProgram) -> None:
-    """OpenVINO leaves all axes dynamic, but an exported program holds for the axes it was exported for."""
+    """Give the inputs the shapes of the exported program. OpenVINO makes every axis dynamic; some are fixed."""
     user_inputs = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in user_inputs]
     shapes = [value.shape for value in values if hasattr(value, "shape")]
     if len(shapes) != len(model.inputs):
-        return  # inputs that the model does not use are gone: which is which cannot be told
+        return  # OpenVINO dropped unused inputs, so it is not known which shape belongs to which input
     static = [ov.PartialShape([d if isinstance(d, int) else -1 for d in shape]) for shape in shapes]
     for parameter, shape in zip(model.get_parameters(), static, strict=True):
         parameter.set_partial_shape(shape)
 
 
 def _take_names(model: ov.Model, program: torch.export.ExportedProgram) -> None:
-    """Name MatMuls by their module, as tracing does; exported programs number them (``linear_3/...``)."""
+    """Name MatMuls by the path of their module, as tracing does. Exported programs number them (``linear_3/...``)."""
     paths = {}
     for node in program.graph.nodes:
         stack = list(node.meta.get("nn_module_stack", {}).values())

@@ -1,4 +1,4 @@
-"""Decode speed and resident memory of exported language models, with nothing but OpenVINO."""
+"""Measures decode speed and resident memory of exported language models. It needs OpenVINO only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from ov_ext import runtime
 
 @dataclass(frozen=True)
 class DecodeRecord:
-    """What a model needs for one token.
+    """What it takes to decode one token with a model.
 
     :param folder: Model folder.
     :param ms_per_token: Median time of one decode step, in milliseconds.
-    :param ratio: Median over rounds of (the first model's time / this one's) in the same round.
+    :param ratio: Speed relative to the first model: the time of the first model / the time of this one, computed in
+        each round; the median over all rounds.
     :param resident_mib: Resident memory of a fresh process that decodes with this model, in MiB; None where unknown.
     """
 
@@ -74,13 +75,13 @@ class Decoder:
 
 
 def measure(folders: list[Path], *, tokens: int = 32, prompt: int = 32, rounds: int = 5) -> list[DecodeRecord]:
-    """Time models against each other: they take turns, so that a busy machine slows all of them alike.
+    """Compare the speed of models. They take turns, so that other load on the machine slows all of them alike.
 
-    :param folders: Model folders; ratios refer to the first.
-    :param tokens: Decode steps a round.
-    :param prompt: Tokens before the first timed step.
-    :param rounds: Turns of each model.
-    :return: One record a folder.
+    :param folders: Model folders. Ratios refer to the first one.
+    :param tokens: Number of decode steps in each round.
+    :param prompt: Number of tokens before the first timed step.
+    :param rounds: Number of turns that each model takes.
+    :return: One record for each folder.
     :raises ValueError: A number below 1, or a folder without a stateful language model.
     """
     if min(tokens, prompt, rounds) < 1:
@@ -97,7 +98,7 @@ def measure(folders: list[Path], *, tokens: int = 32, prompt: int = 32, rounds: 
                 begin = time.perf_counter()
                 token = decoder.step([token])
                 steps.append(time.perf_counter() - begin)
-            if turn:  # the first turn faults pages in and compiles shapes
+            if turn:  # not the first: it loads pages from the file, and OpenVINO compiles for new shapes
                 mine.append(statistics.median(steps) * 1e3)
     return [
         DecodeRecord(
@@ -120,7 +121,7 @@ def resident_mib() -> float | None:
 
 
 def _resident_of_process(folder: Path) -> float | None:
-    """Decode a few tokens in a process of its own, where no other model hides the figure."""
+    """:return: Resident memory in MiB of a new process that decodes a few tokens with this model and no other."""
     command = [sys.executable, "-m", "ov_ext.decode", str(folder)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:

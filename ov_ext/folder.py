@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all."""
+"""Atomic writes: a folder or a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class FolderExistsError(ValueError):
 
 @contextmanager
 def whole_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Build a folder aside and rename it once it is complete.
+    """Build a folder under another name and rename it when it is complete.
 
     :param out: The folder to make.
-    :param overwrite: Replace an existing model folder, which stays until the new one is complete.
-    :return: Context manager that gives the empty folder to fill, beside ``out`` on the same file system.
-    :raises FolderExistsError: ``out`` exists, or is no model folder that may be replaced.
+    :param overwrite: Replace an existing model folder. The old one stays until the new one is complete.
+    :return: Context manager. It gives an empty folder to fill, beside ``out`` on the same file system.
+    :raises FolderExistsError: ``out`` exists and may not be replaced: see :func:`refuse_existing`.
     """
     out = Path(out).resolve()
     refuse_existing(out, overwrite)
@@ -43,11 +43,12 @@ def whole_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterat
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Check an output folder before long work.
+    """Check an output folder before the long work begins.
 
     :param out: The folder to make.
     :param overwrite: Whether an existing model folder may be replaced.
-    :raises FolderExistsError: It may not.
+    :raises FolderExistsError: ``out`` is a file or a folder with files, and either ``overwrite`` is False or it holds
+        no OpenVINO model.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -58,10 +59,10 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that an interruption leaves the old file or the new one.
+    """Write a file under another name and rename it, so that an interruption leaves the old file or the new one.
 
     :param path: The file.
-    :param text: All of it.
+    :param text: Its whole content.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

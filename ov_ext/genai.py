@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ov_ext import runtime
+from ov_ext.extension import extension_path
 
 if TYPE_CHECKING:
     from openvino_genai import LLMPipeline
@@ -18,7 +19,7 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
     :param folder: Model folder with openvino_model.xml and the tokenizer IRs.
     :param device: OpenVINO device; packed weights run on CPU.
     :param properties: Pipeline and OpenVINO properties, such as ``ATTENTION_BACKEND="SDPA"`` or ``scheduler_config``.
-        ``extensions`` of your own are kept.
+        Your own ``extensions`` are kept, and the one of this package is added.
     :return: The pipeline.
     :raises ValueError: The folder lacks the model or its tokenizer.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
@@ -28,8 +29,8 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
     if missing:
         msg = f"{folder} lacks {' and '.join(missing)}: ov_ext.optimum.export and `ov-ext pack` write complete folders."
         raise ValueError(msg)
-    runtime.read_model(Path(folder) / "openvino_model.xml")  # for its checks: weights stay unread until they are used
-    extensions = [*properties.pop("extensions", ()), str(runtime.extension_path())]
+    runtime.read_model(Path(folder) / "openvino_model.xml")  # only to check it: OpenVINO maps weights, it reads none
+    extensions = [*properties.pop("extensions", ()), str(extension_path())]
     from openvino_genai import LLMPipeline
 
     return LLMPipeline(str(folder), device, extensions=extensions, **properties)

@@ -1,4 +1,4 @@
-"""Optimum-Intel: let stock classes read packed IRs, load one by public API only, export a complete model folder."""
+"""Optimum-Intel: let its classes read packed IRs, load a packed model, export a model as a complete folder."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MODEL, TOKENIZER, DETOKENIZER = "openvino_model.xml", "openvino_tokenizer.xml", 
 def register() -> int:
     """Let stock Optimum-Intel classes and pipelines read packed IRs, in this process.
 
-    Optimum keeps one Core per module; each that is imported so far learns the operations. Call it again after importing
-    further model classes; repeating it is harmless.
+    Each module of Optimum has its own Core. Those that are imported by now learn the operations: call this again after
+    you import more model classes. It does no harm to repeat it.
 
     :return: Number of Cores that know the operations now.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
     """
-    import optimum.intel.openvino.modeling_decoder  # noqa: F401  brings modeling_base, whose Core reads and compiles
+    import optimum.intel.openvino.modeling_decoder  # noqa: F401  imports modeling_base too, whose Core reads and compiles
 
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("optimum.")]
     cores = {
@@ -48,7 +48,7 @@ def load(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> OVModelForCausalLM:
-    """Load a packed (or stock) causal language model without touching Optimum's internals.
+    """Load a packed (or stock) causal language model through the public functions of Optimum only.
 
     :param folder: Model folder with openvino_model.xml, config.json and perhaps generation_config.json.
     :param device: OpenVINO device; packed weights run on CPU.
@@ -95,12 +95,12 @@ def export(
     task: str = "text-generation-with-past",
     overwrite: bool = False,
 ) -> Path:
-    """Write a complete OpenVINO folder of a language model in memory: dense with zeros, or compressed by NNCF.
+    """Export a torch language model, sparse or compressed by NNCF, as a complete OpenVINO folder.
 
-    INT4 weights in NNCF's torch form keep their codes and scales bit for bit. Nothing is rounded or compressed on top.
-    Layers may differ in their number of key/value heads or lack attention: each layer with attention has a state of its
-    own shape. Mamba and Mamba-2 are exported with the states of their convolutions and state spaces, also where layers
-    lack the latter.
+    INT4 weights in NNCF's torch form keep their integers and scales bit for bit. Nothing else is rounded or compressed.
+    Layers may differ in their number of key/value heads, or have no attention: each layer with attention gets a cache
+    of its own shape. Mamba and Mamba-2 are exported with the states of their convolutions and state spaces. Layers
+    without a state space keep the state of their convolution only.
 
     :param model: The torch model.
     :param tokenizer: Its tokenizer.
@@ -108,7 +108,8 @@ def export(
     :param task: Optimum's name of the task.
     :param overwrite: Replace an existing model folder once the new one is complete.
     :return: The folder.
-    :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or the cache has gaps.
+    :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or a layer without attention
+        leaves a gap in the cache.
     """
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
@@ -117,7 +118,7 @@ def export(
     out = Path(out)
     with whole_folder(out, overwrite) as draft:
         if model.config.model_type in state_space.MODEL_TYPES:
-            # Optimum has no export of these models with the transformers that it works with.
+            # Optimum cannot export these models with the releases of transformers that it supports.
             save_model(state_space.convert_state_space_model(model.eval()), draft / MODEL)
             model.config.save_pretrained(draft)
             if model.generation_config is not None:
@@ -144,9 +145,9 @@ def _export_by_optimum(model: PreTrainedModel, draft: Path, task: str) -> None:
 
 
 def _export_configs(model: PreTrainedModel, task: str) -> dict[str, Any] | None:
-    """Optimum's own export config with the model's true cache, or None where Optimum's idea of it is right.
+    """:return: Optimum's export config with the cache shapes of this model; None where Optimum's own shapes are right.
 
-    Optimum shapes the cache by one global number of heads for every layer.
+    Optimum takes one number of key/value heads for all layers.
     """
     if task != "text-generation-with-past":
         return None
@@ -154,7 +155,7 @@ def _export_configs(model: PreTrainedModel, task: str) -> dict[str, Any] | None:
 
     config = model.config.get_text_config()
     uniform = [getattr(config, "num_key_value_heads", None) or config.num_attention_heads] * config.num_hidden_layers
-    # The cache itself knows: one token fills it.
+    # After one token the cache shows which layers write to it, and with how many heads.
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         cache = model.eval()(input_ids=token, use_cache=True).get("past_key_values")
@@ -183,7 +184,7 @@ def _with_cache(model: PreTrainedModel, task: str, heads: list[int]) -> Any:
     base = constructor(model.config)
 
     class TrueCache(type(base)):  # type: ignore[misc]
-        """The family's export config with one pair of keys and values for each layer that has attention."""
+        """The model family's export config with keys and values only for the layers that have attention."""
 
         def add_past_key_values(self, inputs_or_outputs: dict[str, dict[int, str]], direction: str) -> None:
             super().add_past_key_values(inputs_or_outputs, direction)

@@ -1,8 +1,8 @@
-"""Mamba and Mamba-2 as stateful IR: whole prompts and single tokens through one graph, states as variables.
+"""Converts Mamba and Mamba-2 to a stateful IR. One graph takes prompts and single tokens; states are variables.
 
-The graph is traced from the mixers' own weights. The scan, which no conversion rule takes at any length, is an
-operation of torch here that is built of OpenVINO's operations. Mixers without a state space (removed by Mamba-Shedder)
-keep the state of their convolution only.
+The model is traced by torch. A traced scan would be fixed to the number of tokens of the example. So each scan is a
+torch operation of our own while tracing, and a conversion rule builds it from OpenVINO's operations for any number of
+tokens. A mixer without a state space (Mamba-Shedder removed it) keeps the state of its convolution only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 MODEL_TYPES = ("mamba", "falcon_mamba", "mamba2")
 CHUNK = 64
-"""Tokens that Mamba-2's scan takes at once."""
-_END = np.iinfo(np.int64).max
+"""Number of tokens that Mamba-2's scan computes by one matrix product."""
+_END = np.iinfo(np.int64).max  # a slice up to here goes to the end
 
 
 def convert_state_space_model(model: torch.nn.Module) -> ov.Model:
@@ -77,7 +77,7 @@ def convert_state_space_model(model: torch.nn.Module) -> ov.Model:
 
 
 def _make_stateful(ir: ov.Model, states: dict[str, str]) -> None:
-    """Turns inputs and outputs into variables that begin as zeros and follow ``beam_idx`` ``[sequences]``."""
+    """Turns inputs and outputs into variables. They begin as zeros; ``beam_idx`` ``[sequences]`` selects their rows."""
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     apply_make_stateful_transformation(ir, states)
@@ -112,7 +112,7 @@ def _decoder(model: Any) -> torch.nn.Module:
     import torch
 
     class Decoder(torch.nn.Module):
-        """The model with its states as arguments and results."""
+        """The model as a function: it takes the states as arguments and returns the new ones."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -139,7 +139,7 @@ def _decoder(model: Any) -> torch.nn.Module:
 
 
 def _mix(mixer: Any, hidden: Tensor, mask: Tensor, conv: Tensor, ssm: Tensor | None) -> tuple[Any, ...]:
-    """One mixer with its states: output ``[sequences, tokens, hidden]`` and the new states."""
+    """:return: The output of one mixer, ``[sequences, tokens, hidden]``, and its two new states."""
     from torch import cat
     from torch.nn import functional as F
 
@@ -201,7 +201,7 @@ def _mamba2_scan(mixer: Any, x: Tensor, dt: Any, ssm: Tensor) -> tuple[Tensor, T
 
 @cache
 def _operations() -> None:
-    """Makes the scans known to torch: while tracing only their shapes count."""
+    """Registers the scans as torch operations. They return zeros: tracing needs the right shapes only."""
     import torch
 
     def mamba_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ def _build_mamba2_scan(context: Any) -> list[Any]:
         return opset.transpose(split, _ints(order))
 
     def tokens_of(value: Any) -> Any:
-        """Chunks and their tokens as one axis again."""
+        """Makes one axis of tokens again of the axes of chunks and of tokens in a chunk."""
         return opset.reshape(value, _ints([0, 0, 0, -1, value.get_output_partial_shape(0)[5].get_length()]), True)
 
     x = chunks(x, (groups, share, channels))
@@ -274,9 +274,9 @@ def _build_mamba2_scan(context: Any) -> list[Any]:
     since_start = opset.add(until, opset.unsqueeze(before, _ints(-1)))
     total = opset.gather(whole, _ints([-1]), _ints(3))  # [sequences, groups, share, 1]
 
-    # Within each chunk.
+    # What tokens give to later ones of the same chunk: y[i] = sum over j <= i of (c[i] . b[j]) decay(j, i) x[j].
     y = opset.matmul(opset.multiply(opset.matmul(c, b, False, True), _between(until, until)), x, False, False)
-    # What earlier chunks wrote: nothing at all where there is one chunk, as there is for one token.
+    # What tokens give to those of later chunks. With one chunk, as for a single token, these tensors are empty.
     left = opset.exp(opset.subtract(opset.unsqueeze(last, _ints(-1)), until))
     read, write = (
         opset.multiply(each, opset.unsqueeze(much, _ints(-1))) for each, much in ((c, opset.exp(until)), (b, left))
@@ -287,7 +287,7 @@ def _build_mamba2_scan(context: Any) -> list[Any]:
     carried = opset.reshape(carried, _ints([0, 0, 0, 0, states, channels]), True)
     later = opset.add(_cut(y, 1, _END), opset.matmul(_cut(read, 1, _END), carried, False, False))
     y = tokens_of(opset.concat([_cut(y, 0, 1), later], axis=3))
-    # What was there before the first token, and what is there behind the last one.
+    # What the state before the first token gives to all tokens, and the state after the last token.
     state = opset.reshape(state, _ints([0, groups, share, states, channels]), True)
     read = tokens_of(opset.multiply(c, opset.unsqueeze(opset.exp(since_start), _ints(-1))))
     y = opset.add(y, opset.matmul(read, state, False, False))
@@ -303,12 +303,12 @@ def _build_mamba2_scan(context: Any) -> list[Any]:
 
 
 def _cut(value: Any, start: int, stop: int) -> Any:
-    """Some of the chunks."""
+    """The chunks from ``start`` to ``stop``, as in a Python slice."""
     return opset.slice(value, _ints([start]), _ints([stop]), _ints([1]), _ints([3]))
 
 
 def _between(ends: Any, starts: Any) -> Node:
-    """exp(ends[i] - starts[j]) where j <= i, else 0: how much of what came at j is left at i."""
+    """exp(ends[i] - starts[j]) where j <= i, else 0: the part of what was added at j that is left at i."""
     difference = opset.subtract(opset.unsqueeze(ends, _ints(-1)), opset.unsqueeze(starts, _ints(-2)))
     count = opset.gather(opset.shape_of(ends, output_type="i64"), _ints(-1), _ints(0))
     places = opset.range(_ints(0), count, _ints(1), output_type="i64")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -33,7 +34,10 @@ def build(target: str, folder: str = "sanitized", compiler: str = "g++", engine:
         [cmake, "-G", "Unix Makefiles", "-S", ROOT / "ov_ext" / "cpu_plugin", "-B", out, *options],
         [cmake, "--build", out, "--target", target, "--parallel", str(os.cpu_count())],
     )
-    for command in commands:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert not done.returncode, done.stdout + done.stderr
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as lock:  # tests run in several processes, and one builds for all
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in commands:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert not done.returncode, done.stdout + done.stderr
     return out

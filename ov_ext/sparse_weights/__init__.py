@@ -1,1 +1,1 @@
-"""Sparse weights in an IR: found, judged by a cost model, packed into one operation, and restored exactly."""
+"""Sparse weights in an IR: find them, decide by a cost model which ones to pack, pack them, restore the stock IR."""

@@ -1,9 +1,9 @@
-"""How long one token takes in a linear layer, in each form the layer can have: what packing decides by.
+"""Estimates the time of one token in a linear layer, in each form that the layer can have. Packing takes the fastest.
 
-Decoding reads every weight once for each token, so a form costs the bytes it reads over the bandwidth its kernel
-reaches, or, where expanding the bitmap is slower than memory, the time of its instructions. Both are fractions of what
-the machine reads, measured by ``python -m benchmarks.matmul --sparsity 0 0.5 0.8``, so only their ratios matter, and
-these hardly depend on the machine's speed.
+Decoding reads every weight once for each token. So the time of a form is the bytes it reads divided by the bandwidth
+that its kernel reaches; or, where expanding the bitmap is slower than reading, the time of those instructions. Both are
+stored as fractions of the machine's read bandwidth, measured by ``python -m benchmarks.matmul --sparsity 0 0.5 0.8``.
+Only ratios between forms are used, and these hardly depend on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Form = Literal["stock", "dense", "sparse"]
 
 
 class Choice(NamedTuple):
-    """What a layer becomes.
+    """The form that a layer gets.
 
-    :param form: Its form.
+    :param form: ``"stock"``: it stays as it is; ``"dense"``, ``"sparse"``: our operation without or with a bitmap.
     :param speedup: Expected time of stock / time of our best form at one token; None where nothing was estimated.
-    :param reason: Why it stays stock; else "".
+    :param reason: Why it stays stock; "" when it does not.
     """
 
     form: Form
@@ -34,8 +34,8 @@ class Rates:
     :param stock: Fraction of the read bandwidth that stock OpenVINO reaches.
     :param dense: The same for our kernels on weights without a bitmap.
     :param sparse: The same for our kernels on weights with a bitmap.
-    :param slowest_bytes: What one weight costs at least with a bitmap, as bytes read at full bandwidth: the
-        instructions that expand it.
+    :param slowest_bytes: The least that one weight costs with a bitmap, because of the instructions that expand it:
+        as the number of bytes that the machine reads in that time at full bandwidth.
     """
 
     stock: float
@@ -44,8 +44,8 @@ class Rates:
     slowest_bytes: float
 
 
-# By instruction set and value kind: with AMX on two cores of a Xeon, where one token runs on the AVX-512 kernels, too;
-# with AVX-512 alone on two cores of Zen 4.
+# By instruction set and value kind. AMX: two cores of a Xeon with AMX, where single tokens run on the AVX-512 kernels.
+# AVX-512: two cores of Zen 4.
 _AMX = {
     "bf16": Rates(stock=0.87, dense=0.95, sparse=0.80, slowest_bytes=0.54),
     "int8": Rates(stock=0.85, dense=0.87, sparse=0.80, slowest_bytes=0.20),
@@ -70,7 +70,8 @@ _AVX2_VNNI = {
 }
 RATES = {"amx": _AMX, "avx512": _AVX512, "avx2_vnni": _AVX2_VNNI, "avx2": _AVX2}
 
-# How much faster than stock one of our forms must be: a stock layer is as fast for prompts, and needs no extension.
+# One of our forms must be faster than stock by this factor at one token: a stock layer is as fast for prompts, and it
+# needs no extension.
 MARGIN = 1.1
 
 

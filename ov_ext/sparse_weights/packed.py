@@ -1,4 +1,4 @@
-"""The packed operation in a graph: its weights, how it takes the place of others, and how several become one."""
+"""The packed operation in a graph: recognise it, read its records, put it in place of MatMuls, merge several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_packed(node: Node) -> bool:
 
 
 def records(node: Node) -> list[str]:
-    """What the ``source`` attribute says about each weight.
+    """Read the ``source`` attribute: one record of the stock form for each weight.
 
     :return: Texts for :func:`ov_ext.sparse_weights.subgraph.read_record`.
     :raises RecordError: An operation with several weights does not have a record of each.
@@ -39,9 +39,9 @@ def records(node: Node) -> list[str]:
 
 
 def group(graph: ov.Model, factory: NodeFactory) -> None:
-    """Make one operation of those that read the same activations in the same form, such as q, k and v of attention.
+    """Merge operations that read the same activations in the same form, such as q, k and v of attention.
 
-    One operation prepares its activations once and enters one parallel region; the blobs stay apart.
+    A merged operation quantizes the activations once and starts its threads once. It keeps one blob for each weight.
 
     :param graph: Graph with packed operations of one weight each.
     :param factory: Knows the packed operation.
@@ -80,7 +80,7 @@ def redirect(old: Output, new: Output) -> None:
 
 
 def detach(node: Node) -> None:
-    """Cut a replaced node off from its inputs: as long as anybody holds it, it would count as their consumer."""
+    """Cut a replaced node off from its inputs: while a reference to it exists, it would count as their consumer."""
     for port in node.inputs():
         source = port.get_source_output()
         stand_in = ov.op.Parameter(source.get_element_type(), source.get_partial_shape())

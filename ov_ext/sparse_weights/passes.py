@@ -1,4 +1,4 @@
-"""The pass that packs sparse weights, and its exact inverse: the only step of the flow that knows a packed format."""
+"""The pass that packs sparse weights, and its exact inverse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import runtime
+from ov_ext.cpu_plugin.sparse_matmul import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
+from ov_ext.extension import extension_path, package_version
 from ov_ext.sparse_weights.cost import Choice
 from ov_ext.sparse_weights.packed import OPERATION, detach, group, is_packed, records, redirect
 from ov_ext.sparse_weights.policy import LayerReport, PackReport, SparsePolicy
@@ -40,17 +42,18 @@ class AlreadyPackedError(ValueError):
 def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> tuple[ov.Model, PackReport]:
     """Replace MatMul operations that have sparse constant weights by SparseMatMul.
 
-    Works in place, one weight at a time, so that the peak memory is the model plus a few copies of its largest weight;
-    ``model.clone()`` keeps the input. What stays is as it was: stock tools such as nncf.compress_weights still apply.
+    The model is changed in place: pass ``model.clone()`` to keep it. Weights are packed one at a time, so that the peak
+    memory is the model plus a few copies of its largest weight. MatMuls that are not packed stay as they were, so other
+    tools, such as nncf.compress_weights, can still be applied to them.
 
     :param model: A model with constant weights: plain (f32, f16, bf16), INT8 or INT4.
-    :param policy: Which weights pay; the default packs from the break-even sparsity of each kind.
-    :return: The same model, and the report on every MatMul that has a constant operand: its form and why.
+    :param policy: Which weights to pack. By default those for which our operation is expected to be faster.
+    :return: The same model, and a report with the form of every MatMul that has a constant operand, and why.
     :raises AlreadyPackedError: The model has been packed before.
     :raises ExtensionUnavailableError: The compiled extension is missing or was built for another OpenVINO.
     """
     policy = policy or SparsePolicy()
-    library = runtime.extension_path()
+    library = extension_path()
     runtime.check_format(model)
     if packed := sum(node.get_output_size() for graph in _graphs(model) for node in graph.get_ops() if is_packed(node)):
         msg = (
@@ -72,7 +75,7 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
         entries = {
             "format": "SPW1",
             "format_version": VERSION,
-            "version": runtime.package_version(),
+            "version": package_version(),
             "target": policy.target,
             "activation_group": policy.activation_group,
         }
@@ -84,10 +87,10 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
 def unpack_sparse_weights(model: ov.Model) -> ov.Model:
     """Restore the stock subgraphs: the inverse of :func:`pack_sparse_weights`, in place.
 
-    Constants come back bit for bit, with their types, shapes, names, scales and zero points. Two documented exceptions:
-    -0.0 in plain weights becomes +0.0, and f32 or f16 weights hold the bf16 values that packing rounded them to.
+    Constants come back bit for bit, with their types, shapes, names, scales and zero points. There are two exceptions:
+    -0.0 in plain weights becomes +0.0, and f32 or f16 weights keep the bf16 values to which packing rounded them.
 
-    Everything is tried out before the first operation is replaced: an error leaves the model as it was.
+    All operations are checked before the first one is replaced, so an error leaves the model as it was.
 
     :param model: A packed model; one without packed weights is returned as it is.
     :return: The same model.
@@ -112,7 +115,7 @@ def unpack_sparse_weights(model: ov.Model) -> ov.Model:
 
 
 def _rehearse(node: Node) -> None:
-    """Check what a file says about one packed operation by building its stock form beside the graph.
+    """Check one packed operation, which may come from a damaged file: build its stock form, outside the graph.
 
     :raises RecordError: It has no usable record.
     :raises ValueError: Its blob is damaged.
@@ -144,7 +147,7 @@ def _unpack(graph: ov.Model) -> None:
     blobs = {port.get_node().get_name() for node in pending for port in node.input_values()[1:]}
     others = (node for node in graph.get_ops() if not is_packed(node) and node.get_name() not in blobs)
     known = {node.get_friendly_name(): node for node in others}
-    while pending:  # popped, not iterated: a reference to a replaced operation would keep its blobs in memory
+    while pending:  # pop, not iterate: a list would hold the replaced operations, and so their blobs, in memory
         node = pending.popleft()
         for i, record in enumerate(records(node)):
             blob = node.input_value(1 + i).get_node().get_data()
@@ -154,8 +157,6 @@ def _unpack(graph: ov.Model) -> None:
 
 def _stock_form(record: str, blob: np.ndarray, x: Output, known: dict[str, Node]) -> Node:
     """:return: The last node of the stock subgraph of one packed weight, computed from ``x``; see :func:`restore`."""
-    from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
-
     return restore(read_record(record), native.unpack(blob), x, known)
 
 
@@ -178,23 +179,23 @@ class _Blob:
     group: int
     sparsity: float
     choice: Choice
-    new_scales: str  # their element type when it was requantized: its stock form has no zero points any more
+    new_scales: str  # element type of the scales when the weight was requantized (then without zero points), else ""
 
 
-_Blobs = dict[tuple[str, bool, str | None], _Blob]  # by weight, whether its rows are outputs, and bias
+_Blobs = dict[tuple[str, bool, str | None], _Blob]  # by (weight constant, whether its rows are outputs, bias constant)
 
 
 def _pack_graph(graph: ov.Model, policy: SparsePolicy, factory: NodeFactory) -> list[LayerReport]:
     """Pack the weights of one graph.
 
-    :return: Its report. Every stock constant is counted once, at the first MatMul that reads it; whether it is still
-        needed shows when all are done.
+    :return: One entry for each MatMul. A stock constant is counted once, at the first MatMul that reads it. Whether a
+        constant is still needed is known only at the end, so the sizes after packing are filled in then.
     """
     blobs: _Blobs = {}
     counted: set[str] = set()
     entries = []
     pending = deque(node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul")
-    while pending:  # popped, not iterated: a reference to a replaced MatMul would keep its weight in memory
+    while pending:  # pop, not iterate: a list would hold the replaced MatMuls, and so their weights, in memory
         found = find(pending.popleft())
         if found is None:
             continue
@@ -219,8 +220,8 @@ def _joined(*notes: str) -> str:
 def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blobs: _Blobs) -> LayerReport:
     """Replace one MatMul if the policy says so.
 
-    :param blobs: What was packed before; the new blob is entered.
-    :return: Its report, with the bytes of the new blob only.
+    :param blobs: The weights that were packed before. A new one is added.
+    :return: Its report. Of the bytes after packing it has those of a new blob only.
     """
     name = found.matmul.get_friendly_name()
     stays = LayerReport(name, found.shape, found.kind, None, 0, 0, "stock")
@@ -254,7 +255,7 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
     else:
         report = replace(stays, note="shares the blob of an earlier layer")
 
-    segment = blob.group or 128  # the finest group by which the kernel can scale activations
+    segment = blob.group or 128  # the kernel scales activations by groups of at least this size
     attributes = {
         **{"n": found.shape[0], "outputs": [], "k": found.shape[1], "kind": blob.kind, "epilogue": ""},
         "activation_group": segment if 0 < policy.activation_group < segment else policy.activation_group,
@@ -293,8 +294,6 @@ def _foldable_bias(found: ConstantWeight) -> Node | None:
 
 
 def _blob_constant(weight: Weight, dense: bool, bias: Node | None, name: str) -> Node:
-    from ov_ext.cpu_plugin.sparse_matmul import native  # it loads the library, so not at import
-
     constant = bias and bias_constant(bias)
     if constant is not None:
         weight = replace(weight, bias=elements(constant).astype(np.float32))

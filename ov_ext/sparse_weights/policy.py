@@ -22,19 +22,21 @@ _TARGETS = ("this-cpu", *reversed(TARGETS))
 class SparsePolicy:
     """What ``pack_sparse_weights`` may replace.
 
-    :param min_sparsity: Fraction 0..1 of zeros a weight needs. None: each layer gets the form, stock or ours with or
-        without a bitmap, that :mod:`ov_ext.sparse_weights.cost` expects to be the fastest at one token. 0 packs
-        everything that can be packed, dense weights without a bitmap.
-    :param target: Instruction set the IR is meant for: what is fastest depends on it. It is recorded in the IR, and
-        loading on a weaker CPU warns once. The blobs do not depend on it.
-    :param activation_group: Inputs that share one dynamic quantization scale at run time, for int8 and int4 weights:
-        128, 64, -1 (one scale per token) or 0 (activations stay in floating point: slower, exact). A value finer than
-        the weight's own group is raised to that group. For bf16 weights, 0 keeps f32 activations, others round to bf16.
-    :param min_weights: Matrices with fewer elements stay. A call of the operation costs 1 to 7 microseconds more than a
-        built-in layer, which a matrix of half a million weights at 50 % earns back; smaller ones are packed for their
-        memory, and below this size not even that counts.
-    :param requantize: Allow asymmetric weights that cannot be packed losslessly to be rounded to a symmetric grid. The
-        report then shows the relative error of each. Otherwise they stay.
+    :param min_sparsity: Fraction 0..1 of zeros that a weight needs to be packed. 0 packs everything that can be packed;
+        a weight for which a bitmap does not save bytes gets none. None: each layer gets the form that
+        :mod:`ov_ext.sparse_weights.cost` expects to be the fastest at one token: stock, or ours with or without a
+        bitmap.
+    :param target: Instruction set that will run the IR: the fastest form depends on it, the contents of blobs do not.
+        It is recorded in the IR, and loading the IR on a weaker CPU warns once.
+    :param activation_group: Number of inputs that share one dynamic quantization scale at run time, for int8 and int4
+        weights: 128, 64, -1 (one scale per token) or 0 (activations stay in floating point: slower, but exact). A value
+        smaller than the group of the weight is raised to that group. For bf16 weights, 0 keeps f32 activations and any
+        other value rounds them to bf16.
+    :param min_weights: Matrices with fewer elements stay. A call of our operation costs 1 to 7 microseconds more than a
+        call of a built-in layer. A matrix of half a million weights at 50 % zeros makes up for that. Smaller ones are
+        slower and only save memory; below this number of elements they do not save enough to be worth it.
+    :param requantize: Round asymmetric weights that cannot be packed losslessly to a symmetric grid; the report shows
+        the relative error of each. Otherwise they stay.
     :param ignored_names: Friendly names of MatMul operations, or of their weights, that stay.
     :param ignored_patterns: The same as shell patterns, such as ``*lm_head*``.
     :raises ValueError: A value outside its range.
@@ -59,7 +61,7 @@ class SparsePolicy:
             raise ValueError(f"min_weights is a number of elements, got {self.min_weights}.")
 
     def choose(self, kind: str, zeros: float, group: int) -> Choice:
-        """Choose the form of a weight. The target must be an instruction set.
+        """Choose the form of a weight. ``target`` must name an instruction set, not ``"this-cpu"``.
 
         :param kind: Value kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
         :param zeros: Fraction of zeros, 0..1.
@@ -89,10 +91,10 @@ class LayerReport:
     :param shape: (outputs, inputs) of a matrix, the plain shape of anything else.
     :param kind: How the weight was stored: ``f32``, ``bf16``, ``int8_sym``, ``int4_asym``, ...
     :param sparsity: Fraction 0..1 of zeros; None when the weight could not be read.
-    :param bytes_before: Bytes of weight, scales and zero points in the stock model. Constants that several MatMuls read
-        are counted at the first.
-    :param bytes_after: Bytes afterwards: those of the blob, at the first MatMul that reads it, and those counted before
-        that some operation still needs.
+    :param bytes_before: Bytes of weight, scales and zero points in the stock model. A constant that several MatMuls
+        read is counted at the first one.
+    :param bytes_after: Bytes after packing: those of the blob, at the first MatMul that reads it, and those of
+        ``bytes_before`` that some operation still needs.
     :param form: ``"stock"``: it stays; ``"sparse"``, ``"dense"``: a SparseMatMul with or without a bitmap.
     :param note: Why it stays, or what to know about the replacement.
     :param speedup: Expected time of stock / time of our best form at one token (:mod:`ov_ext.sparse_weights.cost`);

@@ -1,11 +1,11 @@
-"""The stock subgraph around a weight, written down as JSON and built again: what makes packing reversible.
+"""Writes the stock subgraph of a weight down as a JSON record, and builds it again: this makes packing reversible.
 
-A blob holds codes, scales and bias. Everything else that belongs to the subgraph (operation types, attributes, names,
-element types, shapes, zero points) goes into the ``source`` attribute of the operation, which the kernel ignores. It is
-an attribute because the rt_info of an operation does not survive saving.
+A blob holds integer codes (or bf16 values), scales and bias. Everything else of the subgraph (operation types,
+attributes, names, element types, shapes, zero points) goes into the ``source`` attribute of our operation. Kernels
+ignore it. It is an attribute because OpenVINO does not save the rt_info of an operation.
 
-Record: ``{"v": 1, "outputs_first": bool, "axes": 2 | 3, "nodes": [...]}``, nodes in evaluation order; their inputs are
-positions in that list, -1 is the activation.
+Record: ``{"v": 1, "outputs_first": bool, "axes": 2 | 3, "nodes": [...]}``. The nodes are in evaluation order; their
+inputs are positions in that list, and -1 is the activation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OPERATIONS = {"Constant", "Convert", "Subtract", "Multiply", "Reshape", "Transp
 _STORED = ("data", "zero")  # roles of constants whose bytes are in the record; the others are in the blob
 _ROLES = ("values", "scale", "bias", *_STORED)
 _ELEMENTS = (*FLOATS, *SYMMETRIC, "i16", "u16", "i32", "u32", "i64", "u64")
-# What Python, numpy, zlib and OpenVINO raise for a record that is well-formed JSON and still makes no sense.
+# What Python, numpy, zlib and OpenVINO raise for a record that is valid JSON but has a wrong content.
 _NONSENSE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, zlib.error, Unpackable)
 _KEEP = "decompression_0"  # rt_info that keeps OpenVINO from folding the Convert of an f16 weight
 
@@ -52,8 +52,8 @@ def describe(found: ConstantWeight, bias: Node | None, scales: str = "") -> str:
 
     :param found: The weight, still in its graph.
     :param bias: The Add behind the MatMul whose constant goes into the blob, or None.
-    :param scales: Element type of the new scales when the weight was requantized: describe the subgraph without zero
-        points, and with f32 arithmetic where its f16 could not hold them. "" for a lossless copy.
+    :param scales: "" for a weight that is packed losslessly. For a requantized weight: the element type of its new
+        scales. Then the record has no zero points; and f32 arithmetic if the scales were f16 and need f32 now.
     :return: JSON for :func:`restore`.
     """
     widened = scales == "f32" and found.scale is not None and element_name(found.scale) == "f16"
@@ -117,8 +117,8 @@ def restore(record: dict[str, Any], weight: Weight, x: Output, known: dict[str, 
     :param record: What :func:`read_record` gave.
     :param weight: The unpacked blob.
     :param x: The activation.
-    :param known: Nodes of the model by friendly name. A constant path that is still there for another consumer, or was
-        restored for an earlier one, is used again instead of being doubled; new nodes are entered.
+    :param known: Nodes of the model by friendly name. Nodes that do not depend on the activation are taken from here if
+        the same ones are still in the model, or were restored before. New nodes are added.
     :return: The last node: the MatMul, or the Add of its bias.
     :raises RecordError: The record does not fit the blob, or describes operations that cannot be built.
     """
@@ -165,7 +165,7 @@ def _damaged(why: object) -> RecordError:
 
 
 def _problem(record: dict[str, Any]) -> str:
-    """:return: What is wrong with the form of a record, which comes from a file; or ""."""
+    """:return: What is wrong with the form of a record, which may come from a damaged file; "" if nothing is."""
     nodes = record.get("nodes")
     if not isinstance(nodes, list) or not nodes or not all(isinstance(entry, dict) for entry in nodes):
         return "it lists no operations"
@@ -217,7 +217,7 @@ def _constant_entry(node: Node, role: str, found: ConstantWeight, scales: str) -
 
 
 def _arrays(record: dict[str, Any], weight: Weight) -> dict[str, np.ndarray]:
-    """:return: Blob contents in the orientation of the stock constants, by role; scales with all their axes."""
+    """:return: By role, what the blob holds, turned as in the stock constants. Scales have all their axes."""
     outputs_first = record["outputs_first"]
     values = weight.values
     zero = next((entry for entry in record["nodes"] if entry.get("role") == "zero"), None)
@@ -270,7 +270,7 @@ def _encode(values: np.ndarray, element: str) -> np.ndarray:
 
 
 def _kept_convert(port: Output, destination: str) -> Node:
-    """A Convert with the mark of OpenVINO's f16 compression, which Python can read but only an IR can set."""
+    """Make a Convert with the rt_info of OpenVINO's f16 compression. Python cannot set it, so it is read from an IR."""
     source = port.get_element_type().get_type_name()
     precision = {"f16": "FP16", "bf16": "BF16", "f32": "FP32", "f64": "FP64"}
     before, after = f'precision="{precision[source]}"', f'precision="{precision[destination]}"'
@@ -293,7 +293,7 @@ def _kept_convert(port: Output, destination: str) -> Node:
 
 
 def _same(existing: Node, node: Node) -> bool:
-    """:return: True when two constant paths give the same tensor."""
+    """:return: True when two nodes compute the same tensor from the same inputs."""
     if existing.get_type_name() != node.get_type_name() or existing.get_output_size() != 1:
         return False
     if node.get_type_name() == "Constant":

@@ -1,4 +1,4 @@
-"""The weight of a MatMul as plain arrays: which form it has in a stock IR, and what a blob would hold.
+"""Finds the weight of a MatMul in a stock IR, and reads it as the arrays that a blob holds.
 
 A stock IR holds a weight in one of these forms, read from the constant towards the MatMul:
 
@@ -6,9 +6,9 @@ A stock IR holds a weight in one of these forms, read from the constant towards 
 * decompression: ``Constant(i8 | u8 | i4 | u4) -> Convert -> [Subtract(zero)] -> Multiply(scale) -> [Reshape] ->
   [Convert] -> MatMul``
 
-with scale groups as ``[N, G, group]`` (``[G, group, N]`` where transpose_b is false) merged by the Reshape, and
-sometimes a Transpose. :func:`find` recognises the form without touching data, :func:`load` and :func:`requantize`
-read it.
+A weight with scale groups has the shape ``[N, G, group]`` (``[G, group, N]`` where transpose_b is false) until the
+Reshape merges the groups. There may be a Transpose, too. :func:`find` recognises the form without reading data;
+:func:`load` and :func:`requantize` read it. Codes are the integers that stand for quantized values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SYMMETRIC_EXPORT = {
 
 
 class Unpackable(Exception):
-    """A weight that cannot become a blob; the text is the reason that the report shows."""
+    """A weight that cannot be packed. The report shows the text of the error as the reason."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ConstantWeight:
 
     @property
     def kind(self) -> str:
-        """How the weight is stored, for people: ``f32``, ``int8_asym``, ``int4_sym``, ..."""
+        """How the weight is stored, as the report shows it: ``f32``, ``int8_asym``, ``int4_sym``, ..."""
         if self.scale is None or self.element not in SYMMETRIC:
             return self.element
         return f"int{self.element[1:]}_{'sym' if self.zero is None else 'asym'}"
@@ -121,7 +121,7 @@ def find(matmul: Node) -> ConstantWeight | None:
                 return None
             if kind == "Reshape":
                 reshaped = True
-            else:  # nearer the constant than a Reshape, it does not swap the axes of this matrix
+            else:  # before the Reshape that merges groups, a Transpose would not swap the axes of the matrix
                 swaps += 1
                 if scaled is not None or reshaped or order.get_data().tolist() != [1, 0]:
                     problem = problem or "its axes are permuted in an unusual order"
@@ -164,11 +164,12 @@ def load(found: ConstantWeight) -> tuple[Weight, str]:
 
 
 def requantize(found: ConstantWeight) -> tuple[Weight, str, str]:
-    """Round an asymmetric weight to a symmetric grid with the same groups; zeros stay zeros.
+    """Round an asymmetric weight to a symmetric grid with the same groups. Zeros stay zeros.
 
-    The scale of a group is its value of largest magnitude divided by the lowest code, so that this value lands on the
-    grid whatever its sign, as in NNCF's symmetric modes. Scales are rounded to the element type of the stock ones
-    before the codes are chosen, so that the restored weight is the packed one; where f16 would lose them they are f32.
+    The scale of a group is its value of largest magnitude divided by the lowest code (-8 or -128). So this value gets
+    the lowest code, whatever its sign, as in NNCF's symmetric modes. The scales are rounded to the element type of the
+    stock scales before the codes are chosen, so that a restored weight has the same values as the packed one. They are
+    f32 where f16 cannot hold them.
 
     :param found: A quantized weight without problem.
     :return: The arrays, a remark with the relative error (Frobenius norm of the change over that of the weight), and
@@ -236,7 +237,7 @@ def elements(constant: Node) -> np.ndarray:
 
 
 def _computed(matmul: Node, node: Node) -> ConstantWeight | None:
-    """:return: A weight that some other operation computes from constants, or None when it is an activation."""
+    """:return: The weight, with its problem: ``node`` computes it from constants. None if it is no weight at all."""
     constants = [constant_behind(port) for port in node.input_values()]
     if not constants or any(constant is None for constant in constants):
         return None
@@ -248,7 +249,7 @@ def _computed(matmul: Node, node: Node) -> ConstantWeight | None:
 
 
 def _is_coded(port: Output) -> bool:
-    """:return: True when a port carries converted integer (or other non-float) codes, with or without zero points."""
+    """:return: True when a port carries codes (of a type that is no float), perhaps minus zero points."""
     node = port.get_node()
     while node.get_type_name() in ("Subtract", "Convert", "Reshape"):
         node = node.input_value(0).get_node()

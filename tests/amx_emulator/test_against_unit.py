@@ -10,6 +10,8 @@ import pytest
 from tests.amx_emulator.cases import INPUTS, MEMORY, TILE, Case, Result, configuration, run_cases, tile_address
 from tests.amx_emulator.emulated import Emulator, require_amx
 
+pytestmark = pytest.mark.slow
+
 DOT_PRODUCTS = ["tdpbf16ps", "tdpbssd", "tdpbsud", "tdpbusd", "tdpbuud"]
 STORED = 3 * 64  # three configurations to load lie at 0, this is where one is stored
 

@@ -19,6 +19,8 @@ import pytest
 from tests.amx_emulator.cases import configuration
 from tests.amx_emulator.emulated import Emulator, compile_c, python_command
 
+pytestmark = pytest.mark.slow
+
 ARCH_PRCTL, GET_SUPPORTED, GET_PERMITTED, REQUEST, TILE_DATA = 158, 0x1021, 0x1022, 0x1023, 18
 TILEZERO = bytes([0xC4, 0xE2, 0x7B, 0x49, 0xC0])
 UD2 = bytes([0x0F, 0x0B])

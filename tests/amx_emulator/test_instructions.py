@@ -23,6 +23,8 @@ from tests.amx_emulator.cases import (
 )
 from tests.amx_emulator.emulated import require_amx
 
+pytestmark = pytest.mark.slow
+
 Execute = Callable[[Sequence[Case]], list[Result]]
 
 

@@ -16,6 +16,8 @@ import pytest
 from tests import sanitized
 from tests.amx_emulator.emulated import ROOT, Emulator, cpu_flags, python_command
 
+pytestmark = pytest.mark.slow
+
 KIND_GROUPS = [("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 0), ("int4", 64), ("int4", 128)]
 USED = {"bf16": "tdpbf16ps", "int8": "tdpbssd", "int4": "tdpbssd"}
 SIZES = [1, 2, 15, 16, 17, 31, 33, 64, 100]

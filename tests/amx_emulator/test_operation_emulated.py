@@ -9,6 +9,8 @@ import pytest
 
 from tests.amx_emulator.emulated import Emulator
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("bf16", "int8", "int4")
 # oneDNN would use the unit too, and be counted.
 ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}

@@ -21,6 +21,8 @@ from benchmarks.adapters import (
     main,
 )
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, LAYERS, TOKENS, RANK = 1024, 2, 1024, 16
 
 

@@ -15,6 +15,8 @@ from benchmarks.arms import UnfairComparison
 from benchmarks.comparison import Entrant, running
 from benchmarks.engines import Engine, EngineDied
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -80,9 +82,9 @@ def test_an_engine_is_another_process_and_stands_still_between_calls() -> None:
         assert engine.call("pid") == engine.pid != os.getpid()
         assert state(engine.pid) == "T"
         first = engine.call("read")
-        time.sleep(0.3)
-        # It would have counted to 200 or more; what runs is the moment around each call.
-        assert engine.call("read") - first < 150
+        time.sleep(1)
+        # Left running it would count to 500 or more, even on a busy machine. It does run for the moment of each call.
+        assert engine.call("read") - first < 400
         assert state(engine.pid) == "T"
     assert gone([engine.pid])
 

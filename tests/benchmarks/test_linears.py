@@ -18,6 +18,8 @@ from benchmarks.llama import ALL, LlamaShape, RandomLlama
 from benchmarks.weights import KINDS, random_weight, stock_bytes, stock_weight
 from ov_ext.cpu_plugin.sparse_matmul import native
 
+pytestmark = pytest.mark.slow
+
 ODD = LlamaShape(hidden=256, mlp=384, heads=6, kv_heads=2, head_dim=64, vocab=64, layers=2)
 
 

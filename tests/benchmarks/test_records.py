@@ -14,6 +14,8 @@ from benchmarks.comparison import OURS, STOCK
 from benchmarks.llama import TINY, RandomLlama
 from benchmarks.results import write_json
 
+pytestmark = pytest.mark.slow
+
 SURROUNDINGS = {"threads", "openvino", "cpu", "last_level_cache_mib", "git_commit", "settings", "kernel"}
 EVERY = {"engine", "kind", "weights", "sparsity", "setting", "fastest", "beside", "rows"}
 TIMED = {"ms", "ms_min", "ms_max", "ratio", "ratio_min", "ratio_max", "ratio_int4", "gbps", "weights_mib"}

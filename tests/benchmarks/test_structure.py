@@ -11,6 +11,8 @@ from benchmarks import structure
 from benchmarks.llama import TINY
 from tests.structure_models import by_layer
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_tiny_model_is_cut_exported_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--quick", "--work-dir", str(tmp_path), "--json", str(tmp_path / "r.json")]

@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 
-from ov_ext import runtime
+from ov_ext.extension import extension_path
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason=f"no AVX-512 code on {platform.machine()}"
@@ -33,7 +33,7 @@ def _run(*command: str) -> str:
 @functools.cache
 def _decoders() -> list[list[str]]:
     """The instructions of every function that expands rows, in order of address."""
-    library = str(runtime.extension_path())
+    library = str(extension_path())
     frames = re.findall(r"\bFDE\b.*\bpc=([0-9a-f]+)\.\.", _run("objdump", "--dwarf=frames", library))
     starts = sorted({int(start, 16) for start in frames})
     functions: dict[int, list[str]] = {}

@@ -12,6 +12,8 @@ import pytest
 
 from tests.sanitized import ROOT, build
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
     """The same 3000 inputs in every run, half of them valid; `make fuzz` tries others for as long as wanted."""

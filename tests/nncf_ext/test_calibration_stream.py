@@ -125,6 +125,7 @@ def living_activations():
     return sum(value.numel() for value in tensors if value.dim() == 3 and value.shape[-1] == WIDTH)
 
 
+@pytest.mark.slow
 def test_activations_of_one_boundary_are_held():
     """At no block are there more living activations than at the first: they do not add up over the model."""
     model, samples = Stack("plain", blocks=6), items(8)

@@ -130,6 +130,7 @@ def test_search_with_repairs_strays_less_from_the_dense_model(model) -> None:
     assert sum(each.numel() for each in repaired.parameters()) == plan.costs_after.parameters
 
 
+@pytest.mark.slow
 def test_a_resumed_search_repairs_what_it_had_repaired(tiny_llama, tmp_path, stopped_search) -> None:
     model = models(tiny_llama)["llama"]
     options = {"ratio": 0.3, "compensate": True, "joint_cost": "parameters"}

@@ -18,6 +18,8 @@ from nncf_ext import ElasticCallback, sandwich_loss
 from nncf_ext.algorithms.elastic_lora.adapter import active_rank
 from tests.nncf_ext.adapters import VOCABULARY, adapted, qkv, tokens
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINTING = [None, False, True]
 NAMES = ["stored", "checkpoints", "reentrant checkpoints"]
 

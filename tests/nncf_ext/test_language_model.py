@@ -16,6 +16,8 @@ import nncf_ext
 from nncf_ext import AdvancedSparseWeightsParameters, CompressMode
 from nncf_ext.algorithms.sparse_weights.algorithm import MODES
 
+pytestmark = pytest.mark.slow
+
 ASSETS = Path(__file__).parents[2] / "samples" / "assets"
 WINDOW = 256
 CALIBRATION_WINDOWS = 48

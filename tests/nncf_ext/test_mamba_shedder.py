@@ -99,6 +99,7 @@ def zamba2(plan, step):
         yield from state_spaces(plan, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stages", "moves"),
     [
@@ -142,6 +143,7 @@ def _prefixes(small):
     yield trial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_resumed_search_gives_the_same_plan(at, tmp_path, stopped_search) -> None:
     model = make("zamba2")

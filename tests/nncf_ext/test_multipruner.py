@@ -226,6 +226,7 @@ def heads_and_channels(plan) -> float:
     return sum(20 * len(kept["attention"]) + len(kept["mlp"]) for kept in by_layer(plan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["parameters", "kv_bytes_per_token", heads_and_channels])
 def test_joint_search_pays_where_a_unit_costs_least_loss(model, cost) -> None:
     small = prune(model, ratio=0.25, joint_cost=cost)

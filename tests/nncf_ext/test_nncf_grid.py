@@ -193,6 +193,7 @@ def test_convert_model_lands_on_the_same_grid():
     np.testing.assert_allclose(result, model(item).detach().numpy(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_optimum_export_lands_on_the_same_grid(tiny_llama, token_items, token_dataset, logits_of, tmp_path):
     from optimum.exporters.openvino import export_from_model
     from optimum.intel import OVModelForCausalLM

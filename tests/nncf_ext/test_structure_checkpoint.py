@@ -118,6 +118,7 @@ def test_stock_classes_refuse_uneven_layers(branch, tmp_path) -> None:
             loader.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_the_folder_alone(tmp_path) -> None:
     small, ids = uneven("qwen3"), tokens()
     nncf_ext.save_pretrained(small, tmp_path)
@@ -158,6 +159,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_trust_remote_code_needs_no_package_of_ours(tmp_path) -> None:
     """All families in one process, which cannot import ours."""
     made = {name: uneven(name) for name in CAUSAL | ENCODERS} | {name: without_states(name) for name in SCANNED}

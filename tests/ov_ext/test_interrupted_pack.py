@@ -18,6 +18,8 @@ from ov_ext import cli
 from ov_ext.folder import whole_folder, write_whole
 from tests.ov_ext.ir_forms import Form, build
 
+pytestmark = pytest.mark.slow
+
 # A job started in the background may inherit that SIGINT is ignored.
 PACK = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ov_ext.cli import app; app()"
 

@@ -16,7 +16,7 @@ import ov_ext.optimum
 from tests.ov_ext.conftest import TINY_LM, load_sparse_lm
 from tests.ov_ext.grids import grid, torch_grid
 
-pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 
 # One precision everywhere, so that differences are those of summation order.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}

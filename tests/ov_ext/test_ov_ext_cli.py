@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import ov_ext
-from ov_ext import cli, runtime
+from ov_ext import cli, extension
 from ov_ext.decode import measure
 from ov_ext.folder import FolderExistsError, whole_folder
 from tests.ov_ext.ir_forms import Form, build, signature
@@ -54,7 +54,7 @@ def test_info() -> None:
 
 
 def test_info_explains_a_wrong_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_built_for", lambda: "2025.9.9")
+    monkeypatch.setattr(extension, "built_for", lambda: "2025.9.9")
     result = run("info", "--json")
     facts = json.loads(result.stdout)
     assert result.exit_code == 1 and "built for OpenVINO 2025.9.9" in facts["extension"] and facts["nncf_ext"]

@@ -12,7 +12,7 @@ import openvino as ov
 import pytest
 
 import ov_ext
-from ov_ext import runtime
+from ov_ext import extension, runtime
 from tests.ov_ext.ir_forms import Form, build
 
 FORM = Form("i4", 128, bias="f32")
@@ -31,18 +31,18 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_versions_must_match(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_built_for", lambda: "2025.9.9-1-abc")
+    monkeypatch.setattr(extension, "built_for", lambda: "2025.9.9-1-abc")
     with pytest.raises(
         ov_ext.ExtensionUnavailableError, match=r"built for OpenVINO 2025\.9\.9.*Install openvino==2025\.9\.9"
     ):
         ov_ext.add_extension(ov.Core())
-    monkeypatch.setattr(runtime, "_built_for", lambda: ov.get_version().split("-")[0] + "-another-commit")
+    monkeypatch.setattr(extension, "built_for", lambda: ov.get_version().split("-")[0] + "-another-commit")
     assert ov_ext.extension_path().is_file()  # a rebuild of the same release is the same interface
 
 
-@pytest.mark.parametrize("what", ["_LIBRARY", "_built_for"])
+@pytest.mark.parametrize("what", ["_LIBRARY", "built_for"])
 def test_a_missing_build_is_explained(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    monkeypatch.setattr(runtime, what, "no_such_library.so" if what == "_LIBRARY" else lambda: None)
+    monkeypatch.setattr(extension, what, "no_such_library.so" if what == "_LIBRARY" else lambda: None)
     for use in (ov_ext.extension_path, ov_ext.cpu_info, packed):
         with pytest.raises(ov_ext.ExtensionUnavailableError, match="pip install --no-deps -e"):
             use()

@@ -16,6 +16,8 @@ import ov_ext
 from ov_ext.cpu_plugin.sparse_matmul import native
 from tests.cpu_plugin.conftest import make_weight
 
+pytestmark = pytest.mark.slow
+
 K = 1100
 SIDES = {"int4": (640, 128), "int8": (200, 0), "bf16": (330, 0)}  # outputs, group
 REQUESTS, STREAMS = 8, 2

@@ -24,6 +24,8 @@ from nncf_ext.structure.surgery import extract_structure
 from ov_ext.state_space import CHUNK, convert_state_space_model
 from tests.structure_models import STATE_SPACE, logits, make, tokens
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = Path(__file__).parents[2] / "samples" / "assets" / "tiny_lm"
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 PROMPT = "def read_file(path):"

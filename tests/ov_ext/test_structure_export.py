@@ -14,6 +14,8 @@ from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
 from tests.structure_models import CAUSAL, make
 
+pytestmark = pytest.mark.slow
+
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 IDS = torch.arange(5, 12)[None]
 HEADS = (3, 4, 1)

@@ -21,6 +21,8 @@ sys.path.insert(0, str(SAMPLES))
 from adapters import harness  # noqa: E402
 from adapters.task import Item, Task  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = (
     "def read_file(path):\n    return",
     "import numpy as",

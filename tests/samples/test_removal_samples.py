@@ -29,6 +29,8 @@ sys.path.insert(0, str(SAMPLES))
 from removal import evidence, models, recovery, text  # noqa: E402
 from train_tiny_mamba import CHUNK, fast  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("script", ["03_multipruner", "04_mamba_shedder"])
 def test_a_quick_run_shows_everything(script: str, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "samples"))
 from adapters import comparison, scoring, signatures, task  # noqa: E402
 from adapters.arithmetic import arithmetic_task  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("signature", "prompt", "answer"),

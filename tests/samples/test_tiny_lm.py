@@ -30,6 +30,8 @@ import train_tiny_lm as script  # noqa: E402
 from tiny_lm import corpus as text  # noqa: E402
 from tiny_lm.kneser_ney import KneserNey  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ASSETS = SAMPLES / "assets"
 SEPARATOR = "<|endoftext|>"
 

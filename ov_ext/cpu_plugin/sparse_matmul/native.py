@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ov_ext import runtime
 from ov_ext.cpu_plugin.sparse_matmul.pack import KINDS, Weight
+from ov_ext.extension import extension_path
 
 
 class _WeightArguments(ctypes.Structure):  # OvExtWeight of capi.cpp
@@ -28,7 +28,7 @@ class _BlobDescription(ctypes.Structure):  # OvExtBlob of capi.cpp
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(runtime.extension_path()))
+    library = ctypes.CDLL(str(extension_path()))
     library.ov_ext_last_error.restype = ctypes.c_char_p
     return library
 
