@@ -7,7 +7,6 @@ all, so an interrupted run leaves a model of which the first units are compresse
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -34,11 +33,12 @@ from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, observe_inputs, read_items
 from nncf_ext.files import digest
 from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
+from nncf_ext.method import Request
 from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import Survey
 from nncf_ext.upstream import HOOKS_PREFIX
 from nncf_ext.weights.int4 import check_hookable, decompressors, dequantize, pack, unpack, weight_hooks
-from nncf_ext.weights.records import LayerRecord, set_record
+from nncf_ext.weights.records import LayerRecord, record_of, set_record
 
 logger = logging.getLogger("nncf_ext")
 
@@ -49,39 +49,27 @@ class SparseWeights:
     """
     One run of a sparse-weights mode. Everything is checked on construction; :meth:`apply` does the work.
 
-    :param mode: SPARSE_MAGNITUDE, SPARSE_WANDA or SPARSE_GPT.
-    :param ratio: Fraction of each layer's weights to zero, 0 <= ratio < 1.
-    :param dataset: Calibration data, or None for magnitude without quantization.
-    :param subset_size: Number of calibration items to use.
-    :param resume: Folder of a journal, or None.
-    :param parameters: Everything else.
+    :param request: What was asked for. SPARSE_MAGNITUDE without quantization needs no dataset.
     :raises nncf.ValidationError: Parameters contradict each other, or data is missing or empty.
     :raises nncf.ParameterNotSupportedError: A parameter is not supported.
     """
 
-    def __init__(
-        self,
-        mode: CompressMode,
-        ratio: float,
-        dataset: nncf.Dataset | None,
-        subset_size: int,
-        resume: str | os.PathLike[str] | None,
-        parameters: AdvancedSparseWeightsParameters,
-    ) -> None:
-        parameters.check(ratio)
+    def __init__(self, request: Request[AdvancedSparseWeightsParameters]) -> None:
+        mode, parameters = request.mode, request.parameters
+        parameters.check(request.ratio)
         self._mode = mode
-        self._ratio = ratio
+        self._ratio = request.ratio
         self._parameters = parameters
-        self._resume = resume
+        self._resume = request.resume
         self._pattern = parameters.keep_and_run
         self._quantize = parameters.quantization is not None
         self._items: list[Any] = []
         if mode is not CompressMode.SPARSE_MAGNITUDE or self._quantize:
             what = f"{mode.value}{' with quantization' if self._quantize else ''}"
-            if dataset is None:
+            if request.dataset is None:
                 msg = f"{what} looks at the inputs of each layer and needs a dataset; got None."
                 raise nncf.ValidationError(msg)
-            self._items = read_items(dataset, subset_size)
+            self._items = read_items(request.dataset, request.subset_size)
 
     def check(self, model: nn.Module, survey: Survey) -> None:
         """
@@ -133,6 +121,7 @@ class SparseWeights:
         :param survey: Its weights.
         :raises KeyboardInterrupt: If interrupted, with the number of finished layers in its text.
         """
+        _note_untouched(survey)
         targets = survey.targets
         journal = None
         if self._resume is not None:
@@ -315,6 +304,14 @@ class SparseWeights:
             "data": digest(self._items),
             "other weights": digest((name, value) for name, value in staying if not name.startswith(HOOKS_PREFIX)),
         }
+
+
+def _note_untouched(survey: Survey) -> None:
+    """Keeps on each layer why it is left alone, for the report."""
+    for weight in survey.weights:
+        earlier = record_of(weight.module)
+        if weight.untouched is not None and (earlier is None or earlier.mode is None):
+            set_record(weight.module, LayerRecord(untouched=weight.untouched, bytes_before=weight.parameter.nbytes))
 
 
 def _already_compressed(name: str, kind: str) -> str:

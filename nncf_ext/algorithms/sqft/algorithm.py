@@ -13,7 +13,7 @@ from torch import nn
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales
 from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
 from nncf_ext.algorithms.sqft.partner import Grid, check_partners, into_cells, on_grid, read_grid
-from nncf_ext.parameters import MergeMode
+from nncf_ext.parameters import MergeMode, parse_choice
 from nncf_ext.weights.int4 import decompressors
 from nncf_ext.weights.records import set_record
 
@@ -48,7 +48,7 @@ def make_mergeable(
         the adapter is merged or mergeable already.
     :raises nncf.ParameterNotSupportedError: The mode is unknown, or an option belongs to the other mode.
     """
-    mode = _mode(mode)
+    mode = parse_choice(mode, MergeMode)
     parameters = advanced_parameters or AdvancedSqftParameters()
     adapter, layers = find_layers(model)
     quantized = mode is MergeMode.QUANT_AWARE
@@ -90,14 +90,6 @@ def make_mergeable(
             put_scales(linear, grids[path].scales.to(linear.weight.device))
             set_record(linear, grids[path].record)
     return model  # type: ignore[return-value]
-
-
-def _mode(mode: MergeMode) -> MergeMode:
-    try:
-        return MergeMode(mode)
-    except ValueError:
-        msg = f"Unknown mode {mode!r}. Modes: {', '.join(f'MergeMode.{each.name}' for each in MergeMode)}."
-        raise nncf.ParameterNotSupportedError(msg) from None
 
 
 def find_layers(model: nn.Module) -> tuple[str, dict[str, LoraLinear]]:

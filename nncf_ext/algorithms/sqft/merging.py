@@ -14,7 +14,7 @@ from nncf_ext.algorithms.elastic_lora.adapter import active_rank
 from nncf_ext.algorithms.sqft.algorithm import find_layers
 from nncf_ext.algorithms.sqft.delta import MergedWeight, pack_mask
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales, scales_on
-from nncf_ext.parameters import MergeMode
+from nncf_ext.parameters import MergeMode, parse_choice
 from nncf_ext.weights.int4 import (
     check_hookable,
     codes_and_scales,
@@ -43,11 +43,7 @@ def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
         contract; the first such layer is named.
     :raises nncf.ParameterNotSupportedError: The mode is unknown.
     """
-    try:
-        mode = MergeMode(mode)
-    except ValueError:
-        msg = f"Unknown mode {mode!r}. Modes: {', '.join(f'MergeMode.{each.name}' for each in MergeMode)}."
-        raise nncf.ParameterNotSupportedError(msg) from None
+    mode = parse_choice(mode, MergeMode)
     adapter, layers = find_layers(model)
     quantized = mode is MergeMode.QUANT_AWARE
     for path, layer in layers.items():
