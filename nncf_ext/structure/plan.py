@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nncf_ext.files import write_whole
 from nncf_ext.structure.coupling import Layout, layout_of, unit_weights
+from nncf_ext.weights.sharing import names_of_parameters
 
 VERSION = 1
 _SAMPLE = 4096
@@ -301,9 +302,7 @@ def check_sharing(model: nn.Module, plan: StructurePlan, layout: Layout) -> None
     :raises nncf.ValidationError: Layers that share weights would keep other units of them.
     :raises nncf.UnsupportedModelError: A weight to be cut is used elsewhere, too.
     """
-    holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
+    names = names_of_parameters(model)
     for index, kept_units in enumerate(plan.layers):
         for name, kept in kept_units.items():
             coupling = layout.couplings[index][name]
@@ -320,8 +319,8 @@ def check_sharing(model: nn.Module, plan: StructurePlan, layout: Layout) -> None
                 raise nncf.ValidationError(msg)
             for path in coupling.stand_ins(kept) or [cut.module for cut in coupling.cuts]:
                 for parameter in layout.blocks[index].get_submodule(path).parameters():
-                    if len(holders[id(parameter)]) > len(users):
-                        msg = f"Asked to cut a weight that is shared: {', '.join(holders[id(parameter)])}. Untie it."
+                    if len(names[id(parameter)]) > len(users):
+                        msg = f"Asked to cut a weight that is shared: {', '.join(names[id(parameter)])}. Untie it."
                         raise nncf.UnsupportedModelError(msg)
 
 

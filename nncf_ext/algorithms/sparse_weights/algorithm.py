@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from nncf_ext.algorithms.sparse_weights.journal import Journal, LayerResult
 from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
 from nncf_ext.algorithms.sparse_weights.solver import (
     AdaptiveMask,
@@ -29,10 +28,12 @@ from nncf_ext.algorithms.sparse_weights.solver import (
     inverse_factor,
     solve,
 )
+from nncf_ext.algorithms.sparse_weights.units import FinishedUnits, LayerResult
 from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, observe_inputs, read_items
 from nncf_ext.files import digest
 from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
+from nncf_ext.journal import Journal
 from nncf_ext.method import Request
 from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import Survey
@@ -123,11 +124,11 @@ class SparseWeights:
         """
         _note_untouched(survey)
         targets = survey.targets
-        journal = None
+        finished = None
         if self._resume is not None:
-            journal = Journal(self._resume, self._header(model, survey))
+            finished = FinishedUnits(Journal(self._resume, "compression", self._header(model, survey)))
         packed = [name for name in targets if f"{name}.weight" in decompressors(model)]
-        foreign = sorted(set(packed) - (journal.layers() if journal is not None else set()))
+        foreign = sorted(set(packed) - (finished.layers() if finished is not None else set()))
         if foreign:
             raise nncf.ValidationError(_already_compressed(foreign[0], "INT4 codes, not from this journal"))
         for name in packed:
@@ -143,7 +144,7 @@ class SparseWeights:
             task = progress.add_task(f"Applying {self._mode.value}", total=total)
             try:
                 for unit in units:
-                    self._compress_unit(model, unit, journal)
+                    self._compress_unit(model, unit, finished)
                     done += len(unit.layers)
                     progress.advance(task)
                     logger.info("%s: %d of %d layers are compressed", unit.name, done, len(targets))
@@ -157,23 +158,21 @@ class SparseWeights:
                 logger.warning(msg)
                 raise KeyboardInterrupt(msg) from interrupt
 
-    def _compress_unit(self, model: nn.Module, unit: Unit, journal: Journal | None) -> None:
+    def _compress_unit(self, model: nn.Module, unit: Unit, finished: FinishedUnits | None) -> None:
         if not unit.layers:
             unit.advance()
             return
         originals = {name: layer.weight.data for name, layer in unit.layers.items()}
-        results = journal.load(unit.name, originals) if journal is not None else None
-        finished = results is not None
-        if results is None:
-            results = self._solve_unit(unit)
+        earlier = finished.load(unit.name, originals) if finished is not None else None
+        results = self._solve_unit(unit) if earlier is None else earlier
         with ExitStack() as undo:
             for name, layer in unit.layers.items():
                 undo.callback(layer.weight.requires_grad_, layer.weight.requires_grad)
                 undo.callback(setattr, layer.weight, "data", originals[name])
                 layer.weight.data = results[name].weight.to(originals[name].device)
             unit.advance()
-            if journal is not None and not finished:
-                journal.store(unit.name, results, originals)
+            if finished is not None and earlier is None:
+                finished.store(unit.name, results, originals)
             for name, layer in unit.layers.items():
                 codes, scales = results[name].codes, results[name].scales
                 undo.callback(set_record, layer, None)

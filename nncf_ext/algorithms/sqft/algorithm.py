@@ -16,6 +16,7 @@ from nncf_ext.algorithms.sqft.partner import Grid, check_partners, into_cells, o
 from nncf_ext.parameters import MergeMode, parse_choice
 from nncf_ext.weights.int4 import decompressors
 from nncf_ext.weights.records import set_record
+from nncf_ext.weights.sharing import names_of_parameters
 
 # Initializations that leave the base weight as it is; the others move a part of it into A and B, zeros included.
 _HARMLESS_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
@@ -56,9 +57,9 @@ def make_mergeable(
         msg = "grid and AdvancedSqftParameters belong to MergeMode.QUANT_AWARE; the mode is SPARSE."
         raise nncf.ParameterNotSupportedError(msg)
     base: nn.Module = model.get_base_model()  # type: ignore[operator]  # find_layers has made sure
-    shared = _shared_weights(base)
+    names = names_of_parameters(base)
     for path, layer in layers.items():
-        _check_layer(path, layer, shared)
+        _check_layer(path, layer, names)
     weights: dict[str, Any] = {path: layer.get_base_layer().weight for path, layer in layers.items()}
     if not quantized and not any(bool((weight == 0).any()) for weight in weights.values()):
         msg = (
@@ -149,7 +150,7 @@ def _refused(config: LoraConfig) -> Iterator[tuple[str, str]]:
         yield "fan_in_fan_out=True", "weights are expected as [out, in]."
 
 
-def _check_layer(path: str, layer: LoraLinear, shared: dict[int, list[str]]) -> None:
+def _check_layer(path: str, layer: LoraLinear, names: dict[int, list[str]]) -> None:
     base: Any = layer.get_base_layer()
     if isinstance(layer, MaskedLoraLinear):
         raise nncf.ValidationError(f"The adapter of {path} is mergeable already.")
@@ -159,8 +160,8 @@ def _check_layer(path: str, layer: LoraLinear, shared: dict[int, list[str]]) -> 
         raise nncf.ValidationError(_packed_base(path))
     if base.weight.is_meta:
         raise nncf.ValidationError(f"{path} has no values (meta device). Load the weights first.")
-    if id(base.weight) in shared:
-        msg = f"The weight of {path} is shared ({', '.join(shared[id(base.weight)])}): merging would change both."
+    if len(names[id(base.weight)]) > 1:
+        msg = f"The weight of {path} is shared ({', '.join(names[id(base.weight)])}): merging would change both."
         raise nncf.ValidationError(msg)
     if not bool(base.weight.isfinite().all()):
         raise nncf.ValidationError(f"The base weight of {path} holds values that are not finite.")
@@ -171,13 +172,6 @@ def _check_layer(path: str, layer: LoraLinear, shared: dict[int, list[str]]) -> 
             "sparsity, or leave the layer out of the adapter's target modules."
         )
         raise nncf.ValidationError(msg)
-
-
-def _shared_weights(base: nn.Module) -> dict[int, list[str]]:
-    holders: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    return {key: names for key, names in holders.items() if len(names) > 1}
 
 
 def _read(grid: nn.Module | None, base: nn.Module) -> dict[str, Grid]:
