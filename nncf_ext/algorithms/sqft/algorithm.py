@@ -1,15 +1,14 @@
 """Makes the adapters of a PEFT model mergeable: masked by the zeros of their base, on request rounded to its grid."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import nncf
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from nncf_ext.algorithms.elastic_lora.inspection import find_adapter, lora_layers
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales
 from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
 from nncf_ext.algorithms.sqft.partner import Grid, check_partners, into_cells, on_grid, read_grid
@@ -18,8 +17,16 @@ from nncf_ext.weights.int4 import decompressors
 from nncf_ext.weights.records import set_record
 from nncf_ext.weights.sharing import names_of_parameters
 
-# Initializations that leave the base weight as it is; the others move a part of it into A and B, zeros included.
-_HARMLESS_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+_REFUSED = {
+    "use_dora": "DoRA scales whole rows, base weight included. Use plain LoRA.",
+    "bias": "biases stay as they are. Use bias='none'.",
+    "lora_bias": "biases stay as they are. Use lora_bias=False.",
+    "modules_to_save": "a module trained as a whole keeps no zeros.",
+    "trainable_token_indices": "embeddings are not merged here.",
+    "init_lora_weights": "it changes the base weight, and with it the zeros. Use init_lora_weights=True.",
+    "fan_in_fan_out": "weights are expected as [out, in].",
+}
+"""Why an adapter with such a setting cannot be merged."""
 
 
 def make_mergeable(
@@ -102,23 +109,9 @@ def find_layers(model: nn.Module) -> tuple[str, dict[str, LoraLinear]]:
     :raises nncf.UnsupportedModelError: See :func:`make_mergeable`.
     :raises nncf.ValidationError: Several adapters are active.
     """
-    if not isinstance(model, PeftModel):
-        msg = f"A model from peft.get_peft_model or PeftModel.from_pretrained is needed; got a {type(model).__name__}."
-        raise nncf.UnsupportedModelError(msg)
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        msg = f"Adapters {active} are active; exactly one must be. Use set_adapter(name)."
-        raise nncf.ValidationError(msg)
-    config: Any = model.peft_config[active[0]]
-    if type(config) is not LoraConfig:
-        msg = f"Adapter {active[0]!r} is {config.peft_type}. Only LoRA can be merged into the zeros of its base."
-        raise nncf.UnsupportedModelError(msg)
-    for setting, why in _refused(config):
-        raise nncf.UnsupportedModelError(f"Adapter {active[0]!r} has {setting}: {why}")
+    model, adapter = find_adapter(model, None, "Only LoRA can be merged into the zeros of its base.", _REFUSED)
     layers: dict[str, LoraLinear] = {}
-    for path, module in model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer) or active[0] not in (*module.lora_A, *module.lora_embedding_A):
-            continue
+    for path, module in lora_layers(model, adapter).items():
         if not isinstance(module, LoraLinear) or type(module.get_base_layer()) is not nn.Linear:
             kind = type(module.get_base_layer()).__name__
             parameter = getattr(module, "parameter_name", None)
@@ -127,27 +120,9 @@ def find_layers(model: nn.Module) -> tuple[str, dict[str, LoraLinear]]:
             raise nncf.UnsupportedModelError(msg)
         layers[path] = module
     if not layers:
-        msg = f"Adapter {active[0]!r} has no layer in this model."
+        msg = f"Adapter {adapter!r} has no layer in this model."
         raise nncf.ValidationError(msg)
-    return active[0], layers
-
-
-def _refused(config: LoraConfig) -> Iterator[tuple[str, str]]:
-    if config.use_dora:
-        yield "use_dora=True", "DoRA scales whole rows, base weight included. Use plain LoRA."
-    if config.bias != "none" or config.lora_bias:
-        yield f"bias={config.bias!r}, lora_bias={config.lora_bias}", "biases stay as they are. Use bias='none'."
-    if config.modules_to_save:
-        yield f"modules_to_save={list(config.modules_to_save)}", "a module trained as a whole keeps no zeros."
-    if getattr(config, "trainable_token_indices", None):
-        yield "trainable_token_indices", "embeddings are not merged here."
-    if config.init_lora_weights not in _HARMLESS_INITIALIZATIONS:
-        yield (
-            f"init_lora_weights={config.init_lora_weights!r}",
-            "it changes the base weight, and with it the zeros. Use init_lora_weights=True.",
-        )
-    if config.fan_in_fan_out:
-        yield "fan_in_fan_out=True", "weights are expected as [out, in]."
+    return adapter, layers
 
 
 def _check_layer(path: str, layer: LoraLinear, names: dict[int, list[str]]) -> None:
