@@ -84,13 +84,13 @@ def compress(
         msg = f"subset_size is a number of calibration items, at least 1; got {subset_size}."
         raise nncf.ValidationError(msg)
 
-    expected = load(row.parameters)
+    expected = import_class(row.parameters)
     parameters = expected() if advanced_parameters is None else advanced_parameters
     if not isinstance(parameters, expected):
         msg = f"{mode.value} takes advanced_parameters of class {expected.__name__}; got {type(parameters).__name__}."
         raise nncf.ParameterNotSupportedError(msg)
     folder = None if resume is None else Path(resume)
-    method: Method = load(row.home)(Request(mode, ratio, dataset, subset_size, folder, parameters))
+    method: Method = import_class(row.home)(Request(mode, ratio, dataset, subset_size, folder, parameters))
     found = survey(model, ignored_scope)
     method.check(model, found)
     if do_copy:
@@ -100,7 +100,7 @@ def compress(
     return model
 
 
-def load(place: str) -> Any:
+def import_class(place: str) -> Any:
     """
     :param place: ``"module:class"`` of a mode's row.
     :return: The class. Its module is imported now, and those of other methods are not.
