@@ -16,7 +16,7 @@ from nncf_ext.cli.folders import (
     TrainedAs,
     TrustRemoteCode,
     check_new,
-    load_adapter,
+    load_adapted,
     load_model,
     new_folder,
     save_model,
@@ -72,8 +72,8 @@ def extract_folder(
 
         assert adapter is not None and report is not None  # checked above
         groups, chosen = _read(report, point)
-        base, _ = load_model(model_dir, dtype, trust_remote_code)
-        net = make_elastic(load_adapter(base, adapter, mode, grid, start), spaces=groups)
+        adapted, _ = load_adapted(model_dir, adapter, mode, grid, start, dtype, trust_remote_code)
+        net = make_elastic(adapted, spaces=groups)
         small: Any = extract(net, chosen)
         with new_folder(out_dir, overwrite) as folder:
             # Embeddings are not trained beside elastic ranks, so none need to be saved.

@@ -172,38 +172,44 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
     return model, tokenizer
 
 
-def load_adapter(base: Any, folder: Path, mode: MergeMode | None, grid: Path | None, start: str) -> Any:
+def load_adapted(
+    folder: Path, adapter: Path, mode: MergeMode | None, grid: Path | None, start: str, dtype: str, trust: bool
+) -> tuple[Any, Any]:
     """
-    Puts a saved adapter on a model, as it was in training.
+    Loads a model and puts a saved adapter on it, as it was in training.
 
-    :param base: The model.
-    :param folder: Folder of the adapter.
+    :param folder: Folder of the model.
+    :param adapter: Folder of the adapter.
     :param mode: How it was made mergeable; None: not at all.
     :param grid: QUANT_AWARE: folder of the packed model.
     :param start: QUANT_AWARE: ``"grid"`` or ``"nearest"``.
-    :return: PEFT model in evaluation mode.
-    :raises nncf.ValidationError: The folder holds no adapter in safetensors, or one that does not fit the model.
+    :param dtype: A name of a floating type, or ``"auto"``.
+    :param trust: Run code that lies in the folder of the model.
+    :return: PEFT model in evaluation mode, and the tokenizer.
+    :raises nncf.ValidationError: There is no adapter in safetensors, it does not fit the model, or see
+        :func:`load_model`.
     """
     import nncf
-    from safetensors import safe_open
 
-    weights = folder / "adapter_model.safetensors"
-    if not (folder / "adapter_config.json").is_file() or not weights.is_file():
-        msg = f"{folder} is no folder of an adapter: it needs adapter_config.json and adapter_model.safetensors."
+    weights = adapter / "adapter_model.safetensors"
+    if not (adapter / "adapter_config.json").is_file() or not weights.is_file():
+        msg = f"{adapter} is no folder of an adapter: it needs adapter_config.json and adapter_model.safetensors."
         raise nncf.ValidationError(msg)
     if grid is not None and mode is not MergeMode.QUANT_AWARE:
         msg = "--grid belongs to --mode quant_aware."
         raise nncf.ParameterNotSupportedError(msg)
+    base, tokenizer = load_model(folder, dtype, trust)
     from peft import PeftModel
+    from safetensors import safe_open
 
     from nncf_ext.algorithms.sqft.algorithm import make_mergeable
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
     from nncf_ext.saving.checkpoint import load_pretrained
 
     try:
-        model = PeftModel.from_pretrained(base, folder)
+        model = PeftModel.from_pretrained(base, adapter)
     except (ValueError, KeyError, RuntimeError) as error:
-        msg = f"The adapter of {folder} does not fit the model: {error}"
+        msg = f"The adapter of {adapter} does not fit the model of {folder}: {error}"
         raise nncf.ValidationError(msg) from error
     if mode is MergeMode.SPARSE:
         make_mergeable(model, mode)
@@ -215,5 +221,5 @@ def load_adapter(base: Any, folder: Path, mode: MergeMode | None, grid: Path | N
         make_mergeable(model, mode, grid=packed, advanced_parameters=parameters)
         if trained:
             # Scales have a place only now.
-            model.load_adapter(str(folder), "default")
-    return model.eval()
+            model.load_adapter(str(adapter), "default")
+    return model.eval(), tokenizer

@@ -15,8 +15,7 @@ from nncf_ext.cli.folders import (
     Start,
     TrustRemoteCode,
     check_new,
-    load_adapter,
-    load_model,
+    load_adapted,
     save_model,
     user_errors,
 )
@@ -55,17 +54,14 @@ def merge_folder(
     --grid), OUT_DIR a new folder. For example: nncf-ext merge sparse_model merged --adapter adapter
     """
     with user_errors():
-        check_new(out_dir, overwrite)
-        base, tokenizer = load_model(model_dir, dtype, trust_remote_code)
-        if mode is Merging.PLAIN:
-            merged = _merge_plainly(load_adapter(base, adapter, None, grid, start))
-        else:
-            from nncf_ext.algorithms.sqft.merging import merge
+        from nncf_ext.algorithms.sqft.merging import merge
 
-            contract = MergeMode(mode.value)
-            # A delta that was trained without a mask is masked by merge(), and the report tells the error of that.
-            trained = contract if masked or contract is MergeMode.QUANT_AWARE else None
-            merged = merge(load_adapter(base, adapter, trained, grid, start), contract)
+        check_new(out_dir, overwrite)
+        contract = None if mode is Merging.PLAIN else MergeMode(mode.value)
+        # A delta that was trained without a mask is masked by merge(), and the report tells the error of that.
+        trained = contract if masked or contract is MergeMode.QUANT_AWARE else None
+        model, tokenizer = load_adapted(model_dir, adapter, trained, grid, start, dtype, trust_remote_code)
+        merged = _merge_plainly(model) if contract is None else merge(model, contract)
         save_model(merged, tokenizer, out_dir, overwrite)
 
 
@@ -74,7 +70,7 @@ def _merge_plainly(model: Any) -> Any:
 
     from nncf_ext.weights.int4 import decompressors
 
-    if decompressors(model):
+    if decompressors(model.get_base_model()):
         msg = "The weights of MODEL_DIR are packed: a delta cannot be added to codes. Use --mode quant_aware --grid."
         raise nncf.ValidationError(msg)
     try:

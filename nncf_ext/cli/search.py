@@ -17,8 +17,7 @@ from nncf_ext.cli.folders import (
     TrainedAs,
     TrustRemoteCode,
     check_new,
-    load_adapter,
-    load_model,
+    load_adapted,
     user_errors,
 )
 from nncf_ext.cli.text import Samples, Window, read_windows
@@ -86,13 +85,12 @@ def search_folder(
             import matplotlib  # noqa: F401  better missed now than after the search
         groups = _groups(ranks, group, per)
         limits = dict(_limit(each) for each in limit or ())
-        base, tokenizer = load_model(model_dir, dtype, trust_remote_code)
+        model, tokenizer = load_adapted(model_dir, adapter, mode, grid, start, dtype, trust_remote_code)
         texts = [
-            read_windows(each, tokenizer, samples, window, base, "validation")
+            read_windows(each, tokenizer, samples, window, model, "validation")
             for each in (dataset, test)
             if each is not None
         ]
-        model = load_adapter(base, adapter, mode, grid, start)
         net = make_elastic(model, spaces=groups)
         objectives = [Objective("perplexity", lambda point: perplexity(model, texts[0]), maximize=False)]
         if parameters:
