@@ -93,7 +93,9 @@ def cut_structure(model: nn.Module, layers: Sequence[Mapping[str, Sequence[int]]
     config: Any = model.config
     staying = [index for index, kept_units in enumerate(layers) if any(len(kept) for kept in kept_units.values())]
     if len(staying) < len(layers) and layout.family.renumbers:
-        model.set_submodule(layout.path, nn.ModuleList(layout.blocks[index] for index in staying))
+        blocks = nn.ModuleList(layout.blocks[index] for index in staying)
+        blocks.training = model.get_submodule(layout.path).training
+        model.set_submodule(layout.path, blocks)
         config.num_hidden_layers = len(staying)
         if "attention" in layout.family.branches and getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[index] for index in staying]
@@ -247,7 +249,10 @@ def _cut_branch(
         return
     if stand_ins := coupling.stand_ins(kept):
         for path, stand_in in stand_ins.items():
-            replacement = stand_in.standing_for(block.get_submodule(path))
+            replaced = block.get_submodule(path)
+            replacement = stand_in.standing_for(replaced)
+            for module in {*replacement.modules()} - {*replaced.modules()}:
+                module.training = replaced.training
             for parameter in replacement.parameters():
                 parameter.data = parameter.data.clone()
             block.set_submodule(path, replacement)
