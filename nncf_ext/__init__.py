@@ -4,9 +4,12 @@ Compression of PyTorch models in the manner of NNCF.
 Every public name is loaded on first use, so that ``import nncf_ext`` needs neither torch nor nncf.
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# The public names, one statement each. Type checkers see imports; at run time they are read as text, by _homes().
 if TYPE_CHECKING:
     from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork as ElasticNetwork
     from nncf_ext.algorithms.elastic_lora.parameters import Group as Group
@@ -53,46 +56,18 @@ if TYPE_CHECKING:
     from nncf_ext.structure.plan import StructurePlan as StructurePlan
     from nncf_ext.structure.uniform import snap_to_uniform as snap_to_uniform
 
-_HOMES = {
-    "AdvancedMambaShedderParameters": "algorithms.mamba_shedder.parameters",
-    "AdvancedMultiPrunerParameters": "algorithms.multipruner.parameters",
-    "AdvancedSparseWeightsParameters": "algorithms.sparse_weights.parameters",
-    "AdvancedSqftParameters": "algorithms.sqft.parameters",
-    "CompressMode": "parameters",
-    "CompressionReport": "report",
-    "DivergenceMetric": "importance.metrics",
-    "ElasticCallback": "algorithms.elastic_lora.training",
-    "ElasticMode": "parameters",
-    "ElasticNetwork": "algorithms.elastic_lora.algorithm",
-    "Group": "algorithms.elastic_lora.parameters",
-    "HillClimbingSampler": "exploration.samplers",
-    "MergeMode": "parameters",
-    "Metric": "importance.metrics",
-    "Objective": "exploration.objectives",
-    "PerplexityMetric": "importance.metrics",
-    "PruningStage": "algorithms.mamba_shedder.parameters",
-    "SearchReport": "exploration.report",
-    "SearchSampler": "parameters",
-    "SearchSpace": "exploration.space",
-    "StructurePlan": "structure.plan",
-    "compress": "compression",
-    "compression_report": "report",
-    "count_costs": "structure.counting",
-    "extract": "extraction",
-    "load_compressed": "saving.checkpoint",
-    "load_gptq": "algorithms.sqft.gptq_checkpoint",
-    "load_pretrained": "saving.checkpoint",
-    "make_elastic": "elastic",
-    "make_mergeable": "algorithms.sqft.algorithm",
-    "masked": "structure.masking",
-    "merge": "algorithms.sqft.merging",
-    "prerounding": "algorithms.sqft.partner",
-    "sandwich_loss": "algorithms.elastic_lora.training",
-    "save_pretrained": "saving.checkpoint",
-    "search": "exploration.engine",
-    "snap_to_uniform": "structure.uniform",
-    "structure_plan": "compression",
-}
+
+def _homes() -> dict[str, str]:
+    """
+    :return: The module of every public name.
+    """
+    source = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    block = next(statement for statement in source.body if isinstance(statement, ast.If))
+    imports = [statement for statement in block.body if isinstance(statement, ast.ImportFrom)]
+    return {name.name: str(each.module) for each in imports for name in each.names}
+
+
+_HOMES = _homes()
 __all__ = [*_HOMES]  # noqa: PLE0604
 
 
@@ -100,7 +75,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -2,23 +2,20 @@
 
 import copy
 import os
-from typing import TypeVar
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import nncf
 from torch import nn
 
-from nncf_ext.algorithms.mamba_shedder.algorithm import MambaShedder
-from nncf_ext.algorithms.mamba_shedder.parameters import AdvancedMambaShedderParameters
-from nncf_ext.algorithms.multipruner.algorithm import MultiPruner
-from nncf_ext.algorithms.multipruner.parameters import AdvancedMultiPrunerParameters
-from nncf_ext.algorithms.sparse_weights.algorithm import SparseWeights
-from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
-from nncf_ext.parameters import CompressMode
+from nncf_ext.method import Method, Request
+from nncf_ext.parameters import CompressMode, parse_choice
 from nncf_ext.structure.blocks import survey
-from nncf_ext.structure.plan import StructurePlan
-from nncf_ext.weights.records import LayerRecord, plan_of, record_of, set_record
+from nncf_ext.weights.records import plan_of
 
-AdvancedParameters = AdvancedSparseWeightsParameters | AdvancedMultiPrunerParameters | AdvancedMambaShedderParameters
+if TYPE_CHECKING:
+    from nncf_ext.structure.plan import StructurePlan
 
 TModel = TypeVar("TModel", bound=nn.Module)
 
@@ -33,7 +30,7 @@ def compress(
     subset_size: int = 128,
     do_copy: bool = False,
     resume: str | os.PathLike[str] | None = None,
-    advanced_parameters: AdvancedParameters | None = None,
+    advanced_parameters: Any = None,
 ) -> TModel:
     """
     Makes a model smaller in one shot: zeros in its weights, on request on an INT4 grid, or parts of it removed.
@@ -67,19 +64,16 @@ def compress(
     :raises nncf.UnsupportedModelError: The model is not a torch model, or of a kind that cannot be treated.
     :raises KeyboardInterrupt: If interrupted; finished blocks are compressed, the others untouched.
     """
-    try:
-        mode = CompressMode(mode)
-    except ValueError:
-        msg = f"Unknown mode {mode!r}. Modes: {', '.join(f'CompressMode.{each.name}' for each in CompressMode)}."
-        raise nncf.ParameterNotSupportedError(msg) from None
+    mode = parse_choice(mode, CompressMode)
     if not isinstance(model, nn.Module):
         msg = f"Asked to compress a {type(model).__name__}; compress() takes a torch.nn.Module."
         raise nncf.UnsupportedModelError(msg)
     if hasattr(model, "peft_config"):
-        msg = "The model carries adapters. Merge or remove them first: zeros would go into the adapters as well."
+        msg = "The model carries adapters. Merge or remove them first: compress() would treat them as the model's own."
         raise nncf.UnsupportedModelError(msg)
-    if not 0 <= ratio < 1:
-        msg = f"ratio is the fraction of weights to zero and must be in [0, 1); got {ratio}."
+    row = mode.method
+    if not row.least <= ratio < row.below:
+        msg = f"ratio is the fraction of {row.ratio} and must be in [{row.least:g}, {row.below:g}); got {ratio}."
         raise nncf.ValidationError(msg)
     if dataset is not None and not isinstance(dataset, nncf.Dataset):
         msg = (
@@ -90,21 +84,32 @@ def compress(
         msg = f"subset_size is a number of calibration items, at least 1; got {subset_size}."
         raise nncf.ValidationError(msg)
 
-    method = _method(mode, ratio, dataset, subset_size, resume, advanced_parameters)
+    expected = import_class(row.parameters)
+    parameters = expected() if advanced_parameters is None else advanced_parameters
+    if not isinstance(parameters, expected):
+        msg = f"{mode.value} takes advanced_parameters of class {expected.__name__}; got {type(parameters).__name__}."
+        raise nncf.ParameterNotSupportedError(msg)
+    folder = None if resume is None else Path(resume)
+    method: Method = import_class(row.home)(Request(mode, ratio, dataset, subset_size, folder, parameters))
     found = survey(model, ignored_scope)
     method.check(model, found)
     if do_copy:
         model = copy.deepcopy(model)
         found = survey(model, ignored_scope)
-    for weight in found.weights if isinstance(method, SparseWeights) else ():
-        earlier = record_of(weight.module)
-        if weight.untouched is not None and (earlier is None or earlier.mode is None):
-            set_record(weight.module, LayerRecord(untouched=weight.untouched, bytes_before=weight.parameter.nbytes))
     method.apply(model, found)
     return model
 
 
-def structure_plan(model: nn.Module) -> StructurePlan:
+def import_class(place: str) -> Any:
+    """
+    :param place: ``"module:class"`` of a mode's row.
+    :return: The class. Its module is imported now, and those of other methods are not.
+    """
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"nncf_ext.algorithms.{module}"), name)
+
+
+def structure_plan(model: nn.Module) -> "StructurePlan":
     """
     :param model: Result of :func:`compress` with MULTIPRUNER or MAMBA_SHEDDER.
     :return: What of the dense model is left, step by step, with scores and costs. ``plan.save(path)`` keeps it.
@@ -115,27 +120,3 @@ def structure_plan(model: nn.Module) -> StructurePlan:
         msg = f"{type(model).__name__} was not cut by compress() in this process, so there is no plan of it."
         raise nncf.ValidationError(msg)
     return plan
-
-
-def _method(
-    mode: CompressMode,
-    ratio: float,
-    dataset: nncf.Dataset | None,
-    subset_size: int,
-    resume: str | os.PathLike[str] | None,
-    parameters: AdvancedParameters | None,
-) -> SparseWeights | MultiPruner | MambaShedder:
-    classes: dict[CompressMode, type[AdvancedParameters]] = {
-        CompressMode.MULTIPRUNER: AdvancedMultiPrunerParameters,
-        CompressMode.MAMBA_SHEDDER: AdvancedMambaShedderParameters,
-    }
-    expected = classes.get(mode, AdvancedSparseWeightsParameters)
-    parameters = expected() if parameters is None else parameters
-    if not isinstance(parameters, expected):
-        msg = f"{mode.value} takes advanced_parameters of class {expected.__name__}; got {type(parameters).__name__}."
-        raise nncf.ParameterNotSupportedError(msg)
-    if isinstance(parameters, AdvancedMultiPrunerParameters):
-        return MultiPruner(ratio, dataset, subset_size, resume, parameters)
-    if isinstance(parameters, AdvancedMambaShedderParameters):
-        return MambaShedder(ratio, dataset, subset_size, resume, parameters)
-    return SparseWeights(mode, ratio, dataset, subset_size, resume, parameters)

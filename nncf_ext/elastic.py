@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import nncf
 from torch import nn
 
 from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork
 from nncf_ext.algorithms.elastic_lora.parameters import Group
-from nncf_ext.parameters import ElasticMode
+from nncf_ext.parameters import ElasticMode, parse_choice
 
 
 def make_elastic(
@@ -36,7 +35,5 @@ def make_elastic(
         others are refused), or the rank of a layer in a group cannot be elastic.
     :raises nncf.ParameterNotSupportedError: The mode is unknown.
     """
-    if mode is not ElasticMode.RANK:
-        msg = f"Asked for mode {mode!r}. There is ElasticMode.RANK."
-        raise nncf.ParameterNotSupportedError(msg)
+    parse_choice(mode, ElasticMode)
     return ElasticNetwork(model, spaces, adapter_name)

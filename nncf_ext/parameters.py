@@ -1,6 +1,42 @@
-"""The enums users type. This file needs nothing but the standard library."""
+"""
+The enums users type, and the table of one-shot methods.
 
-from enum import Flag, StrEnum
+This file needs nothing but the standard library: the command line reads it where torch is not installed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, Flag, StrEnum
+from typing import Any, Self, TypeVar
+
+TChoice = TypeVar("TChoice", bound=Enum)
+
+
+@dataclass(frozen=True)
+class OneShotMethod:
+    """
+    What :func:`nncf_ext.compress` knows of a method before it imports it. Places are ``"module:class"``, the module
+    below ``nncf_ext.algorithms``.
+
+    :param home: The method, an :class:`nncf_ext.method.Method`.
+    :param parameters: The class of its advanced parameters; ``parameters()`` are the defaults.
+    :param ratio: What the ratio is a fraction of, for messages and help: "ratio is the fraction of ...".
+    :param least: The smallest ratio.
+    :param below: Ratios are smaller than this.
+    """
+
+    home: str
+    parameters: str
+    ratio: str
+    least: float = 0.0
+    below: float = 1.0
+
+
+_SPARSE_WEIGHTS = OneShotMethod(
+    "sparse_weights.algorithm:SparseWeights",
+    "sparse_weights.parameters:AdvancedSparseWeightsParameters",
+    ratio="each layer's weights to zero",
+)
 
 
 class CompressMode(StrEnum):
@@ -18,11 +54,34 @@ class CompressMode(StrEnum):
         way. https://arxiv.org/abs/2501.17088
     """
 
-    SPARSE_MAGNITUDE = "sparse_magnitude"
-    SPARSE_WANDA = "sparse_wanda"
-    SPARSE_GPT = "sparse_gpt"
-    MULTIPRUNER = "multipruner"
-    MAMBA_SHEDDER = "mamba_shedder"
+    method: OneShotMethod
+    """Where the method lives."""
+
+    def __new__(cls, value: str, method: OneShotMethod) -> Self:
+        mode = str.__new__(cls, value)
+        mode._value_ = value
+        mode.method = method
+        return mode
+
+    SPARSE_MAGNITUDE = "sparse_magnitude", _SPARSE_WEIGHTS
+    SPARSE_WANDA = "sparse_wanda", _SPARSE_WEIGHTS
+    SPARSE_GPT = "sparse_gpt", _SPARSE_WEIGHTS
+    MULTIPRUNER = (
+        "multipruner",
+        OneShotMethod(
+            "multipruner.algorithm:MultiPruner",
+            "multipruner.parameters:AdvancedMultiPrunerParameters",
+            ratio="all parameters (or of joint_cost) to remove",
+        ),
+    )
+    MAMBA_SHEDDER = (
+        "mamba_shedder",
+        OneShotMethod(
+            "mamba_shedder.algorithm:MambaShedder",
+            "mamba_shedder.parameters:AdvancedMambaShedderParameters",
+            ratio="all parameters to remove",
+        ),
+    )
 
 
 class ElasticMode(Flag):
@@ -62,3 +121,22 @@ class MergeMode(StrEnum):
 
     SPARSE = "sparse"
     QUANT_AWARE = "quant_aware"
+
+
+def parse_choice(value: Any, choices: Iterable[TChoice], what: str = "mode", otherwise: str = "") -> TChoice:
+    """
+    :param value: What a user gave: a member, or the text of one.
+    :param choices: An enum, or some of its members.
+    :param what: What is chosen, for the message.
+    :param otherwise: What could be given beside the choices, for the message.
+    :return: The member.
+    :raises nncf.ParameterNotSupportedError: It is none of the choices.
+    """
+    for choice in choices:
+        if value == choice:
+            return choice
+    import nncf
+
+    names = [f"{type(choice).__name__}.{choice.name}" for choice in choices]
+    msg = f"Unknown {what} {value!r}. There {'is' if len(names) == 1 else 'are'} {', '.join(names)}{otherwise}."
+    raise nncf.ParameterNotSupportedError(msg)

@@ -76,7 +76,7 @@ def read_items(dataset: nncf.Dataset, subset_size: int) -> list[Any]:
     """
     items = list(islice(iter(dataset.get_inference_data()), subset_size))
     if not items:
-        msg = "The calibration dataset is empty: this mode needs at least one item to see the inputs of each layer."
+        msg = "The calibration dataset is empty: this mode needs at least one item."
         raise nncf.ValidationError(msg)
     for index, item in enumerate(items):
         if not isinstance(item, Mapping | tuple | list | Tensor):

@@ -23,7 +23,7 @@ from nncf_ext.exploration.objectives import Objective
 from nncf_ext.exploration.report import Evaluation, SearchReport
 from nncf_ext.exploration.samplers import HillClimbingSampler
 from nncf_ext.exploration.space import Elastic, Point, SearchSpace
-from nncf_ext.parameters import SearchSampler
+from nncf_ext.parameters import SearchSampler, parse_choice
 
 logger = logging.getLogger("nncf_ext")
 
@@ -79,8 +79,8 @@ def search(
     """
     objectives = tuple(objectives)
     limits = dict(limits or {})
-    if isinstance(sampler, str):
-        sampler = _member(sampler)
+    if not isinstance(sampler, BaseSampler):
+        sampler = parse_choice(sampler, SearchSampler, "sampler", " or an Optuna sampler")
     _check(objectives, sampler, budget, limits, test)
     study = _open(net.space, objectives, storage, study_name)
     before = net.active
@@ -104,18 +104,6 @@ def search(
     return replace(report, chosen=report.pick(**limits), test=result, complete=complete)
 
 
-def _member(sampler: str) -> SearchSampler:
-    try:
-        return SearchSampler(sampler)
-    except ValueError:
-        msg = f"Unknown sampler {sampler!r}. Use {_members()} or an Optuna sampler."
-        raise nncf.ParameterNotSupportedError(msg) from None
-
-
-def _members() -> str:
-    return ", ".join(f"SearchSampler.{each.name}" for each in SearchSampler)
-
-
 def _check(
     objectives: tuple[Objective, ...],
     sampler: SearchSampler | BaseSampler,
@@ -127,9 +115,6 @@ def _check(
     if not objectives or len(names) < len(objectives) or len(set(names)) < len(names):
         msg = f"A search needs at least one Objective, each with a name of its own; got {list(objectives)}."
         raise nncf.ValidationError(msg)
-    if not isinstance(sampler, SearchSampler | BaseSampler):
-        msg = f"Unknown sampler {sampler!r}. Use {_members()} or an Optuna sampler."
-        raise nncf.ParameterNotSupportedError(msg)
     if len(objectives) > 1 and (sampler is SearchSampler.HILL_CLIMBING or isinstance(sampler, HillClimbingSampler)):
         msg = f"Hill climbing needs one objective; got {names}. Use SearchSampler.NSGA2."
         raise nncf.ParameterNotSupportedError(msg)

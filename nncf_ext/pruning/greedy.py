@@ -15,7 +15,7 @@ import nncf
 import torch
 from torch import nn
 
-from nncf_ext.files import write_whole
+from nncf_ext.journal import Journal, read_json
 from nncf_ext.pruning.candidates import Removal
 from nncf_ext.pruning.scoring import Scorer
 from nncf_ext.structure.dimensions import Dimensions
@@ -47,33 +47,17 @@ class Elimination:
         self.plan = plan
         self.earlier: list[StructurePlan] = []
         """Plans after each step that was found in the folder."""
-        self._folder = folder
         self._rescore_top = rescore_top
         self._known: dict[str, float] = {}
-        if folder is None:
-            return
-        asked = json.loads(json.dumps(header or {}))
-        file = folder / "search.json"
-        if file.is_file():
-            found = json.loads(file.read_text())
-            differing = sorted(key for key in {*found, *asked} if found.get(key) != asked.get(key))
-            if differing:
-                msg = (
-                    f"{folder} was begun by another search; it differs in {', '.join(differing)}. Resume with the same "
-                    "model, data and settings, or name a new folder."
-                )
-                raise nncf.ValidationError(msg)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            msg = f"resume={str(folder)!r} is neither a journal of an earlier search nor an empty or new folder."
-            raise nncf.ValidationError(msg)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, lambda aside: aside.write_text(json.dumps(asked, indent=1)))
-        kept = sorted(folder.glob("plan.*.json"))
-        if kept:
-            self.earlier = [StructurePlan.load(each) for each in kept]
-            self.plan = self.earlier[-1]
-            self._known = json.loads(kept[-1].with_name(kept[-1].name.replace("plan", "scores")).read_text())
+        self._journal = None if folder is None else Journal(folder, "search", header or {})
+        while self._journal is not None:
+            number = len(self.earlier) + 1
+            kept = self._journal.read(_plan_file(number), StructurePlan.load)
+            known = self._journal.read(_scores_file(number), read_json)
+            if kept is None or known is None:
+                break
+            self.plan, self._known = kept, known
+            self.earlier.append(kept)
 
     def step(
         self,
@@ -115,11 +99,10 @@ class Elimination:
         step = best.as_step(score(found), margin)
         plan = best.on(self.plan)
         self.plan = replace(plan, steps=(*self.plan.steps, step))
-        if self._folder is not None:
+        if self._journal is not None:
             number = len(self.plan.steps)
-            scores_file = self._folder / f"scores.{number:05}.json"
-            write_whole(scores_file, lambda aside: aside.write_text(json.dumps(self._known)))
-            self.plan.save(self._folder / f"plan.{number:05}.json")
+            self._journal.write(_scores_file(number), lambda aside: aside.write_text(json.dumps(self._known)))
+            self._journal.write(_plan_file(number), self.plan.save)
         return step
 
     def _shortlist(self, candidates: Sequence[Removal]) -> list[Removal]:
@@ -128,6 +111,14 @@ class Elimination:
             return list(candidates)
         order = sorted(range(len(candidates)), key=lambda index: (known[index], index))
         return [candidates[index] for index in sorted(order[: self._rescore_top])]
+
+
+def _plan_file(step: int) -> str:
+    return f"plan.{step:05}.json"
+
+
+def _scores_file(step: int) -> str:
+    return f"scores.{step:05}.json"
 
 
 def _key(removal: Removal) -> str:

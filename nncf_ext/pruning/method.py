@@ -6,14 +6,12 @@ A method says what a stage may remove, in the order that breaks ties, and when t
 """
 
 import logging
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import nncf
@@ -25,6 +23,7 @@ from nncf_ext.calibration.stream import evaluation, read_items
 from nncf_ext.files import digest
 from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.importance.metrics import Metric, PerplexityMetric
+from nncf_ext.method import Request
 from nncf_ext.pruning.candidates import Removal
 from nncf_ext.pruning.compensation import Compensator
 from nncf_ext.pruning.greedy import Elimination, prunable_dimensions
@@ -127,32 +126,20 @@ class StructuredPruning(ABC):
     """
     One run. Parameters and data are checked on construction; :meth:`apply` does the work.
 
-    :param ratio: Fraction of the cost to remove, 0 <= ratio < 1.
-    :param dataset: Calibration data: batches of token ids.
-    :param subset_size: Number of calibration items.
-    :param resume: Folder of a journal, or None.
-    :param parameters: Everything else.
+    :param request: Ratio of the cost to remove, calibration data (batches of token ids), and everything else.
     :raises nncf.ValidationError: A parameter is out of range, or data is missing, empty, short or of another kind.
     """
 
-    mode: str
-
-    def __init__(
-        self,
-        ratio: float,
-        dataset: nncf.Dataset | None,
-        subset_size: int,
-        resume: str | os.PathLike[str] | None,
-        parameters: PruningParameters,
-    ) -> None:
-        parameters.check()
-        if dataset is None:
-            msg = f"{self.mode} scores candidates on calibration text and needs a dataset; got None."
+    def __init__(self, request: Request[PruningParameters]) -> None:
+        request.parameters.check()
+        if request.dataset is None:
+            msg = f"{request.mode} scores candidates on calibration text and needs a dataset; got None."
             raise nncf.ValidationError(msg)
-        self._ratio = ratio
-        self._search = parameters
-        self._resume = None if resume is None else Path(resume)
-        self._batches = [_batch(index, item, self.mode) for index, item in enumerate(read_items(dataset, subset_size))]
+        self._ratio = request.ratio
+        self._search = request.parameters
+        self._resume = request.resume
+        items = read_items(request.dataset, request.subset_size)
+        self._batches = [_batch(index, item, request.mode) for index, item in enumerate(items)]
 
     @abstractmethod
     def stages(self, model: nn.Module, dimensions: Dimensions, order: Mapping[str, list[int]]) -> list[Stage]:

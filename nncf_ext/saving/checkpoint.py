@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nncf_ext.files import write_whole
 from nncf_ext.saving.layers import apply_overrides, edits_from_config, layer_overrides
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped
+from nncf_ext.weights.sharing import names_of_parameters
 
 GRID_WEIGHTS = "nncf_model.safetensors"
 GRID_CONFIG = "nncf_config.json"
@@ -274,8 +275,9 @@ def _load_strictly(model: nn.Module, source: Path, dtype: torch.dtype | None) ->
 
 def _tied_names(model: nn.Module, state: Mapping[str, Tensor]) -> set[str]:
     """Names of parameters that are in the state, under this name or that of a parameter they are tied to."""
-    loaded = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in state}
-    return {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in loaded}
+    return {
+        name for names in names_of_parameters(model).values() if not state.keys().isdisjoint(names) for name in names
+    }
 
 
 def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> TModel:

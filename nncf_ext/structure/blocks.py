@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nncf_ext.structure.records import blocks_path
 from nncf_ext.upstream import HOOKS_PREFIX
+from nncf_ext.weights.sharing import names_of_parameters
 
 OUTPUT_HEAD = "output head: stays in full precision"
 IGNORED = "ignored scope"
@@ -84,9 +85,7 @@ def survey(model: nn.Module, ignored_scope: nncf.IgnoredScope | None = None) -> 
     in_blocks = {id(module) for each in lists for block in each.blocks.values() for module in block.modules()}
     head = _output_head(model)
     ignored = _ignored_modules(model, ignored_scope) if ignored_scope is not None else set()
-    holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
+    names = names_of_parameters(model)
 
     weights = []
     for module_name, module in model.named_modules():
@@ -94,7 +93,7 @@ def survey(model: nn.Module, ignored_scope: nncf.IgnoredScope | None = None) -> 
             name = f"{module_name}.{own_name}" if module_name else own_name
             if parameter.dim() < 2 or name.startswith(HOOKS_PREFIX):
                 continue
-            shared = next((other for other in holders[id(parameter)] if other != name), None)
+            shared = next((other for other in names[id(parameter)] if other != name), None)
             reason = _unsupported(module, own_name, parameter)
             if reason is None and module is head:
                 reason = OUTPUT_HEAD
@@ -191,7 +190,7 @@ def _ignored_modules(model: nn.Module, scope: nncf.IgnoredScope) -> set[str]:
     unmatched = [rule for rule in (*scope.names, *scope.patterns, *scope.types) if rule not in matched]
     if unmatched and scope.validate:
         msg = (
-            f"The ignored scope asks for {unmatched}, which match no layer that holds a weight. Names look like "
+            f"The ignored scope asks for {unmatched}, which match no layer with parameters. Names look like "
             f"{next(iter(_weight_holders(model)), 'model.layers.0.mlp.up_proj')!r}; patterns must match from the start."
         )
         raise nncf.ValidationError(msg)

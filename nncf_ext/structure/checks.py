@@ -5,6 +5,7 @@ from torch import nn
 
 from nncf_ext.structure.dimensions import Dimensions
 from nncf_ext.structure.plan import StructurePlan, fingerprint
+from nncf_ext.weights.sharing import names_of_parameters
 
 
 def check_plan(model: nn.Module, plan: StructurePlan, dimensions: Dimensions) -> None:
@@ -68,9 +69,7 @@ def check_sharing(model: nn.Module, plan: StructurePlan, dimensions: Dimensions)
     :raises nncf.ValidationError: Dimensions that share weights would keep other units of them.
     :raises nncf.UnsupportedModelError: A weight to be cut is used elsewhere, too.
     """
-    holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
+    names = names_of_parameters(model)
     for name, kept in plan.kept.items():
         dimension = dimensions[name]
         if not kept or kept == dimension.all_units:
@@ -87,6 +86,6 @@ def check_sharing(model: nn.Module, plan: StructurePlan, dimensions: Dimensions)
             raise nncf.ValidationError(msg)
         for path in dimension.touched(kept):
             for parameter in model.get_submodule(path).parameters():
-                if len(holders[id(parameter)]) > len(users):
-                    msg = f"Asked to cut a weight that is shared: {', '.join(holders[id(parameter)])}. Untie it."
+                if len(names[id(parameter)]) > len(users):
+                    msg = f"Asked to cut a weight that is shared: {', '.join(names[id(parameter)])}. Untie it."
                     raise nncf.UnsupportedModelError(msg)

@@ -8,6 +8,7 @@ from torch import nn
 from nncf_ext.structure.dimensions import Dimensions, Kept, tensor_at
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import Costs, StructurePlan
+from nncf_ext.weights.sharing import names_of_parameters
 
 
 def count_costs(model: nn.Module, plan: StructurePlan | None = None, *, dimensions: Dimensions | None = None) -> Costs:
@@ -25,7 +26,7 @@ def count_costs(model: nn.Module, plan: StructurePlan | None = None, *, dimensio
     parameters = {id(each): each for each in model.parameters()}
     embeddings = {id(each) for module in _embeddings(model) for each in module.parameters()}
     lost = lost_numbers(model, kept, dimensions)
-    left = {key: each.numel() - lost.get(key, 0) for key, each in parameters.items()}
+    left = {key: each.numel() - lost[key] for key, each in parameters.items()}
     cache_type = next(_block_parameters(model, dimensions)).element_size()
     tokens = sum(len(kept[name]) * each.token_numbers for name, each in dimensions.items())
     states = sum(each.state_numbers[len(kept[name])] for name, each in dimensions.items() if each.state_numbers)
@@ -45,12 +46,8 @@ def lost_numbers(model: nn.Module, kept: Kept, dimensions: Dimensions) -> dict[i
     :param dimensions: The model's dimensions.
     :return: How many numbers each parameter loses, by its id. One that is shared loses what all of its users lose.
     """
-    by_path = _lost_by_path(model, kept, dimensions)
-    lost: dict[int, int] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        here = by_path.get(path, 0)
-        lost[id(parameter)] = min(lost.get(id(parameter), here), here)
-    return lost
+    lost = _lost_by_path(model, kept, dimensions)
+    return {key: min(lost.get(path, 0) for path in paths) for key, paths in names_of_parameters(model).items()}
 
 
 def _lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mapping[str, int]:

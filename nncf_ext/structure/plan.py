@@ -23,6 +23,7 @@ from nncf_ext.structure.lookup import dimensions_of
 
 VERSION = 2
 _SAMPLE = 4096
+_MOST_UNITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,7 @@ class StructurePlan:
             content = _from_version_1(content) if version == 1 else content
             return cls(
                 model=Fingerprint(**content["model"]),
-                kept={
-                    name: tuple(unit for first, end in runs for unit in range(first, end))
-                    for name, runs in content["kept"].items()
-                },
+                kept={name: _units(runs) for name, runs in content["kept"].items()},
                 steps=tuple(Step(**step) for step in content["steps"]),
                 calibration=content["calibration"],
                 costs_before=Costs(**content["costs_before"]) if content["costs_before"] else None,
@@ -221,6 +219,15 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return Fingerprint(
         str(getattr(config, "model_type", "")), shapes.hexdigest(), None if meta else weights.hexdigest()
     )
+
+
+def _units(runs: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    # A file is untrusted: nothing is expanded that no model could have.
+    count = sum(end - first for first, end in runs)
+    if count > _MOST_UNITS or not all(0 <= first < end for first, end in runs):
+        msg = f"runs {list(runs)[:4]} are no units of a dimension"
+        raise ValueError(msg)
+    return tuple(unit for first, end in runs for unit in range(first, end))
 
 
 def _runs(kept: Sequence[int]) -> list[list[int]]:

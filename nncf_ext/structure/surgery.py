@@ -1,7 +1,6 @@
 """Make a model smaller for real: cut tensors, replace modules, and let the architecture's record finish."""
 
 import copy
-from collections import Counter
 from typing import Any, TypeVar
 
 import nncf
@@ -15,6 +14,7 @@ from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.records import set_record
+from nncf_ext.weights.sharing import names_of_parameters
 
 TModel = TypeVar("TModel", bound=nn.Module)
 
@@ -78,7 +78,10 @@ def cut_tensors(model: nn.Module, kept: Kept, dimensions: Dimensions) -> None:
             continue
         if stand_ins := dimension.replaced(units):
             for path, stand_in in stand_ins.items():
-                replacement = stand_in.standing_for(model.get_submodule(path))
+                replaced = model.get_submodule(path)
+                replacement = stand_in.standing_for(replaced)
+                for module in {*replacement.modules()} - {*replaced.modules()}:
+                    module.training = replaced.training
                 for parameter in replacement.parameters():
                     parameter.data = parameter.data.clone()
                 model.set_submodule(path, replacement)
@@ -91,9 +94,9 @@ class _Scissors:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        uses = Counter(id(each) for _, each in model.named_parameters(remove_duplicate=False))
+        names = names_of_parameters(model)
         # Kept alive, so that no new tensor gets the id of an old one.
-        self._shared: dict[int, Tensor] = {id(each): each for each in model.parameters() if uses[id(each)] > 1}
+        self._shared: dict[int, Tensor] = {id(each): each for each in model.parameters() if len(names[id(each)]) > 1}
         self._pieces: dict[tuple[int, int], Tensor] = {}
 
     def cut(self, dimension: Dimension, units: Any) -> None:

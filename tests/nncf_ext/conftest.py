@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import nncf
 import pytest
@@ -44,6 +45,22 @@ def tiny_llama() -> Callable[..., nn.Module]:
         return model
 
     return make
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path) -> Path:
+    """A model folder with a byte-level tokenizer of the embedding's size, and a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    source = tmp_path / "model"
+    tiny_llama().save_pretrained(source)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(source)
+    (tmp_path / "text.txt").write_text("A quick brown fox jumps over lazy dogs. " * 40)
+    return source
 
 
 @pytest.fixture

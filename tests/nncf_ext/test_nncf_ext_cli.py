@@ -19,22 +19,6 @@ def run(*arguments):
     return result.exit_code, " ".join(result.output.split())
 
 
-@pytest.fixture
-def folder(tiny_llama, tmp_path):
-    """A model folder with a byte-level tokenizer of the embedding's size, and a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    source = tmp_path / "model"
-    tiny_llama().save_pretrained(source)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(source)
-    (tmp_path / "text.txt").write_text("A quick brown fox jumps over lazy dogs. " * 40)
-    return source
-
-
 def test_sparse_model_is_an_ordinary_folder(folder, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch import nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import ElasticRank, attach_rank, detach_rank
-from nncf_ext.algorithms.elastic_lora.layers import factors, find_adapter, group_layers, lora_layers
+from nncf_ext.algorithms.elastic_lora.inspection import factors, find_adapter, lora_layers
+from nncf_ext.algorithms.elastic_lora.layers import REFUSED, group_layers
 from nncf_ext.algorithms.elastic_lora.parameters import Group
 from nncf_ext.exploration.space import Point, SearchSpace
 
@@ -34,7 +35,7 @@ class ElasticNetwork:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], adapter: str | None = None) -> None:
-        self._model, self._adapter = find_adapter(model, adapter)
+        self._model, self._adapter = find_adapter(model, adapter, "Only the rank of LoRA can be elastic.", REFUSED)
         dimensions = list(group_layers(self._model, self._adapter, groups))
         self._space = SearchSpace({name: sorted(group.ranks, reverse=True) for name, group, _ in dimensions})
         self._paths = {name: tuple(paths) for name, _, paths in dimensions}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import detach_rank
 from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork
-from nncf_ext.algorithms.elastic_lora.layers import lora_layers
+from nncf_ext.algorithms.elastic_lora.inspection import lora_layers
 
 
 def extract_ranks(net: ElasticNetwork, point: Mapping[str, int]) -> PeftModel:

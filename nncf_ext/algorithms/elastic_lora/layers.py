@@ -1,79 +1,31 @@
-"""Which layers of a PEFT model carry an adapter, which of them share a rank, and why can a rank not be elastic?"""
+"""Which layers of an adapter share a rank, and why can a rank not be elastic?"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import nncf
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import elastic_rank, maximum_rank
+from nncf_ext.algorithms.elastic_lora.inspection import HARMLESS_INITIALIZATIONS, lora_layers
 from nncf_ext.algorithms.elastic_lora.parameters import Group
 from nncf_ext.structure.blocks import find_block_lists
 
-# Initializations that leave the base weight as it is; the others move a part of it into A and B.
-_HARMLESS_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+_FROZEN = "everything but A and B must stay frozen, because all ranks share it."
 
-
-def find_adapter(model: nn.Module, adapter: str | None) -> tuple[PeftModel, str]:
-    """
-    Finds the adapter and refuses what cannot be cut to a lower rank.
-
-    :param model: PEFT model.
-    :param adapter: Name of the adapter; None for the active one.
-    :return: The model, known to be one of PEFT, and the adapter's name.
-    :raises nncf.UnsupportedModelError: The model is not a PeftModel, or the adapter is not plain LoRA.
-    :raises nncf.ValidationError: There is no such adapter, or several are active and none is named.
-    """
-    if not isinstance(model, PeftModel):
-        msg = (
-            f"Elastic ranks need a model from peft.get_peft_model or PeftModel.from_pretrained; got a "
-            f"{type(model).__name__}."
-        )
-        raise nncf.UnsupportedModelError(msg)
-    active = list(model.active_adapters)
-    if adapter is None and len(active) != 1:
-        msg = f"Active adapters are {active}. Name one: adapter_name=..."
-        raise nncf.ValidationError(msg)
-    name = active[0] if adapter is None else adapter
-    if name not in model.peft_config:
-        msg = f"Asked for adapter {name!r}; the model has {list(model.peft_config)}."
-        raise nncf.ValidationError(msg)
-    config = model.peft_config[name]
-    if type(config) is not LoraConfig:
-        msg = f"Adapter {name!r} is {config.peft_type}. Only the rank of LoRA can be elastic."
-        raise nncf.UnsupportedModelError(msg)
-    if reason := _refused_setting(config):
-        raise nncf.UnsupportedModelError(f"Adapter {name!r} has {reason}")
-    return model, name
-
-
-def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """
-    :param model: PEFT model.
-    :param adapter: Name of an adapter.
-    :return: The layers that carry it, by path in the base model, in the model's order.
-    """
-    return {
-        path: module
-        for path, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer) and adapter in (*module.lora_A, *module.lora_embedding_A)
-    }
-
-
-def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """
-    :param layer: A layer that carries the adapter.
-    :param adapter: Name of the adapter.
-    :return: Its A and B as PEFT stores them: ``[r, in]`` and ``[out, r]`` of a linear layer.
-    """
-    if adapter in layer.lora_A:
-        lora_A: Any = layer.lora_A[adapter]
-        lora_B: Any = layer.lora_B[adapter]
-        return lora_A.weight, lora_B.weight
-    return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+REFUSED = {
+    "use_dora": "DoRA divides by the norm of W + s B A, which is another one for every rank.",
+    "bias": f"{_FROZEN} Use bias='none'.",
+    "lora_bias": _FROZEN,
+    "modules_to_save": f"{_FROZEN} A task_type may add some modules. Target them instead.",
+    "trainable_token_indices": _FROZEN,
+    "ensure_weight_tying": "a tied adapter cannot have a rank of its own.",
+    "init_lora_weights": "it may put a part of the base weight into A and B, and a lower rank would lose it. "
+    f"Use one of {HARMLESS_INITIALIZATIONS}.",
+}
+"""Why an adapter with such a setting cannot be cut to a lower rank."""
 
 
 def group_layers(model: PeftModel, adapter: str, groups: Sequence[Group]) -> Iterator[tuple[str, Group, list[str]]]:
@@ -187,28 +139,4 @@ def _refused_layer(layer: LoraLayer, adapter: str) -> str | None:
         return f"its A is a {type(lora_A).__name__}, neither Linear nor a convolution."
     if getattr(lora_B, "groups", 1) > 1:
         return "it adapts a convolution in groups, whose B does not see all of A."
-    return None
-
-
-def _refused_setting(config: LoraConfig) -> str | None:
-    frozen = "Everything but A and B must stay frozen, because all ranks share it."
-    if config.use_dora:
-        return "use_dora=True. DoRA divides by the norm of W + s B A, which is another one for every rank."
-    if config.bias != "none":
-        return f"bias={config.bias!r}. {frozen} Use bias='none'."
-    if config.lora_bias:
-        return f"lora_bias=True. {frozen}"
-    if config.modules_to_save:
-        return (
-            f"modules_to_save={list(config.modules_to_save)} (a task_type may add some). {frozen} Target them instead."
-        )
-    if getattr(config, "trainable_token_indices", None):
-        return f"trainable_token_indices. {frozen}"
-    if getattr(config, "ensure_weight_tying", False):
-        return "ensure_weight_tying=True. A tied adapter cannot have a rank of its own."
-    if config.init_lora_weights not in _HARMLESS_INITIALIZATIONS:
-        return (
-            f"init_lora_weights={config.init_lora_weights!r}, which may put a part of the base weight into A and B: a "
-            f"lower rank would lose it. Use one of {_HARMLESS_INITIALIZATIONS}."
-        )
     return None

@@ -7,7 +7,6 @@ Source: Munoz et al., Mamba-Shedder: Post-Transformer Compression for Efficient 
 (arXiv 2501.17088).
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
@@ -24,6 +23,7 @@ from nncf_ext.algorithms.mamba_shedder.parameters import (
     SSM,
     AdvancedMambaShedderParameters,
 )
+from nncf_ext.method import Request
 from nncf_ext.pruning.candidates import Removal, branch_removals, width_removals
 from nncf_ext.pruning.method import Stage, StructuredPruning, mlp_group
 from nncf_ext.structure.dimensions import Dimensions
@@ -34,26 +34,15 @@ class MambaShedder(StructuredPruning):
     """
     One run.
 
-    :param ratio: Fraction of all parameters to remove by the stages that do not say their steps, 0 <= ratio < 1.
-    :param dataset: Calibration data: batches of token ids.
-    :param subset_size: Number of calibration items.
-    :param resume: Folder of a journal, or None.
-    :param parameters: Everything else.
+    :param request: Ratio of all parameters to remove by the stages that do not say their steps, calibration data
+        (batches of token ids) and everything else.
     :raises nncf.ValidationError: A parameter is out of range, ratio and steps contradict each other, or data is
         missing, empty, short or of another kind.
     """
 
-    mode = "mamba_shedder"
-
-    def __init__(
-        self,
-        ratio: float,
-        dataset: nncf.Dataset | None,
-        subset_size: int,
-        resume: str | os.PathLike[str] | None,
-        parameters: AdvancedMambaShedderParameters,
-    ) -> None:
-        super().__init__(ratio, dataset, subset_size, resume, parameters)
+    def __init__(self, request: Request[AdvancedMambaShedderParameters]) -> None:
+        super().__init__(request)
+        parameters, ratio = request.parameters, request.ratio
         self._parameters = parameters
         counted = [stage.steps is not None for stage in parameters.stages]
         if all(counted) and ratio:

@@ -7,7 +7,6 @@ Nothing is trained.
 Source: Munoz et al., MultiPruner: Balanced Structure Removal in Foundation Models (arXiv 2501.09949).
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,6 +19,7 @@ from nncf_ext.algorithms.multipruner.parameters import ACTIVATIONS, COSTS, Advan
 from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import evaluation
 from nncf_ext.importance.blocks import activation_norm
+from nncf_ext.method import Request
 from nncf_ext.pruning.candidates import Removal, branch_removals, width_removals
 from nncf_ext.pruning.compensation import Compensator
 from nncf_ext.pruning.method import Stage, StructuredPruning, mlp_group
@@ -34,25 +34,13 @@ class MultiPruner(StructuredPruning):
     """
     One run.
 
-    :param ratio: Fraction of the cost to remove, 0 <= ratio < 1.
-    :param dataset: Calibration data: batches of token ids.
-    :param subset_size: Number of calibration items that score blocks.
-    :param resume: Folder of a journal, or None.
-    :param parameters: Everything else.
+    :param request: Ratio of the cost to remove, calibration data (batches of token ids) and everything else.
     :raises nncf.ValidationError: A parameter is out of range, or data is missing, empty, short or of another kind.
     """
 
-    mode = "multipruner"
-
-    def __init__(
-        self,
-        ratio: float,
-        dataset: nncf.Dataset | None,
-        subset_size: int,
-        resume: str | os.PathLike[str] | None,
-        parameters: AdvancedMultiPrunerParameters,
-    ) -> None:
-        super().__init__(ratio, dataset, subset_size, resume, parameters)
+    def __init__(self, request: Request[AdvancedMultiPrunerParameters]) -> None:
+        super().__init__(request)
+        parameters = request.parameters
         self._parameters = parameters
         self._width_batches = self._batches[: parameters.width_subset_size or max(1, len(self._batches) // 2)]
         self._spread: dict[nn.Module, Tensor] = {}

@@ -7,7 +7,6 @@ all, so an interrupted run leaves a model of which the first units are compresse
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -20,7 +19,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from nncf_ext.algorithms.sparse_weights.journal import Journal, LayerResult
 from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
 from nncf_ext.algorithms.sparse_weights.solver import (
     AdaptiveMask,
@@ -30,15 +28,18 @@ from nncf_ext.algorithms.sparse_weights.solver import (
     inverse_factor,
     solve,
 )
+from nncf_ext.algorithms.sparse_weights.units import FinishedUnits, LayerResult
 from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, observe_inputs, read_items
 from nncf_ext.files import digest
 from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
+from nncf_ext.journal import Journal
+from nncf_ext.method import Request
 from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import Survey
 from nncf_ext.upstream import HOOKS_PREFIX
 from nncf_ext.weights.int4 import check_hookable, decompressors, dequantize, pack, unpack, weight_hooks
-from nncf_ext.weights.records import LayerRecord, set_record
+from nncf_ext.weights.records import LayerRecord, record_of, set_record
 
 logger = logging.getLogger("nncf_ext")
 
@@ -49,39 +50,27 @@ class SparseWeights:
     """
     One run of a sparse-weights mode. Everything is checked on construction; :meth:`apply` does the work.
 
-    :param mode: SPARSE_MAGNITUDE, SPARSE_WANDA or SPARSE_GPT.
-    :param ratio: Fraction of each layer's weights to zero, 0 <= ratio < 1.
-    :param dataset: Calibration data, or None for magnitude without quantization.
-    :param subset_size: Number of calibration items to use.
-    :param resume: Folder of a journal, or None.
-    :param parameters: Everything else.
+    :param request: What was asked for. SPARSE_MAGNITUDE without quantization needs no dataset.
     :raises nncf.ValidationError: Parameters contradict each other, or data is missing or empty.
     :raises nncf.ParameterNotSupportedError: A parameter is not supported.
     """
 
-    def __init__(
-        self,
-        mode: CompressMode,
-        ratio: float,
-        dataset: nncf.Dataset | None,
-        subset_size: int,
-        resume: str | os.PathLike[str] | None,
-        parameters: AdvancedSparseWeightsParameters,
-    ) -> None:
-        parameters.check(ratio)
+    def __init__(self, request: Request[AdvancedSparseWeightsParameters]) -> None:
+        mode, parameters = request.mode, request.parameters
+        parameters.check(request.ratio)
         self._mode = mode
-        self._ratio = ratio
+        self._ratio = request.ratio
         self._parameters = parameters
-        self._resume = resume
+        self._resume = request.resume
         self._pattern = parameters.keep_and_run
         self._quantize = parameters.quantization is not None
         self._items: list[Any] = []
         if mode is not CompressMode.SPARSE_MAGNITUDE or self._quantize:
             what = f"{mode.value}{' with quantization' if self._quantize else ''}"
-            if dataset is None:
+            if request.dataset is None:
                 msg = f"{what} looks at the inputs of each layer and needs a dataset; got None."
                 raise nncf.ValidationError(msg)
-            self._items = read_items(dataset, subset_size)
+            self._items = read_items(request.dataset, request.subset_size)
 
     def check(self, model: nn.Module, survey: Survey) -> None:
         """
@@ -133,12 +122,13 @@ class SparseWeights:
         :param survey: Its weights.
         :raises KeyboardInterrupt: If interrupted, with the number of finished layers in its text.
         """
+        _note_untouched(survey)
         targets = survey.targets
-        journal = None
+        finished = None
         if self._resume is not None:
-            journal = Journal(self._resume, self._header(model, survey))
+            finished = FinishedUnits(Journal(self._resume, "compression", self._header(model, survey)))
         packed = [name for name in targets if f"{name}.weight" in decompressors(model)]
-        foreign = sorted(set(packed) - (journal.layers() if journal is not None else set()))
+        foreign = sorted(set(packed) - (finished.layers() if finished is not None else set()))
         if foreign:
             raise nncf.ValidationError(_already_compressed(foreign[0], "INT4 codes, not from this journal"))
         for name in packed:
@@ -154,7 +144,7 @@ class SparseWeights:
             task = progress.add_task(f"Applying {self._mode.value}", total=total)
             try:
                 for unit in units:
-                    self._compress_unit(model, unit, journal)
+                    self._compress_unit(model, unit, finished)
                     done += len(unit.layers)
                     progress.advance(task)
                     logger.info("%s: %d of %d layers are compressed", unit.name, done, len(targets))
@@ -168,23 +158,21 @@ class SparseWeights:
                 logger.warning(msg)
                 raise KeyboardInterrupt(msg) from interrupt
 
-    def _compress_unit(self, model: nn.Module, unit: Unit, journal: Journal | None) -> None:
+    def _compress_unit(self, model: nn.Module, unit: Unit, finished: FinishedUnits | None) -> None:
         if not unit.layers:
             unit.advance()
             return
         originals = {name: layer.weight.data for name, layer in unit.layers.items()}
-        results = journal.load(unit.name, originals) if journal is not None else None
-        finished = results is not None
-        if results is None:
-            results = self._solve_unit(unit)
+        earlier = finished.load(unit.name, originals) if finished is not None else None
+        results = self._solve_unit(unit) if earlier is None else earlier
         with ExitStack() as undo:
             for name, layer in unit.layers.items():
                 undo.callback(layer.weight.requires_grad_, layer.weight.requires_grad)
                 undo.callback(setattr, layer.weight, "data", originals[name])
                 layer.weight.data = results[name].weight.to(originals[name].device)
             unit.advance()
-            if journal is not None and not finished:
-                journal.store(unit.name, results, originals)
+            if finished is not None and earlier is None:
+                finished.store(unit.name, results, originals)
             for name, layer in unit.layers.items():
                 codes, scales = results[name].codes, results[name].scales
                 undo.callback(set_record, layer, None)
@@ -315,6 +303,14 @@ class SparseWeights:
             "data": digest(self._items),
             "other weights": digest((name, value) for name, value in staying if not name.startswith(HOOKS_PREFIX)),
         }
+
+
+def _note_untouched(survey: Survey) -> None:
+    """Keeps on each layer why it is left alone, for the report."""
+    for weight in survey.weights:
+        earlier = record_of(weight.module)
+        if weight.untouched is not None and (earlier is None or earlier.mode is None):
+            set_record(weight.module, LayerRecord(untouched=weight.untouched, bytes_before=weight.parameter.nbytes))
 
 
 def _already_compressed(name: str, kind: str) -> str:

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import nncf
 
+from nncf_ext.parameters import parse_choice
+
 GROUP_SIZES = (64, 128)
+QUANTIZATIONS = (nncf.CompressWeightsMode.INT4_SYM,)
 
 
 @dataclass
@@ -64,9 +67,8 @@ class AdvancedSparseWeightsParameters:
                 f"{1 - pattern[0] / pattern[1]:g}; got {ratio:g}."
             )
             raise nncf.ValidationError(msg)
-        if self.quantization not in (None, nncf.CompressWeightsMode.INT4_SYM):
-            msg = f"Asked for quantization {self.quantization}. Here only nncf.CompressWeightsMode.INT4_SYM is."
-            raise nncf.ParameterNotSupportedError(msg)
+        if self.quantization is not None:
+            parse_choice(self.quantization, QUANTIZATIONS, "quantization")
         if self.group_size not in GROUP_SIZES:
             msg = f"Asked for group size {self.group_size}; use one of {GROUP_SIZES}."
             raise nncf.ValidationError(msg)

@@ -1,24 +1,32 @@
 """Makes the adapters of a PEFT model mergeable: masked by the zeros of their base, on request rounded to its grid."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import nncf
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from nncf_ext.algorithms.elastic_lora.inspection import find_adapter, lora_layers
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales
 from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
 from nncf_ext.algorithms.sqft.partner import Grid, check_partners, into_cells, on_grid, read_grid
-from nncf_ext.parameters import MergeMode
+from nncf_ext.parameters import MergeMode, parse_choice
 from nncf_ext.weights.int4 import decompressors
 from nncf_ext.weights.records import set_record
+from nncf_ext.weights.sharing import names_of_parameters
 
-# Initializations that leave the base weight as it is; the others move a part of it into A and B, zeros included.
-_HARMLESS_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+_REFUSED = {
+    "use_dora": "DoRA scales whole rows, base weight included. Use plain LoRA.",
+    "bias": "biases stay as they are. Use bias='none'.",
+    "lora_bias": "biases stay as they are. Use lora_bias=False.",
+    "modules_to_save": "a module trained as a whole keeps no zeros.",
+    "trainable_token_indices": "embeddings are not merged here.",
+    "init_lora_weights": "it changes the base weight, and with it the zeros. Use init_lora_weights=True.",
+    "fan_in_fan_out": "weights are expected as [out, in].",
+}
+"""Why an adapter with such a setting cannot be merged."""
 
 
 def make_mergeable(
@@ -48,7 +56,7 @@ def make_mergeable(
         the adapter is merged or mergeable already.
     :raises nncf.ParameterNotSupportedError: The mode is unknown, or an option belongs to the other mode.
     """
-    mode = _mode(mode)
+    mode = parse_choice(mode, MergeMode)
     parameters = advanced_parameters or AdvancedSqftParameters()
     adapter, layers = find_layers(model)
     quantized = mode is MergeMode.QUANT_AWARE
@@ -56,9 +64,9 @@ def make_mergeable(
         msg = "grid and AdvancedSqftParameters belong to MergeMode.QUANT_AWARE; the mode is SPARSE."
         raise nncf.ParameterNotSupportedError(msg)
     base: nn.Module = model.get_base_model()  # type: ignore[operator]  # find_layers has made sure
-    shared = _shared_weights(base)
+    names = names_of_parameters(base)
     for path, layer in layers.items():
-        _check_layer(path, layer, shared)
+        _check_layer(path, layer, names)
     weights: dict[str, Any] = {path: layer.get_base_layer().weight for path, layer in layers.items()}
     if not quantized and not any(bool((weight == 0).any()) for weight in weights.values()):
         msg = (
@@ -92,14 +100,6 @@ def make_mergeable(
     return model  # type: ignore[return-value]
 
 
-def _mode(mode: MergeMode) -> MergeMode:
-    try:
-        return MergeMode(mode)
-    except ValueError:
-        msg = f"Unknown mode {mode!r}. Modes: {', '.join(f'MergeMode.{each.name}' for each in MergeMode)}."
-        raise nncf.ParameterNotSupportedError(msg) from None
-
-
 def find_layers(model: nn.Module) -> tuple[str, dict[str, LoraLinear]]:
     """
     Finds the layers of the active adapter, and refuses what cannot be merged.
@@ -109,23 +109,9 @@ def find_layers(model: nn.Module) -> tuple[str, dict[str, LoraLinear]]:
     :raises nncf.UnsupportedModelError: See :func:`make_mergeable`.
     :raises nncf.ValidationError: Several adapters are active.
     """
-    if not isinstance(model, PeftModel):
-        msg = f"A model from peft.get_peft_model or PeftModel.from_pretrained is needed; got a {type(model).__name__}."
-        raise nncf.UnsupportedModelError(msg)
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        msg = f"Adapters {active} are active; exactly one must be. Use set_adapter(name)."
-        raise nncf.ValidationError(msg)
-    config: Any = model.peft_config[active[0]]
-    if type(config) is not LoraConfig:
-        msg = f"Adapter {active[0]!r} is {config.peft_type}. Only LoRA can be merged into the zeros of its base."
-        raise nncf.UnsupportedModelError(msg)
-    for setting, why in _refused(config):
-        raise nncf.UnsupportedModelError(f"Adapter {active[0]!r} has {setting}: {why}")
+    model, adapter = find_adapter(model, None, "Only LoRA can be merged into the zeros of its base.", _REFUSED)
     layers: dict[str, LoraLinear] = {}
-    for path, module in model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer) or active[0] not in (*module.lora_A, *module.lora_embedding_A):
-            continue
+    for path, module in lora_layers(model, adapter).items():
         if not isinstance(module, LoraLinear) or type(module.get_base_layer()) is not nn.Linear:
             kind = type(module.get_base_layer()).__name__
             parameter = getattr(module, "parameter_name", None)
@@ -134,30 +120,12 @@ def find_layers(model: nn.Module) -> tuple[str, dict[str, LoraLinear]]:
             raise nncf.UnsupportedModelError(msg)
         layers[path] = module
     if not layers:
-        msg = f"Adapter {active[0]!r} has no layer in this model."
+        msg = f"Adapter {adapter!r} has no layer in this model."
         raise nncf.ValidationError(msg)
-    return active[0], layers
+    return adapter, layers
 
 
-def _refused(config: LoraConfig) -> Iterator[tuple[str, str]]:
-    if config.use_dora:
-        yield "use_dora=True", "DoRA scales whole rows, base weight included. Use plain LoRA."
-    if config.bias != "none" or config.lora_bias:
-        yield f"bias={config.bias!r}, lora_bias={config.lora_bias}", "biases stay as they are. Use bias='none'."
-    if config.modules_to_save:
-        yield f"modules_to_save={list(config.modules_to_save)}", "a module trained as a whole keeps no zeros."
-    if getattr(config, "trainable_token_indices", None):
-        yield "trainable_token_indices", "embeddings are not merged here."
-    if config.init_lora_weights not in _HARMLESS_INITIALIZATIONS:
-        yield (
-            f"init_lora_weights={config.init_lora_weights!r}",
-            "it changes the base weight, and with it the zeros. Use init_lora_weights=True.",
-        )
-    if config.fan_in_fan_out:
-        yield "fan_in_fan_out=True", "weights are expected as [out, in]."
-
-
-def _check_layer(path: str, layer: LoraLinear, shared: dict[int, list[str]]) -> None:
+def _check_layer(path: str, layer: LoraLinear, names: dict[int, list[str]]) -> None:
     base: Any = layer.get_base_layer()
     if isinstance(layer, MaskedLoraLinear):
         raise nncf.ValidationError(f"The adapter of {path} is mergeable already.")
@@ -167,8 +135,8 @@ def _check_layer(path: str, layer: LoraLinear, shared: dict[int, list[str]]) -> 
         raise nncf.ValidationError(_packed_base(path))
     if base.weight.is_meta:
         raise nncf.ValidationError(f"{path} has no values (meta device). Load the weights first.")
-    if id(base.weight) in shared:
-        msg = f"The weight of {path} is shared ({', '.join(shared[id(base.weight)])}): merging would change both."
+    if len(names[id(base.weight)]) > 1:
+        msg = f"The weight of {path} is shared ({', '.join(names[id(base.weight)])}): merging would change both."
         raise nncf.ValidationError(msg)
     if not bool(base.weight.isfinite().all()):
         raise nncf.ValidationError(f"The base weight of {path} holds values that are not finite.")
@@ -179,13 +147,6 @@ def _check_layer(path: str, layer: LoraLinear, shared: dict[int, list[str]]) -> 
             "sparsity, or leave the layer out of the adapter's target modules."
         )
         raise nncf.ValidationError(msg)
-
-
-def _shared_weights(base: nn.Module) -> dict[int, list[str]]:
-    holders: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    return {key: names for key, names in holders.items() if len(names) > 1}
 
 
 def _read(grid: nn.Module | None, base: nn.Module) -> dict[str, Grid]:

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from nncf_ext.algorithms.elastic_lora.adapter import active_rank
+from nncf_ext.algorithms.elastic_lora.inspection import active_factors
 from nncf_ext.algorithms.sqft.delta import MergedLinear, MergedWeight, pack_mask, unpack_mask
 
 _SCALES = "nncf_ext_scales"
@@ -67,12 +67,9 @@ class MaskedLoraLinear(LoraLinear):
         :param adapter: Name of the adapter.
         :return: The base with what is active of the adapter.
         """
-        lora_A: Any = self.lora_A[adapter]
-        lora_B: Any = self.lora_B[adapter]
         base: Any = self.get_base_layer()
-        rank = active_rank(lora_A)
-        factors = lora_A.weight[:rank], lora_B.weight[:, :rank]
-        return MergedWeight(base.weight, self.mask, *factors, self.scaling[adapter], self.scales_of(adapter))
+        lora_A, lora_B = active_factors(self, adapter)
+        return MergedWeight(base.weight, self.mask, lora_A, lora_B, self.scaling[adapter], self.scales_of(adapter))
 
     def scales_of(self, adapter: str) -> Tensor | None:
         """

@@ -10,11 +10,11 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from nncf_ext.algorithms.elastic_lora.adapter import active_rank
+from nncf_ext.algorithms.elastic_lora.inspection import active_factors, factors
 from nncf_ext.algorithms.sqft.algorithm import find_layers
 from nncf_ext.algorithms.sqft.delta import MergedWeight, pack_mask
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales, scales_on
-from nncf_ext.parameters import MergeMode
+from nncf_ext.parameters import MergeMode, parse_choice
 from nncf_ext.weights.int4 import (
     check_hookable,
     codes_and_scales,
@@ -44,11 +44,7 @@ def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
         contract; the first such layer is named.
     :raises nncf.ParameterNotSupportedError: The mode is unknown.
     """
-    try:
-        mode = MergeMode(mode)
-    except ValueError:
-        msg = f"Unknown mode {mode!r}. Modes: {', '.join(f'MergeMode.{each.name}' for each in MergeMode)}."
-        raise nncf.ParameterNotSupportedError(msg) from None
+    mode = parse_choice(mode, MergeMode)
     adapter, layers = find_layers(model)
     quantized = mode is MergeMode.QUANT_AWARE
     for path, layer in layers.items():
@@ -162,22 +158,17 @@ def _merge_sparse(layer: LoraLinear, adapter: str) -> None:
 
 def _merge_foreign(layer: LoraLinear, adapter: str, weight: Tensor) -> tuple[Tensor, float]:
     """An adapter that was trained without a mask: its delta is masked; how much of the weight that changes."""
-    lora_A: Any = layer.lora_A[adapter]
-    lora_B: Any = layer.lora_B[adapter]
-    rank, scaling = active_rank(lora_A), layer.scaling[adapter]
-    factors = lora_A.weight[:rank], lora_B.weight[:, :rank]
-    merged = MergedWeight(weight, pack_mask(weight != 0), *factors, scaling).values(weight.dtype)
-    wanted = MergedWeight(weight, pack_mask(torch.ones_like(weight, dtype=torch.bool)), *factors, scaling)
+    delta = *active_factors(layer, adapter), layer.scaling[adapter]
+    merged = MergedWeight(weight, pack_mask(weight != 0), *delta).values(weight.dtype)
+    wanted = MergedWeight(weight, pack_mask(torch.ones_like(weight, dtype=torch.bool)), *delta)
     wanted_values = wanted.values(torch.float32)
     return merged, float((wanted_values - merged.float()).norm() / wanted_values.norm().clamp_min(1e-30))
 
 
 def _check_factors(layer: LoraLinear, adapter: str) -> None:
-    factors: Any = (layer.lora_A[adapter], layer.lora_B[adapter])
-    for factor in factors:
-        if not bool(factor.weight.isfinite().all()):
-            msg = "its adapter holds values that are not finite."
-            raise nncf.ValidationError(msg)
+    if not all(bool(factor.isfinite().all()) for factor in factors(layer, adapter)):
+        msg = "its adapter holds values that are not finite."
+        raise nncf.ValidationError(msg)
 
 
 def _check_zeros(before: Tensor, after: Tensor) -> None:

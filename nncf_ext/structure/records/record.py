@@ -177,7 +177,9 @@ class Record(ABC):
         staying = [index for index, parts in enumerate(dimensions.by_block) if any(each.size for each in parts)]
         if len(staying) < len(dimensions.by_block) and self.drops_blocks:
             blocks: Any = model.get_submodule(path)
-            model.set_submodule(path, nn.ModuleList(blocks[index] for index in staying))
+            left = nn.ModuleList(blocks[index] for index in staying)
+            left.training = blocks.training
+            model.set_submodule(path, left)
             config.num_hidden_layers = len(staying)
             if ATTENTION in self.branches and getattr(config, "layer_types", None):
                 config.layer_types = [config.layer_types[index] for index in staying]

@@ -1,0 +1,21 @@
+"""
+The command ``nncf-ext``: the public functions on folders of Hugging Face models. One file for each command.
+
+Nothing here needs torch before a command runs, so that ``--help`` works where only the base package is installed.
+"""
+
+import typer
+
+from nncf_ext.cli.compress import compress_folder
+from nncf_ext.cli.extract import extract_folder
+from nncf_ext.cli.merge import merge_folder
+from nncf_ext.cli.search import search_folder
+
+# Without rich markup, which would eat patterns such as [qkv] and N:M in the help.
+app = typer.Typer(
+    help="Compress PyTorch language models for OpenVINO and NNCF.", no_args_is_help=True, rich_markup_mode=None
+)
+app.command("compress")(compress_folder)
+app.command("search")(search_folder)
+app.command("extract")(extract_folder)
+app.command("merge")(merge_folder)

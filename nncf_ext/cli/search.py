@@ -1,0 +1,162 @@
+"""``nncf-ext search``."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nncf_ext.cli.folders import (
+    Adapter,
+    Dtype,
+    Grid,
+    ModelDir,
+    Overwrite,
+    Start,
+    TrainedAs,
+    TrustRemoteCode,
+    check_new,
+    load_adapted,
+    user_errors,
+)
+from nncf_ext.cli.text import Samples, Window, read_windows
+from nncf_ext.parameters import SearchSampler
+
+
+def search_folder(
+    model_dir: ModelDir,
+    out: Annotated[Path, typer.Argument(help="Report to write (JSON), for nncf-ext extract; must not exist.")],
+    adapter: Adapter,
+    dataset: Annotated[Path, typer.Option(help="Validation text: UTF-8, or JSON Lines (.jsonl).")],
+    ranks: Annotated[
+        str | None, typer.Option(help="Ranks to choose from for all layers, such as 32,24,16; the adapter's first.")
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(help=r"PATTERN=RANKS: layers that share a rank, such as '.*\.[qkv]_proj$=32,24,16'; repeatable."),
+    ] = None,
+    per: Annotated[str, typer.Option(help="block: a rank for each block of the model; model: one for all.")] = "block",
+    sampler: Annotated[SearchSampler, typer.Option(help="How the next ranks are chosen.")] = (
+        SearchSampler.HILL_CLIMBING
+    ),
+    budget: Annotated[int, typer.Option(help="Number of points to measure.")] = 100,
+    parameters: Annotated[
+        bool, typer.Option("--parameters", help="Look for small adapters, too (sampler random or nsga2).")
+    ] = False,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: at most so much 'perplexity' or 'parameters'; repeatable.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Another text, to measure the chosen point on at the end.")] = None,
+    storage: Annotated[Path | None, typer.Option(help="File that keeps results; continues from it.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    samples: Samples = 32,
+    window: Window = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of all points, with --parameters (.png, .svg).")] = None,
+    mode: TrainedAs = None,
+    grid: Grid = None,
+    start: Start = "grid",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Find the best ranks of a LoRA adapter that was trained with elastic ranks, by perplexity on validation text.
+
+    MODEL_DIR is the folder of the model that the adapter was trained on, OUT the report to write (JSON). For example:
+    nncf-ext search model report.json --adapter adapter --ranks 32,24,16 --dataset validation.txt --budget 50
+
+    nncf-ext extract then cuts the adapter to the ranks that were found.
+    """
+    with user_errors():
+        import nncf
+
+        from nncf_ext.elastic import make_elastic
+        from nncf_ext.exploration.engine import search
+        from nncf_ext.exploration.objectives import Objective
+        from nncf_ext.files import write_whole
+
+        check_new(out, overwrite)
+        if plot is not None:
+            check_new(plot, overwrite)
+            if not parameters:
+                msg = "--plot draws two objectives, and there is perplexity alone. Add --parameters."
+                raise nncf.ValidationError(msg)
+            import matplotlib  # noqa: F401  better missed now than after the search
+        groups = _groups(ranks, group, per)
+        limits = dict(_limit(each) for each in limit or ())
+        model, tokenizer = load_adapted(model_dir, adapter, mode, grid, start, dtype, trust_remote_code)
+        texts = [
+            read_windows(each, tokenizer, samples, window, model, "validation")
+            for each in (dataset, test)
+            if each is not None
+        ]
+        net = make_elastic(model, spaces=groups)
+        objectives = [Objective("perplexity", lambda point: perplexity(model, texts[0]), maximize=False)]
+        if parameters:
+            objectives.append(Objective("parameters", net.adapter_parameters, maximize=False))
+        report = search(
+            net,
+            objectives,
+            sampler=sampler,
+            budget=budget,
+            limits=limits,
+            test=None if test is None else lambda point: perplexity(model, texts[1]),
+            storage=storage,
+            seed=seed,
+        )
+        content = json.dumps(report.to_dict() | {"groups": [asdict(each) for each in groups]}, indent=1)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, lambda aside: aside.write_text(content))
+        if plot is not None:
+            report.plot(plot)
+        typer.echo(str(report))
+
+
+def perplexity(model: Any, items: list[dict[str, Any]]) -> float:
+    """
+    :param model: A causal language model.
+    :param items: Model inputs with ``input_ids`` ``[sequences, tokens]``.
+    :return: Exponential of the mean negative log-likelihood of the next token.
+    """
+    import torch
+
+    from nncf_ext.importance.metrics import PerplexityMetric
+
+    metric = PerplexityMetric()
+    with torch.no_grad():
+        losses = [metric.losses(model(**item, use_cache=False).logits, item, None) for item in items]
+    return metric.shown(float(torch.cat(losses).mean()))
+
+
+def _groups(ranks: str | None, group: list[str] | None, per: str) -> list[Any]:
+    import nncf
+
+    from nncf_ext.algorithms.elastic_lora.parameters import Group
+
+    if (ranks is None) == (not group):
+        msg = "Say which ranks there are: either --ranks 32,24,16 for all layers, or --group PATTERN=RANKS."
+        raise nncf.ValidationError(msg)
+    groups = []
+    for each in [f".*={ranks}"] if ranks is not None else group or ():
+        pattern, _, numbers = each.rpartition("=")
+        try:
+            sizes = [int(number) for number in numbers.split(",")]
+        except ValueError:
+            sizes = []
+        if not pattern or not sizes:
+            msg = f"Ranks are whole numbers with commas, such as 32,24,16, after PATTERN= of a group; got {each}."
+            raise nncf.ValidationError(msg)
+        groups.append(Group([pattern], sizes, per))  # type: ignore[arg-type]  # Group says what is wrong
+    return groups
+
+
+def _limit(text: str) -> tuple[str, float]:
+    import nncf
+
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        msg = f"A limit is NAME=VALUE, such as parameters=100000; got {text!r}."
+        raise nncf.ValidationError(msg) from None
