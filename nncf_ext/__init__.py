@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 # The public names, one statement each. Type checkers see imports; at run time they are read as text, by _homes().
 if TYPE_CHECKING:
-    from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork as ElasticNetwork
-    from nncf_ext.algorithms.elastic_lora.parameters import Group as Group
+    from nncf_ext.algorithms.elastic_lora.algorithm import ElasticLora as ElasticLora
+    from nncf_ext.algorithms.elastic_lora.parameters import RankGroup as RankGroup
     from nncf_ext.algorithms.elastic_lora.training import ElasticCallback as ElasticCallback
     from nncf_ext.algorithms.elastic_lora.training import sandwich_loss as sandwich_loss
     from nncf_ext.algorithms.mamba_shedder.parameters import (

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork
-from nncf_ext.algorithms.elastic_lora.parameters import Group
+from nncf_ext.algorithms.elastic_lora.algorithm import ElasticLora
+from nncf_ext.algorithms.elastic_lora.parameters import RankGroup
 from nncf_ext.parameters import ElasticMode, parse_choice
 
 
@@ -13,9 +13,9 @@ def make_elastic(
     model: nn.Module,
     mode: ElasticMode = ElasticMode.RANK,
     *,
-    spaces: Sequence[Group],
+    groups: Sequence[RankGroup],
     adapter_name: str | None = None,
-) -> ElasticNetwork:
+) -> ElasticLora:
     """
     Makes sizes inside a network changeable: one set of weights, many networks.
 
@@ -25,7 +25,7 @@ def make_elastic(
     :param model: PEFT model; stays as it is, with a hook on the A of each adapter in a group. Its base may be sparse,
         quantized, or neither.
     :param mode: What becomes elastic.
-    :param spaces: Groups of adapters that share a rank, and the ranks to choose from.
+    :param groups: Groups of adapters that share a rank, and the ranks to choose from.
     :param adapter_name: Name of the adapter; None for the active one.
     :return: The elastic network: its space, and ``activate(point)``. Train it with ``ElasticCallback``, choose with
         ``search``, cut with ``extract``.
@@ -36,4 +36,4 @@ def make_elastic(
     :raises nncf.ParameterNotSupportedError: The mode is unknown.
     """
     parse_choice(mode, ElasticMode)
-    return ElasticNetwork(model, spaces, adapter_name)
+    return ElasticLora(model, groups, adapter_name)

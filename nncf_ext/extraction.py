@@ -1,17 +1,17 @@
 """The front door of extraction: from a network that could be many, or a plan for a smaller one, to a small one."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import nncf
 from torch import nn
 
-from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork
-from nncf_ext.algorithms.elastic_lora.extraction import extract_ranks
+from nncf_ext.exploration.space import Elastic
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
 
 
-def extract(net: ElasticNetwork | nn.Module, point: Mapping[str, int] | StructurePlan) -> nn.Module:
+def extract(net: Elastic | nn.Module, point: Mapping[str, int] | StructurePlan) -> Any:
     """
     Makes the network of one point, or of a plan, real: smaller tensors, no hooks.
 
@@ -28,10 +28,10 @@ def extract(net: ElasticNetwork | nn.Module, point: Mapping[str, int] | Structur
             msg = f"Asked to carry out a StructurePlan on a {type(net).__name__}; it needs the dense model it is for."
             raise nncf.UnsupportedModelError(msg)
         return extract_structure(net, point)
-    if not isinstance(net, ElasticNetwork):
+    if isinstance(net, nn.Module) or not callable(getattr(net, "extract", None)):
         msg = (
             f"Asked to extract a point from a {type(net).__name__}; extract() takes what make_elastic() returned, or "
             "a model with a StructurePlan."
         )
         raise nncf.UnsupportedModelError(msg)
-    return extract_ranks(net, point)
+    return net.extract(point)

@@ -73,7 +73,7 @@ def extract_folder(
         assert adapter is not None and report is not None  # checked above
         groups, chosen = _read(report, point)
         adapted, _ = load_adapted(model_dir, adapter, mode, grid, start, dtype, trust_remote_code)
-        net = make_elastic(adapted, spaces=groups)
+        net = make_elastic(adapted, groups=groups)
         small: Any = extract(net, chosen)
         with new_folder(out_dir, overwrite) as folder:
             # Embeddings are not trained beside elastic ranks, so none need to be saved.
@@ -87,11 +87,11 @@ def _read(report: Path, point: str) -> tuple[list[Any], dict[str, int]]:
     """The groups of a search, and one of its points."""
     import nncf
 
-    from nncf_ext.algorithms.elastic_lora.parameters import Group
+    from nncf_ext.algorithms.elastic_lora.parameters import RankGroup
 
     try:
         content = json.loads(report.read_text())
-        groups = [Group(**each) for each in content["groups"]]
+        groups = [RankGroup(**each) for each in content["groups"]]
         evaluations, chosen = content["evaluations"], content["chosen"]
     except (ValueError, KeyError, TypeError) as error:
         msg = f"{report} is no report of nncf-ext search ({type(error).__name__}: {error})."

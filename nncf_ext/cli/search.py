@@ -91,7 +91,7 @@ def search_folder(
             for each in (dataset, test)
             if each is not None
         ]
-        net = make_elastic(model, spaces=groups)
+        net = make_elastic(model, groups=groups)
         objectives = [Objective("perplexity", lambda point: perplexity(model, texts[0]), maximize=False)]
         if parameters:
             objectives.append(Objective("parameters", net.adapter_parameters, maximize=False))
@@ -132,7 +132,7 @@ def perplexity(model: Any, items: list[dict[str, Any]]) -> float:
 def _groups(ranks: str | None, group: list[str] | None, per: str) -> list[Any]:
     import nncf
 
-    from nncf_ext.algorithms.elastic_lora.parameters import Group
+    from nncf_ext.algorithms.elastic_lora.parameters import RankGroup
 
     if (ranks is None) == (not group):
         msg = "Say which ranks there are: either --ranks 32,24,16 for all layers, or --group PATTERN=RANKS."
@@ -147,7 +147,7 @@ def _groups(ranks: str | None, group: list[str] | None, per: str) -> list[Any]:
         if not pattern or not sizes:
             msg = f"Ranks are whole numbers with commas, such as 32,24,16, after PATTERN= of a group; got {each}."
             raise nncf.ValidationError(msg)
-        groups.append(Group([pattern], sizes, per))  # type: ignore[arg-type]  # Group says what is wrong
+        groups.append(RankGroup([pattern], sizes, per))  # type: ignore[arg-type]  # RankGroup says what is wrong
     return groups
 
 

@@ -13,7 +13,7 @@ Point = dict[str, int]
 
 
 class Elastic(Protocol):
-    """What a search or a training needs to know of an elastic network."""
+    """What a search, a training or an extraction needs to know of an elastic network."""
 
     @property
     def space(self) -> "SearchSpace":
@@ -26,6 +26,13 @@ class Elastic(Protocol):
     def activate(self, point: Mapping[str, int]) -> None:
         """
         :param point: The point to compute from now on.
+        """
+
+    def extract(self, point: Mapping[str, int]) -> Any:
+        """
+        :param point: A point.
+        :return: The network of that point alone, for real; this one is not changed.
+        :raises nncf.ValidationError: It is not a point of the space.
         """
 
 

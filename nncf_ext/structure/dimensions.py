@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,14 +149,15 @@ class Dimension:
         return list(self.replaced(kept) or dict.fromkeys(cut.module for cut in self.cuts))
 
 
-class ArchitectureRecord(Protocol):
-    """What an architecture asks for beyond its dimensions."""
+class Architecture:
+    """What an architecture asks for beyond its dimensions. This one asks for nothing."""
 
     def uses_cache(self, model: nn.Module) -> bool:
         """
         :param model: The model.
         :return: Whether it generates tokens with a cache.
         """
+        return False
 
     def check(self, model: nn.Module, dimensions: "Dimensions", kept: Kept) -> None:
         """
@@ -173,6 +174,7 @@ class ArchitectureRecord(Protocol):
         :param kept: Units that stay.
         :return: By path of the modules that know their slot in the cache (``layer_idx``): the slot they use then.
         """
+        return {}
 
     def uniform_sizes(self, model: nn.Module, dimension: Dimension) -> list[int]:
         """
@@ -180,11 +182,14 @@ class ArchitectureRecord(Protocol):
         :param dimension: One of its dimensions.
         :return: Numbers of units, the same in all blocks, that the architecture's configuration can express.
         """
+        return list(range(1, dimension.size + 1))
 
     def finish(self, model: nn.Module) -> None:
         """
-        :param model: A model whose tensors were cut and modules replaced; blocks without anything left are dropped,
-            cache slots, head counts and the configuration follow. In place.
+        What a cut model still needs: blocks without anything left are dropped, cache slots, head counts and the
+        configuration follow. In place.
+
+        :param model: A model whose tensors were cut and modules replaced.
         """
 
 
@@ -194,20 +199,20 @@ class Dimensions(Mapping[str, Dimension]):
 
     :param dimensions: The dimensions.
     :param blocks: Path of the list of repeated blocks, from the model.
-    :param record: What the architecture asks for beyond.
+    :param record: What the architecture asks for beyond; None: nothing.
     :param shared: Names of dimensions that cut the very same tensors, group by group.
     """
 
     def __init__(
         self,
         dimensions: Sequence[Dimension],
-        blocks: str,
-        record: ArchitectureRecord,
+        blocks: str = "",
+        record: Architecture | None = None,
         shared: Sequence[tuple[str, ...]] = (),
     ) -> None:
         self._by_name = {each.name: each for each in dimensions}
         self.blocks = blocks
-        self.record = record
+        self.record = Architecture() if record is None else record
         self._users = {name: names for names in shared for name in names}
 
     def __getitem__(self, name: str) -> Dimension:

@@ -20,6 +20,7 @@ from torch import nn
 from nncf_ext.files import write_whole
 from nncf_ext.structure.dimensions import Dimensions
 from nncf_ext.structure.lookup import dimensions_of
+from nncf_ext.structure.order import units_at
 
 VERSION = 2
 _SAMPLE = 4096
@@ -129,22 +130,7 @@ class StructurePlan:
         :return: The plan of that point: ``plan.at(point, order).point`` gives the sizes back.
         :raises nncf.ValidationError: A dimension is unknown, a size out of range, or an order is no permutation.
         """
-        kept = {**self.kept}
-        for name, size in point.items():
-            units = self.kept.get(name)
-            if units is None:
-                msg = f"The point names {name!r}; the plan has {', '.join(list(self.kept)[:4])}, ..."
-                raise nncf.ValidationError(msg)
-            ordered = units if order is None else order.get(name, units)
-            if sorted(ordered) != sorted(units):
-                msg = f"The order of {name} must name each of its {len(units)} units once; got {list(ordered)[:8]}."
-                raise nncf.ValidationError(msg)
-            if not 0 <= size <= len(units):
-                msg = f"Asked for {size} units of {name}; 0 to {len(units)} are possible."
-                raise nncf.ValidationError(msg)
-            most = set(ordered[:size])
-            kept[name] = tuple(unit for unit in units if unit in most)
-        return replace(self, kept=kept)
+        return replace(self, kept=units_at(self.kept, point, order))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """

@@ -61,14 +61,14 @@ def add_adapter(model: nn.Module, settings: Settings) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=list(LINEARS)))
 
 
-def add_elastic_ranks(model: PeftModel, settings: Settings) -> nncf_ext.ElasticNetwork:
+def add_elastic_ranks(model: PeftModel, settings: Settings) -> nncf_ext.ElasticLora:
     """
     :param model: From `add_adapter`.
     :param settings: Settings.
     :return: Its ranks made elastic: in each block one for q, k and v, one for gate and up, one for o, one for down.
     """
-    spaces = [nncf_ext.Group([rf".*\.({'|'.join(names)})$"], settings.ranks) for names in GROUPS]
-    return nncf_ext.make_elastic(model, spaces=spaces)
+    spaces = [nncf_ext.RankGroup([rf".*\.({'|'.join(names)})$"], settings.ranks) for names in GROUPS]
+    return nncf_ext.make_elastic(model, groups=spaces)
 
 
 def train(
@@ -76,7 +76,7 @@ def train(
     rows: Sequence[dict[str, list[int]]],
     padding: int,
     settings: Settings,
-    net: nncf_ext.ElasticNetwork | None = None,
+    net: nncf_ext.ElasticLora | None = None,
     show: str = "training",
 ) -> None:
     """

@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from nncf_ext import Group
+from nncf_ext import RankGroup
 
 RANK, ALPHA, VOCABULARY = 6, 9, 64
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -29,7 +29,7 @@ class Architecture:
 
     name: str
     make: Callable[[], nn.Module]
-    groups: list[Group]
+    groups: list[RankGroup]
     dimensions: list[str]
     lora: dict[str, Any] = field(default_factory=dict)
 
@@ -37,8 +37,8 @@ class Architecture:
         return self.name
 
 
-def qkv(*ranks: int) -> Group:
-    return Group([r".*\.[qkv]_proj$"], ranks)
+def qkv(*ranks: int) -> RankGroup:
+    return RankGroup([r".*\.[qkv]_proj$"], ranks)
 
 
 def blocks(prefix: str, *names: str) -> list[str]:
@@ -49,21 +49,21 @@ ARCHITECTURES = [
     Architecture(
         "llama",
         lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
-        [qkv(6, 4, 1), Group([r".*up_proj", r".*gate_proj"], [3, 6], name="mlp")],
+        [qkv(6, 4, 1), RankGroup([r".*up_proj", r".*gate_proj"], [3, 6], name="mlp")],
         blocks("model.layers", "q_proj+k_proj+v_proj", "mlp"),
         {"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "gate_proj", "down_proj"]},
     ),
     Architecture(
         "qwen2 with biases",
         lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)),
-        [qkv(6, 5, 2), Group([r".*down_proj$"], [6, 1], per="model")],
+        [qkv(6, 5, 2), RankGroup([r".*down_proj$"], [6, 1], per="model")],
         ["down_proj", *blocks("model.layers", "q_proj+k_proj+v_proj")],
         {"target_modules": "all-linear", "rank_pattern": {"o_proj": 2}, "use_rslora": True},
     ),
     Architecture(
         "gpt-neox with fused qkv",
         lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**TEXT)),
-        [Group([r".*query_key_value$"], [6, 4, 2]), Group([r".*dense_h_to_4h$"], [6, 3])],
+        [RankGroup([r".*query_key_value$"], [6, 4, 2]), RankGroup([r".*dense_h_to_4h$"], [6, 3])],
         blocks("gpt_neox.layers", "query_key_value", "dense_h_to_4h"),
         {"target_modules": ["query_key_value", "dense", "dense_h_to_4h"]},
     ),
@@ -86,7 +86,7 @@ ARCHITECTURES = [
         lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=64)
         ),
-        [Group([r".*c_attn$"], [6, 5, 4])],
+        [RankGroup([r".*c_attn$"], [6, 5, 4])],
         blocks("transformer.h", "c_attn"),
         {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
     ),
@@ -97,7 +97,7 @@ ARCHITECTURES = [
                 d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, vocab_size=VOCABULARY, decoder_start_token_id=0
             )
         ),
-        [Group([r".*SelfAttention\.(q|v)$"], [6, 2])],
+        [RankGroup([r".*SelfAttention\.(q|v)$"], [6, 2])],
         [*blocks("encoder.block", "q+v"), *blocks("decoder.block", "q+v")],
         {"target_modules": ["q", "v"]},
     ),

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import nncf_ext
-from nncf_ext import ElasticMode, Group
+from nncf_ext import ElasticMode, RankGroup
 from tests.nncf_ext.adapters import adapted, base, qkv
 
 
@@ -28,28 +28,30 @@ class BadGroups:
 
 GROUPS = [
     BadGroups("none", lambda: [], "at least one"),
-    BadGroups("no group", lambda: [[6, 4]], r"list of nncf_ext\.Group"),
+    BadGroups("no group", lambda: [[6, 4]], r"list of nncf_ext\.RankGroup"),
     BadGroups("ranks without the largest", lambda: [qkv(4, 2)],
               r"self_attn.q_proj has rank 6; the ranks of its group are \[4, 2\].*r=4, or let the list begin with 6"),
     BadGroups("ranks beyond the largest", lambda: [qkv(8, 6, 4)], "has rank 6.*make the adapter with r=8"),
-    BadGroups("no such layer", lambda: [Group([r".*\.query"], [6, 4])],
+    BadGroups("no such layer", lambda: [RankGroup([r".*\.query"], [6, 4])],
               "'.*query' matches no layer.*look like 'model.layers.0.self_attn.q_proj'; patterns must match from the"),
-    BadGroups("one pattern of two", lambda: [Group([r".*q_proj", "k_proj"], [6, 4])], "Pattern 'k_proj' matches no"),
-    BadGroups("layer without adapter", lambda: [Group([r".*o_proj"], [6, 4])], "'.*o_proj' matches no layer"),
-    BadGroups("overlap", lambda: [qkv(6, 4), Group([r".*\.v_proj"], [6, 3])],
+    BadGroups("one pattern of two", lambda: [RankGroup([r".*q_proj", "k_proj"], [6, 4])],
+              "Pattern 'k_proj' matches no"),
+    BadGroups("layer without adapter", lambda: [RankGroup([r".*o_proj"], [6, 4])], "'.*o_proj' matches no layer"),
+    BadGroups("overlap", lambda: [qkv(6, 4), RankGroup([r".*\.v_proj"], [6, 3])],
               r"layers.0.self_attn.v_proj is in two groups.*qkv.*v_proj"),
-    BadGroups("overlap of model and block", lambda: [Group([r".*"], [6], per="model"), qkv(6, 4)], "in two groups"),
-    BadGroups("same name", lambda: [Group([r".*q_proj"], [6], name="a"), Group([r".*k_proj"], [6], name="a")],
+    BadGroups("overlap of model and block", lambda: [RankGroup([r".*"], [6], per="model"), qkv(6, 4)], "in two groups"),
+    BadGroups("same name", lambda: [RankGroup([r".*q_proj"], [6], name="a"), RankGroup([r".*k_proj"], [6], name="a")],
               r"both be named model.layers.0.a.*name=\.\.\."),
-    BadGroups("patterns in one string", lambda: [Group(".*", [6])], "must be a list of regular expressions; got '.*'"),
-    BadGroups("no pattern", lambda: [Group([], [6])], "must be a list of regular expressions"),
-    BadGroups("no regular expression", lambda: [Group(["*.q_proj"], [6])],
+    BadGroups("patterns in one string", lambda: [RankGroup(".*", [6])],
+              "must be a list of regular expressions; got '.*'"),
+    BadGroups("no pattern", lambda: [RankGroup([], [6])], "must be a list of regular expressions"),
+    BadGroups("no regular expression", lambda: [RankGroup(["*.q_proj"], [6])],
               r"'\*.q_proj'.*no regular expression: nothing"),
-    BadGroups("no rank", lambda: [Group([".*"], [])], r"distinct positive integers.*got \[\]"),
-    BadGroups("rank zero", lambda: [Group([".*"], [6, 0])], "distinct positive integers"),
-    BadGroups("rank twice", lambda: [Group([".*"], [6, 4, 4])], "distinct positive integers"),
-    BadGroups("rank of a half", lambda: [Group([".*"], [6, 4.5])], "distinct positive integers"),
-    BadGroups("per layer", lambda: [Group([".*"], [6], per="layer")], "'block' or 'model'; got 'layer'"),
+    BadGroups("no rank", lambda: [RankGroup([".*"], [])], r"distinct positive integers.*got \[\]"),
+    BadGroups("rank zero", lambda: [RankGroup([".*"], [6, 0])], "distinct positive integers"),
+    BadGroups("rank twice", lambda: [RankGroup([".*"], [6, 4, 4])], "distinct positive integers"),
+    BadGroups("rank of a half", lambda: [RankGroup([".*"], [6, 4.5])], "distinct positive integers"),
+    BadGroups("per layer", lambda: [RankGroup([".*"], [6], per="layer")], "'block' or 'model'; got 'layer'"),
 ]  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def hooks_of(model: nn.Module) -> int:
 def test_groups(case):
     model = adapted()
     with pytest.raises(case.error, match=f"(?s){case.text}"):
-        nncf_ext.make_elastic(model, spaces=case.groups())
+        nncf_ext.make_elastic(model, groups=case.groups())
     assert hooks_of(model) == 0
 
 
@@ -95,7 +97,7 @@ def test_adapters(case):
     model = get_peft_model(base("llama"), LoraConfig(**settings))
     before = hooks_of(model)
     with pytest.raises(nncf.UnsupportedModelError, match=f"(?s){case.text}"):
-        nncf_ext.make_elastic(model, spaces=[Group([r".*q_proj"], [4, 2])])
+        nncf_ext.make_elastic(model, groups=[RankGroup([r".*q_proj"], [4, 2])])
     assert hooks_of(model) == before
 
 
@@ -118,23 +120,27 @@ def grouped_convolution() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "group", "text"),
     [
-        (experts, Group([r".*experts$"], [6, 4]), "'down_proj' .target_parameters., of 3 experts in one tensor.*Leave"),
-        (embedding, Group([r".*embed_tokens"], [4], per="model"), "adapts an embedding"),
-        (attention, Group(["0$"], [4, 2], per="model"), "MultiheadAttention merges"),
-        (grouped_convolution, Group(["0"], [4, 2], per="model"), "convolution in groups"),
+        (
+            experts,
+            RankGroup([r".*experts$"], [6, 4]),
+            "'down_proj' .target_parameters., of 3 experts in one tensor.*Leave",
+        ),
+        (embedding, RankGroup([r".*embed_tokens"], [4], per="model"), "adapts an embedding"),
+        (attention, RankGroup(["0$"], [4, 2], per="model"), "MultiheadAttention merges"),
+        (grouped_convolution, RankGroup(["0"], [4, 2], per="model"), "convolution in groups"),
     ],
     ids=["3-D experts", "embedding", "attention module", "grouped convolution"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_layers_whose_rank_cannot_be_elastic(make, group, text):
     with pytest.raises(nncf.UnsupportedModelError, match=f"(?s)cannot be elastic: .*{text}"):
-        nncf_ext.make_elastic(make(), spaces=[group])
+        nncf_ext.make_elastic(make(), groups=[group])
 
 
 def test_layer_outside_all_blocks():
     model = get_peft_model(base("llama"), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
     with pytest.raises(nncf.ValidationError, match="lm_head stands in none of the model's 2 .*per='model'"):
-        nncf_ext.make_elastic(model, spaces=[Group([r".*q_proj", "lm_head"], [4, 2])])
+        nncf_ext.make_elastic(model, groups=[RankGroup([r".*q_proj", "lm_head"], [4, 2])])
 
 
 @pytest.mark.parametrize(
@@ -157,30 +163,30 @@ def test_layer_outside_all_blocks():
 )
 def test_models(make, error, text):
     with pytest.raises(error, match=text):
-        nncf_ext.make_elastic(make(), spaces=[qkv(4, 2)])
+        nncf_ext.make_elastic(make(), groups=[qkv(4, 2)])
 
 
 def test_merged_adapter():
     model = adapted()
     model.merge_adapter()
     with pytest.raises(nncf.ValidationError, match=r"q_proj is merged.*unmerge_adapter\(\)"):
-        nncf_ext.make_elastic(model, spaces=[qkv(6, 4)])
+        nncf_ext.make_elastic(model, groups=[qkv(6, 4)])
 
 
 def test_name_of_the_adapter():
     model = adapted()
     with pytest.raises(nncf.ValidationError, match=r"'other'; the model has \['default'\]"):
-        nncf_ext.make_elastic(model, spaces=[qkv(6, 4)], adapter_name="other")
+        nncf_ext.make_elastic(model, groups=[qkv(6, 4)], adapter_name="other")
     model.add_adapter("other", LoraConfig(r=6, target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(nncf.ValidationError, match=r"Active adapters are \['default', 'other'\]. Name one"):
-        nncf_ext.make_elastic(model, spaces=[qkv(6, 4)])
+        nncf_ext.make_elastic(model, groups=[qkv(6, 4)])
 
 
 @pytest.mark.parametrize("mode", [ElasticMode(0), "rank", None, 1])
 def test_mode(mode):
     with pytest.raises(nncf.ParameterNotSupportedError, match=r"There is ElasticMode\.RANK"):
-        nncf_ext.make_elastic(adapted(), mode, spaces=[qkv(6, 4)])
+        nncf_ext.make_elastic(adapted(), mode, groups=[qkv(6, 4)])
 
 
 @pytest.mark.parametrize(
@@ -194,7 +200,7 @@ def test_mode(mode):
     ids=["rank", "missing", "unknown", "empty"],
 )
 def test_points(change, text):
-    net = nncf_ext.make_elastic(adapted(), spaces=[qkv(6, 4)])
+    net = nncf_ext.make_elastic(adapted(), groups=[qkv(6, 4)])
     net.activate(net.minimal())
     for call in (net.activate, lambda point: nncf_ext.extract(net, point), net.adapter_parameters):
         with pytest.raises(nncf.ValidationError, match=text):
@@ -217,7 +223,7 @@ def test_extract_carries_out_a_plan_on_a_model_only():
 
 @pytest.mark.parametrize("key", ["version", "adapter", "layers"])
 def test_state_of_another_network(key):
-    net = nncf_ext.make_elastic(adapted(), spaces=[qkv(6, 4)])
+    net = nncf_ext.make_elastic(adapted(), groups=[qkv(6, 4)])
     state = net.state_dict() | {key: "other"}
     with pytest.raises(nncf.ValidationError, match=f"its {key} is other"):
         net.load_state_dict(state)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import nncf_ext
-from nncf_ext import ElasticMode, Group
+from nncf_ext import ElasticMode, RankGroup
 from tests.nncf_ext.adapters import ALPHA, ARCHITECTURES, BY_NAME, RANK, adapted, base, logits, qkv, randomized
 
 
@@ -37,7 +37,7 @@ def test_points_and_extraction(architecture, tmp_path):
     full = logits(plain)
     model = copy.deepcopy(plain)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    net = nncf_ext.make_elastic(model, ElasticMode.RANK, spaces=architecture.groups)
+    net = nncf_ext.make_elastic(model, ElasticMode.RANK, groups=architecture.groups)
     assert list(net.space.dimensions) == architecture.dimensions
     assert torch.equal(logits(model), full)
 
@@ -70,7 +70,7 @@ def test_points_and_extraction(architecture, tmp_path):
 
 
 def test_shapes_and_patterns_of_an_extracted_adapter():
-    net = nncf_ext.make_elastic(adapted(), spaces=[qkv(6, 4, 1), Group([r".*up_proj$"], [6, 2])])
+    net = nncf_ext.make_elastic(adapted(), groups=[qkv(6, 4, 1), RankGroup([r".*up_proj$"], [6, 2])])
     assert net.space.dimensions == {
         "model.layers.0.q_proj+k_proj+v_proj": (6, 4, 1),
         "model.layers.0.up_proj": (6, 2),
@@ -126,8 +126,8 @@ def test_stock_peft_loads_the_very_scaling(tmp_path_factory, rank, alpha, rslora
     plain = TwoLayers()
     config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=["inner", "out"])
     model = randomized(get_peft_model(copy.deepcopy(plain), config))
-    groups = [Group([r"blocks\..*"], ranks), Group(["out"], ranks, per="model", name="head")]
-    net = nncf_ext.make_elastic(model, spaces=groups)
+    groups = [RankGroup([r"blocks\..*"], ranks), RankGroup(["out"], ranks, per="model", name="head")]
+    net = nncf_ext.make_elastic(model, groups=groups)
     assert list(net.space.dimensions) == ["head", "blocks.0.inner", "blocks.1.inner"]
     point = {name: data.draw(st.sampled_from(ranks)) for name in net.space.dimensions}
     net.activate(point)
@@ -148,24 +148,24 @@ def test_scaling_changed_by_the_user_is_kept():
     for module in model.modules():
         if hasattr(module, "set_scale"):
             module.set_scale("default", 0.7)
-    net = nncf_ext.make_elastic(model, spaces=[qkv(6, 4)])
+    net = nncf_ext.make_elastic(model, groups=[qkv(6, 4)])
     net.activate(net.minimal())
     torch.testing.assert_close(logits(nncf_ext.extract(net, net.minimal())), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_state_comes_back_in_another_process(tmp_path):
-    net = nncf_ext.make_elastic(adapted(), spaces=[qkv(6, 4, 1)])
+    net = nncf_ext.make_elastic(adapted(), groups=[qkv(6, 4, 1)])
     net.activate(net.random(seed=2))
     expected = logits(net.model)
     text = json.dumps(net.state_dict())
     net.model.save_pretrained(tmp_path)
 
-    again = nncf_ext.make_elastic(PeftModel.from_pretrained(base("llama"), tmp_path), spaces=[qkv(1, 4, 6)])
+    again = nncf_ext.make_elastic(PeftModel.from_pretrained(base("llama"), tmp_path), groups=[qkv(1, 4, 6)])
     assert not torch.equal(logits(again.model), expected)
     again.load_state_dict(json.loads(text))
     assert again.active == net.active and torch.equal(logits(again.model), expected)
 
-    other = nncf_ext.make_elastic(PeftModel.from_pretrained(base("llama"), tmp_path), spaces=[qkv(6, 5, 1)])
+    other = nncf_ext.make_elastic(PeftModel.from_pretrained(base("llama"), tmp_path), groups=[qkv(6, 5, 1)])
     with pytest.raises(nncf.ValidationError, match="another network: its space"):
         other.load_state_dict(json.loads(text))
 
@@ -173,7 +173,7 @@ def test_state_comes_back_in_another_process(tmp_path):
 def test_saved_super_adapter_is_an_ordinary_adapter(tmp_path):
     model = adapted()
     full = logits(model)
-    net = nncf_ext.make_elastic(model, spaces=[qkv(6, 1)])
+    net = nncf_ext.make_elastic(model, groups=[qkv(6, 1)])
     net.activate(net.minimal())
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(base("llama"), tmp_path)), full)
@@ -182,25 +182,25 @@ def test_saved_super_adapter_is_an_ordinary_adapter(tmp_path):
 def test_release_and_make_elastic_again():
     model = adapted()
     full = logits(model)
-    net = nncf_ext.make_elastic(model, spaces=[qkv(6, 1)])
+    net = nncf_ext.make_elastic(model, groups=[qkv(6, 1)])
     net.activate(net.minimal())
     with pytest.raises(nncf.ValidationError, match=r"elastic already.*release\(\)"):
-        nncf_ext.make_elastic(model, spaces=[qkv(6, 1)])
+        nncf_ext.make_elastic(model, groups=[qkv(6, 1)])
     net.release()
     assert torch.equal(logits(model), full)
-    assert nncf_ext.make_elastic(model, spaces=[qkv(6, 2)]).minimal()["model.layers.0.q_proj+k_proj+v_proj"] == 2
+    assert nncf_ext.make_elastic(model, groups=[qkv(6, 2)]).minimal()["model.layers.0.q_proj+k_proj+v_proj"] == 2
 
 
 def test_a_refused_group_leaves_no_hook():
     model = adapted()
     with pytest.raises(nncf.ValidationError):
-        nncf_ext.make_elastic(model, spaces=[qkv(6, 1), Group([r".*up_proj"], [5])])
-    nncf_ext.make_elastic(model, spaces=[qkv(6, 1)])
+        nncf_ext.make_elastic(model, groups=[qkv(6, 1), RankGroup([r".*up_proj"], [5])])
+    nncf_ext.make_elastic(model, groups=[qkv(6, 1)])
 
 
 def test_random_points_depend_on_seed_and_step_alone():
-    one = nncf_ext.make_elastic(adapted(), spaces=[qkv(6, 5, 4, 3, 2, 1)])
-    two = nncf_ext.make_elastic(adapted(), spaces=[qkv(6, 5, 4, 3, 2, 1)])
+    one = nncf_ext.make_elastic(adapted(), groups=[qkv(6, 5, 4, 3, 2, 1)])
+    two = nncf_ext.make_elastic(adapted(), groups=[qkv(6, 5, 4, 3, 2, 1)])
     torch.manual_seed(0)
     draws = [one.random(7, step) for step in range(50)]
     torch.manual_seed(1)
@@ -212,7 +212,7 @@ def test_random_points_depend_on_seed_and_step_alone():
 
 def test_extraction_is_independent_of_its_source():
     model = adapted()
-    net = nncf_ext.make_elastic(model, spaces=[qkv(6, 4)])
+    net = nncf_ext.make_elastic(model, groups=[qkv(6, 4)])
     # What wraps the forward of the one model object, as compilation does, is copied without its model.
     forward = model.forward
     model.forward = lambda **inputs: forward(**inputs)
@@ -229,7 +229,7 @@ def test_second_adapter_and_its_name():
     model.add_adapter("second", LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj"]))
     model.set_adapter("second")
     randomized(model)
-    net = nncf_ext.make_elastic(model, spaces=[Group([r".*q_proj"], [4, 2])])
+    net = nncf_ext.make_elastic(model, groups=[RankGroup([r".*q_proj"], [4, 2])])
     assert net.adapter_name == "second"
     net.activate(net.minimal())
     found = logits(model)
@@ -238,13 +238,13 @@ def test_second_adapter_and_its_name():
     small.set_adapter("default")
     model.set_adapter("default")
     assert torch.equal(logits(small), logits(model))
-    assert nncf_ext.make_elastic(model, spaces=[qkv(6, 1)]).adapter_name == "default"
+    assert nncf_ext.make_elastic(model, groups=[qkv(6, 1)]).adapter_name == "default"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, tmp_path):
     model = adapted().to(dtype)
-    net = nncf_ext.make_elastic(model, spaces=[qkv(6, 4, 1)])
+    net = nncf_ext.make_elastic(model, groups=[qkv(6, 4, 1)])
     net.activate(net.heuristic())
     small = nncf_ext.extract(net, net.heuristic())
     assert {parameter.dtype for parameter in small.parameters()} == {dtype}
@@ -255,7 +255,7 @@ def test_half_precision(dtype, tmp_path):
 
 
 def test_one_rank_for_all_of_the_model():
-    net = nncf_ext.make_elastic(adapted(), spaces=[Group([r".*"], [6, 3], per="model", name="rank")])
+    net = nncf_ext.make_elastic(adapted(), groups=[RankGroup([r".*"], [6, 3], per="model", name="rank")])
     assert net.space.dimensions == {"rank": (6, 3)}
     assert len(net.layers["rank"]) == 2 * len(BY_NAME["llama"].lora["target_modules"])
     net.activate({"rank": 3})

@@ -26,7 +26,7 @@ NAMES = ["stored", "checkpoints", "reentrant checkpoints"]
 
 def elastic(name: str = "llama", **settings):
     model = adapted(name, **settings)
-    return nncf_ext.make_elastic(model, spaces=[qkv(6, 5, 4, 3, 2, 1)])
+    return nncf_ext.make_elastic(model, groups=[qkv(6, 5, 4, 3, 2, 1)])
 
 
 def items(count: int = 24, length: int = 9) -> list[dict[str, torch.Tensor]]:
@@ -189,7 +189,7 @@ def test_another_seed_gives_other_weights(tmp_path):
 def test_resuming_with_another_space_is_refused(tmp_path):
     net = elastic()
     trainer(net, tmp_path, ElasticCallback(net), max_steps=2, **RESUMED).train()
-    other = nncf_ext.make_elastic(adapted(), spaces=[qkv(6, 5)])
+    other = nncf_ext.make_elastic(adapted(), groups=[qkv(6, 5)])
     with pytest.raises(nncf.ValidationError, match="trained over the space"):
         trainer(other, tmp_path, ElasticCallback(other), **RESUMED).train(resume_from_checkpoint=True)
 
@@ -260,7 +260,7 @@ def test_sandwich_loss_of_a_classifier():
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(LlamaConfig(**GROUPED, num_labels=3, pad_token_id=0))
     model = randomized(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])))
-    net = nncf_ext.make_elastic(model, spaces=[nncf_ext.Group([r".*q_proj"], [4, 1])])
+    net = nncf_ext.make_elastic(model, groups=[nncf_ext.RankGroup([r".*q_proj"], [4, 1])])
     net.activate(net.minimal())
     inputs = {"input_ids": tokens()["input_ids"], "labels": torch.tensor([2, 0])}
     loss = sandwich_loss(net, model, inputs, causal=False)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import nncf_ext
-from nncf_ext import AdvancedSparseWeightsParameters, CompressMode, Group, MergeMode
+from nncf_ext import AdvancedSparseWeightsParameters, CompressMode, MergeMode, RankGroup
 from nncf_ext.cli import app
 from tests.nncf_ext.adapters import randomized
 
@@ -116,7 +116,7 @@ def test_search_for_small_adapters_draws_a_front(folder, adapter, text, tmp_path
     assert found["groups"][0]["patterns"] == [".*"] and found["objectives"]["parameters"] == "minimize"
     assert found["chosen"] is None or found["chosen"]["values"]["parameters"] <= 4000
     assert (tmp_path / "front.png").stat().st_size > 1000
-    net = nncf_ext.make_elastic(PeftModel.from_pretrained(load(folder), adapter), spaces=[Group([".*"], [6, 3, 1])])
+    net = nncf_ext.make_elastic(PeftModel.from_pretrained(load(folder), adapter), groups=[RankGroup([".*"], [6, 3, 1])])
     for each in found["evaluations"]:
         assert each["values"]["parameters"] == net.adapter_parameters(each["point"])
 
@@ -209,7 +209,7 @@ def test_adapters_on_a_grid_are_merged_into_codes(folder, text, tmp_path, traine
         "--grid", tmp_path / "grid",
     )  # fmt: skip
     assert code == 0, output
-    net = nncf_ext.make_elastic(model, spaces=[Group([".*"], [6, 2])])
+    net = nncf_ext.make_elastic(model, groups=[RankGroup([".*"], [6, 2])])
     net.activate(json.loads(report.read_text())["chosen"]["point"])
     assert torch.equal(logits(load(tmp_path / "smaller")), logits(model))
 

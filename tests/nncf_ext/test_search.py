@@ -420,7 +420,7 @@ def test_bad_input(call, error, text):
 def test_search_over_ranks_of_real_adapters():
     from tests.nncf_ext.adapters import adapted, qkv, tokens
 
-    net = nncf_ext.make_elastic(adapted(), spaces=[qkv(6, 3, 1)])
+    net = nncf_ext.make_elastic(adapted(), groups=[qkv(6, 3, 1)])
     report = search(
         net,
         [

@@ -11,7 +11,7 @@ from torch import nn
 import nncf_ext
 import ov_ext
 import ov_ext.optimum
-from nncf_ext import AdvancedSparseWeightsParameters, CompressMode, ElasticMode, Group, MergeMode
+from nncf_ext import AdvancedSparseWeightsParameters, CompressMode, ElasticMode, MergeMode, RankGroup
 from tests.nncf_ext.adapters import randomized
 from tests.nncf_ext.packed_layers import grid_of
 from tests.ov_ext.conftest import TINY_LM
@@ -59,7 +59,7 @@ def trained(base, mode, dataset, loss_of):
     lora = LoraConfig(r=6, lora_alpha=12, target_modules=[*{name.rpartition(".")[2] for name in sparse}])
     model = randomized(get_peft_model(partner, lora))
     nncf_ext.make_mergeable(model, mode, grid=compressed if quantized else None)
-    elastic = nncf_ext.make_elastic(model, ElasticMode.RANK, spaces=[Group([r".*_proj$"], [6, 4, 1], per="model")])
+    elastic = nncf_ext.make_elastic(model, ElasticMode.RANK, groups=[RankGroup([r".*_proj$"], [6, 4, 1], per="model")])
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     model.train()
     for step in range(4):

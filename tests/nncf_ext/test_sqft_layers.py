@@ -142,7 +142,7 @@ def test_pruned_places_give_the_adapter_no_gradient(quantized):
 def test_inactive_ranks_have_no_influence_and_get_no_gradient(mode):
     model, _ = mergeable(mode)
     train(model, steps=2)
-    net = nncf_ext.make_elastic(model, spaces=[nncf_ext.Group([".*"], [6, 4, 2], per="model")])
+    net = nncf_ext.make_elastic(model, groups=[nncf_ext.RankGroup([".*"], [6, 4, 2], per="model")])
     net.activate(net.minimal())
     layer = model.get_base_model().model.layers[1].self_attn.q_proj
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import nncf_ext
-from nncf_ext import Group, MergeMode
+from nncf_ext import MergeMode, RankGroup
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear
 from nncf_ext.weights.records import record_of
 from tests.nncf_ext.mergeable import (
@@ -47,7 +47,7 @@ def zeros(weight: torch.Tensor | np.ndarray) -> float:
 def test_merged_model_computes_what_was_trained(mode, name, dtype):
     model, origin = mergeable(mode, name, dtype)
     assert torch.equal(logits(model), logits(origin))  # an untrained adapter changes nothing: GPTQ's codes included
-    net = nncf_ext.make_elastic(model, spaces=[Group([".*"], [6, 4, 1])])
+    net = nncf_ext.make_elastic(model, groups=[RankGroup([".*"], [6, 4, 1])])
     train(model, net=net)
     for point in (net.maximal(), net.heuristic(), net.random(5)):
         net.activate(point)
@@ -171,7 +171,7 @@ def test_mask_is_that_of_the_start_even_where_a_sum_hits_zero():
 
 def test_extracted_ranks_merge_to_the_same_codes():
     model, _ = mergeable(QUANT_AWARE, dtype=torch.bfloat16)
-    net = nncf_ext.make_elastic(model, spaces=[Group([".*"], [6, 3])])
+    net = nncf_ext.make_elastic(model, groups=[RankGroup([".*"], [6, 3])])
     train(model, net=net)
     net.activate(net.random(1))
     cut = nncf_ext.extract(net, net.active)
@@ -243,7 +243,7 @@ def test_stock_trainer_with_checkpointing_and_autocast(mode, tmp_path):
 @pytest.mark.parametrize("mode", list(MergeMode))
 def test_recomputation_gives_the_same_gradients(mode):
     model, _ = mergeable(mode, lora={"lora_dropout": 0.2})
-    net = nncf_ext.make_elastic(model, spaces=[Group([".*"], [6, 4])])
+    net = nncf_ext.make_elastic(model, groups=[RankGroup([".*"], [6, 4])])
     train(model, steps=1)
     net.activate(net.heuristic())
     found = []

@@ -11,15 +11,18 @@ from peft import PeftModel
 from torch import nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import ElasticRank, attach_rank, detach_rank
+from nncf_ext.algorithms.elastic_lora.extraction import extract_ranks
 from nncf_ext.algorithms.elastic_lora.inspection import factors, find_adapter, lora_layers
 from nncf_ext.algorithms.elastic_lora.layers import REFUSED, group_layers
-from nncf_ext.algorithms.elastic_lora.parameters import Group
+from nncf_ext.algorithms.elastic_lora.parameters import RankGroup
 from nncf_ext.exploration.space import Point, SearchSpace
+from nncf_ext.structure.dimensions import Cut, Dimension, DimensionKind, Dimensions
+from nncf_ext.structure.order import units_at
 
 _VERSION = 1
 
 
-class ElasticNetwork:
+class ElasticLora:
     """
     A PEFT model whose adapters' ranks can be set: one dimension for each group of adapters that share a rank.
 
@@ -34,7 +37,7 @@ class ElasticNetwork:
     :raises nncf.UnsupportedModelError: See there.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], adapter: str | None = None) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[RankGroup], adapter: str | None = None) -> None:
         self._model, self._adapter = find_adapter(model, adapter, "Only the rank of LoRA can be elastic.", REFUSED)
         dimensions = list(group_layers(self._model, self._adapter, groups))
         self._space = SearchSpace({name: sorted(group.ranks, reverse=True) for name, group, _ in dimensions})
@@ -64,6 +67,18 @@ class ElasticNetwork:
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Paths of the layers of every dimension, in the base model."""
         return dict(self._paths)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """The ranks as dimensions: rows of A and columns of B, by path from the base model."""
+        found = []
+        for name, paths in self._paths.items():
+            cuts = [
+                Cut(f"{path}.lora_{each}.{self._adapter}.weight", "AB".index(each)) for path in paths for each in "AB"
+            ]
+            rank = self._hooks[name][0].maximum
+            found.append(Dimension(name, DimensionKind.RANK, rank, cuts=tuple(cuts), unit="A unit is one rank"))
+        return Dimensions(found)
 
     @property
     def active(self) -> Point:
@@ -126,6 +141,18 @@ class ElasticNetwork:
             rank, maximum = ranks.get(path, (1, 1))
             count += sum(factor.numel() for factor in factors(layer, self._adapter)) * rank // maximum
         return count
+
+    def extract(self, point: Mapping[str, int]) -> PeftModel:
+        """
+        The network of one point as a PEFT model with an ordinary adapter; see :func:`nncf_ext.extract`.
+
+        :param point: A rank for every dimension.
+        :return: A new model; this one is not changed.
+        :raises nncf.ValidationError: It is not a point of the space.
+        """
+        dimensions = self.dimensions
+        kept = units_at(dimensions.all_units(), self._space.check(point))
+        return extract_ranks(self._model, self._adapter, dimensions, kept, self._paths)
 
     def state_dict(self) -> dict[str, Any]:
         """

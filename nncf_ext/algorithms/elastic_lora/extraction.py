@@ -2,55 +2,43 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from torch import Tensor, nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import detach_rank
-from nncf_ext.algorithms.elastic_lora.algorithm import ElasticNetwork
 from nncf_ext.algorithms.elastic_lora.inspection import lora_layers
+from nncf_ext.structure.dimensions import Dimensions, Kept
+from nncf_ext.structure.surgery import cut_tensors
 
 
-def extract_ranks(net: ElasticNetwork, point: Mapping[str, int]) -> PeftModel:
+def extract_ranks(
+    model: PeftModel, adapter: str, dimensions: Dimensions, kept: Kept, layers_of: Mapping[str, Sequence[str]]
+) -> PeftModel:
     """
     Cuts every adapter to its rank: ``A[:rank]``, ``B[:, :rank]``, with the scaling it had.
 
-    :param net: Elastic network; not changed.
-    :param point: A rank for every dimension.
+    :param model: PEFT model; not changed.
+    :param adapter: Name of the adapter.
+    :param dimensions: Its ranks, by path from the base model.
+    :param kept: The ranks that stay, leading ones.
+    :param layers_of: For each dimension the paths of its layers in the base model.
     :return: A new model, base included, on the same devices. Ranks and scalings stand in the ``rank_pattern`` and
         ``alpha_pattern`` of its configuration, so that ``save_pretrained`` writes an adapter for stock PEFT.
-    :raises nncf.ValidationError: It is not a point of the space.
     """
-    point = net.space.check(point)
-    model = copy.deepcopy(net.model)
+    model = copy.deepcopy(model)
     # A forward that was wrapped on the one model object, by compilation or a trainer, would run the original.
     model.__dict__.pop("forward", None)
-    layers = lora_layers(model, net.adapter_name)
-    for name, paths in net.layers.items():
+    layers = lora_layers(model, adapter)
+    for name, paths in layers_of.items():
         for path in paths:
-            detach_rank(layers[path].lora_A[net.adapter_name])
-            _cut(layers[path], net.adapter_name, point[name])
-    _describe(model, net.adapter_name, layers)
+            detach_rank(layers[path].lora_A[adapter])
+            layers[path].r[adapter] = len(kept[name])
+    cut_tensors(model.get_base_model(), kept, dimensions)
+    _describe(model, adapter, layers)
     return model
-
-
-def _cut(layer: LoraLayer, adapter: str, rank: int) -> None:
-    lora_A: Any = layer.lora_A[adapter]
-    lora_B: Any = layer.lora_B[adapter]
-    lora_A.weight = _parameter(lora_A.weight, lora_A.weight[:rank])
-    lora_B.weight = _parameter(lora_B.weight, lora_B.weight[:, :rank])
-    if isinstance(lora_A, nn.Linear):
-        lora_A.out_features = lora_B.in_features = rank
-    else:
-        lora_A.out_channels = lora_B.in_channels = rank
-    layer.r[adapter] = rank
-
-
-def _parameter(old: Tensor, values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.detach().clone(), requires_grad=old.requires_grad)
 
 
 def _describe(model: PeftModel, adapter: str, layers: Mapping[str, LoraLayer]) -> None:

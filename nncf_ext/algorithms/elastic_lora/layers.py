@@ -10,7 +10,7 @@ from torch import nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import elastic_rank, maximum_rank
 from nncf_ext.algorithms.elastic_lora.inspection import HARMLESS_INITIALIZATIONS, lora_layers
-from nncf_ext.algorithms.elastic_lora.parameters import Group
+from nncf_ext.algorithms.elastic_lora.parameters import RankGroup
 from nncf_ext.structure.blocks import find_block_lists
 
 _FROZEN = "everything but A and B must stay frozen, because all ranks share it."
@@ -28,7 +28,9 @@ REFUSED = {
 """Why an adapter with such a setting cannot be cut to a lower rank."""
 
 
-def group_layers(model: PeftModel, adapter: str, groups: Sequence[Group]) -> Iterator[tuple[str, Group, list[str]]]:
+def group_layers(
+    model: PeftModel, adapter: str, groups: Sequence[RankGroup]
+) -> Iterator[tuple[str, RankGroup, list[str]]]:
     """
     Resolves groups: one dimension for the whole model, or one for each block that has members.
 
@@ -41,11 +43,11 @@ def group_layers(model: PeftModel, adapter: str, groups: Sequence[Group]) -> Ite
         block; ranks do not begin with the rank of the adapters; two dimensions would have the same name.
     :raises nncf.UnsupportedModelError: The rank of a member cannot be elastic.
     """
-    if not groups or not all(isinstance(group, Group) for group in groups):
-        msg = f"spaces must be a list of nncf_ext.Group, at least one; got {groups!r}."
+    if not groups or not all(isinstance(group, RankGroup) for group in groups):
+        msg = f"groups must be a list of nncf_ext.RankGroup, at least one; got {groups!r}."
         raise nncf.ValidationError(msg)
     layers = lora_layers(model, adapter)
-    taken: dict[str, Group] = {}
+    taken: dict[str, RankGroup] = {}
     members = {}
     for place, group in enumerate(groups):
         members[place] = _matches(group, layers)
@@ -59,14 +61,14 @@ def group_layers(model: PeftModel, adapter: str, groups: Sequence[Group]) -> Ite
     seen = set()
     for name, place, paths in _dimensions(groups, members, blocks):
         if name in seen:
-            msg = f"Two groups would both be named {name}. Give one of them a name: Group(..., name=...)."
+            msg = f"Two groups would both be named {name}. Give one of them a name: RankGroup(..., name=...)."
             raise nncf.ValidationError(msg)
         seen.add(name)
         yield name, groups[place], paths
 
 
 def _dimensions(
-    groups: Sequence[Group], members: Mapping[int, list[str]], blocks: Sequence[str]
+    groups: Sequence[RankGroup], members: Mapping[int, list[str]], blocks: Sequence[str]
 ) -> Iterator[tuple[str, int, list[str]]]:
     for place, group in enumerate(groups):
         if group.per == "model":
@@ -76,7 +78,7 @@ def _dimensions(
         if outside:
             msg = (
                 f"{outside[0]} stands in none of the model's {len(blocks)} repeated blocks, so it has no rank of its "
-                "block. Put it into a Group(..., per='model')."
+                "block. Put it into a RankGroup(..., per='model')."
             )
             raise nncf.ValidationError(msg)
     for block in blocks:
@@ -86,11 +88,11 @@ def _dimensions(
                 yield f"{block}.{_name(group, inside)}", place, inside
 
 
-def _name(group: Group, paths: Sequence[str]) -> str:
+def _name(group: RankGroup, paths: Sequence[str]) -> str:
     return group.name or "+".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
-def _matches(group: Group, layers: Mapping[str, LoraLayer]) -> list[str]:
+def _matches(group: RankGroup, layers: Mapping[str, LoraLayer]) -> list[str]:
     for pattern in group.patterns:
         if not any(re.match(pattern, path) for path in layers):
             msg = (
@@ -101,7 +103,7 @@ def _matches(group: Group, layers: Mapping[str, LoraLayer]) -> list[str]:
     return [path for path in layers if any(re.match(pattern, path) for pattern in group.patterns)]
 
 
-def _check_member(path: str, layer: LoraLayer, adapter: str, group: Group) -> None:
+def _check_member(path: str, layer: LoraLayer, adapter: str, group: RankGroup) -> None:
     if reason := _refused_layer(layer, adapter):
         msg = f"The rank of {path} cannot be elastic: {reason} Leave it out of the groups: it keeps its full rank."
         raise nncf.UnsupportedModelError(msg)

@@ -9,7 +9,7 @@ import nncf
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """
     Adapters that share one rank.
 
@@ -31,18 +31,18 @@ class Group:
 
     def __post_init__(self) -> None:
         if isinstance(self.patterns, str) or not self.patterns:
-            msg = f"patterns of a Group must be a list of regular expressions; got {self.patterns!r}."
+            msg = f"patterns of a RankGroup must be a list of regular expressions; got {self.patterns!r}."
             raise nncf.ValidationError(msg)
         for pattern in self.patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
-                msg = f"Pattern {pattern!r} of a Group is no regular expression: {error}."
+                msg = f"Pattern {pattern!r} of a RankGroup is no regular expression: {error}."
                 raise nncf.ValidationError(msg) from None
         sound = all(type(rank) is int and rank > 0 for rank in self.ranks)
         if not self.ranks or not sound or len(set(self.ranks)) < len(self.ranks):
-            msg = f"ranks of a Group must be distinct positive integers, such as [32, 24, 16]; got {self.ranks!r}."
+            msg = f"ranks of a RankGroup must be distinct positive integers, such as [32, 24, 16]; got {self.ranks!r}."
             raise nncf.ValidationError(msg)
         if self.per not in ("block", "model"):
-            msg = f"per of a Group must be 'block' or 'model'; got {self.per!r}."
+            msg = f"per of a RankGroup must be 'block' or 'model'; got {self.per!r}."
             raise nncf.ValidationError(msg)

@@ -15,7 +15,7 @@ from torch import nn
 
 from nncf_ext.standalone.gated_convolution import GatedConvMixer
 from nncf_ext.standalone.skipping import Skipped
-from nncf_ext.structure.dimensions import Cut, Dimension, DimensionKind, Dimensions, Kept, StandIn
+from nncf_ext.structure.dimensions import Architecture, Cut, Dimension, DimensionKind, Dimensions, Kept, StandIn
 
 ATTENTION, MLP, MAMBA, SSM = "attention", "mlp", "mamba", "ssm"
 
@@ -80,7 +80,7 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
-class Record(ABC):
+class Record(Architecture, ABC):
     """
     :param name: Name for messages.
     :param model_types: Values of ``model.config.model_type`` that share this structure.
@@ -110,7 +110,6 @@ class Record(ABC):
         return self.hybrids.get(type(block).__name__, self.branches)
 
     def uses_cache(self, model: nn.Module) -> bool:
-        """:return: Whether the model generates with a cache."""
         return self.decodes or getattr(model.config, "is_decoder", False)
 
     def blocks_path(self, model: nn.Module) -> str | None:
@@ -165,9 +164,6 @@ class Record(ABC):
 
     @abstractmethod
     def cache_slots(self, model: nn.Module, dimensions: Dimensions, kept: Kept) -> dict[str, int]: ...
-
-    def uniform_sizes(self, model: nn.Module, dimension: Dimension) -> list[int]:
-        return list(range(1, dimension.size + 1))
 
     def finish(self, model: nn.Module) -> None:
         path = self.blocks_path(model)
