@@ -81,10 +81,8 @@ def test_ratio_of_parameters_is_reached_by_the_last_step(case):
     plan, dense = nncf_ext.structure_plan(small), case.fresh()
     whole = sum(each.numel() for each in dense.parameters())
     assert 1 - sum(each.numel() for each in small.parameters()) / whole >= case.ratio
-    before = nncf_ext.StructurePlan.dense(dense)
-    for step in plan.steps[:-1]:
-        # The last units go first here, whichever went there: their number is what counts.
-        before = before.keep(step.layer, step.branch, range(step.kept))
+    # The last units go first here, whichever went there: their number is what counts.
+    before = nncf_ext.StructurePlan.dense(dense).at({step.dimension: step.kept for step in plan.steps[:-1]})
     assert 1 - sum(each.numel() for each in nncf_ext.extract(dense, before).parameters()) / whole < case.ratio
 
 
