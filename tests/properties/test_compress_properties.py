@@ -324,6 +324,7 @@ def in_openvino(case: Case, model: nn.Module) -> np.ndarray:
     return ov.Core().compile_model(ir, "CPU", exact)([each.numpy() for each in inputs])[0]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_exported_model_is_close(case):
     """The torch form of a grid rounds code times scale to float16, 2^-11 of each weight; OpenVINO does not."""
