@@ -143,7 +143,7 @@ def test_adapters_train_on_a_checkpoint_and_merge_into_its_scales(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, expected)
     elastic = nncf_ext.make_elastic(
-        model, nncf_ext.ElasticMode.RANK, spaces=[nncf_ext.RankGroup([r".*_proj$"], [4, 2], name="all")]
+        model, nncf_ext.ElasticMode.RANK, groups=[nncf_ext.RankGroup([r".*_proj$"], [4, 2], name="all")]
     )
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.5)
     randomized(model)

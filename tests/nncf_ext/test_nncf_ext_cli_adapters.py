@@ -122,7 +122,8 @@ def test_search_for_small_adapters_draws_a_front(folder, adapter, text, tmp_path
 
 
 def test_a_plan_becomes_a_model(folder, tmp_path):
-    plan = nncf_ext.StructurePlan.dense(load(folder)).keep(0, "mlp", range(64)).keep(1, "attention", ())
+    dense = nncf_ext.StructurePlan.dense(load(folder))
+    plan = dense.keep("layers.0.mlp", range(64)).keep("layers.1.attention", ())
     plan.save(tmp_path / "plan.json")
     code, output = run("extract", folder, tmp_path / "small", "--plan", tmp_path / "plan.json")
     assert code == 0, output
