@@ -38,6 +38,13 @@ LAYERS = (
     "journal",
     "standalone",
     "weights",
+    "structure.dimensions",
+    "structure.records",  # know architectures; what stands above them takes dimensions
+    "structure.blocks",
+    "structure.lookup",
+    "structure.order",
+    "structure.plan",
+    "structure.checks",
     "structure",
     "method",
     "saving",
