@@ -8,7 +8,8 @@ from torch import nn
 
 from nncf_ext.standalone.skipping import SkippedAttention, SkippedMlp, SkippedNorm, SkippedUnread
 from nncf_ext.structure.dimensions import Dimension, Dimensions, Kept
-from nncf_ext.structure.records.record import ATTENTION, Branch, Record
+from nncf_ext.structure.records.branch import ATTENTION, Branch
+from nncf_ext.structure.records.record import Record
 
 
 @dataclass(frozen=True)

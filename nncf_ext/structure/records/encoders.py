@@ -1,8 +1,8 @@
 """Encoders: blocks whose branches end in a normalization of their own."""
 
 from nncf_ext.standalone.skipping import SkippedAttentionWithResidual, SkippedOutputWithResidual, SkippedUnread
+from nncf_ext.structure.records.branch import Branch
 from nncf_ext.structure.records.decoders import Transformer
-from nncf_ext.structure.records.record import Branch
 
 BERT = Transformer(
     name="BERT",

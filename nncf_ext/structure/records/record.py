@@ -1,64 +1,22 @@
 """
-What a record of an architecture is: where the branches of a block stand, and how they become dimensions.
+What a record of an architecture is: where its blocks stand, and what their branches are.
 
-Records are frozen data with three duties: which cache slot a block uses, what must not be removed, and what a cut model
-still needs (:meth:`Record.finish`).
+Records are frozen data with three duties beyond dimensions: which cache slot a block uses, what must not be removed,
+and what a cut model still needs (:meth:`Record.finish`).
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import nncf
 from torch import nn
 
-from nncf_ext.standalone.gated_convolution import GatedConvMixer
-from nncf_ext.standalone.skipping import Skipped
-from nncf_ext.structure.dimensions import Architecture, Cut, Dimension, DimensionKind, Dimensions, Kept, StandIn
-
-ATTENTION, MLP, MAMBA, SSM = "attention", "mlp", "mamba", "ssm"
+from nncf_ext.structure.dimensions import Architecture, Dimension, Dimensions
+from nncf_ext.structure.records.branch import ATTENTION, Branch, Heads, PlacedBranch, heads_of
 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads")
 _KV_HEAD_COUNTS = ("num_key_value_heads",)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """
-    One residual branch of a block. Paths are seen from the block.
-
-    :param core: Module that keeps head counts, sizes and the index into the cache; empty: the block itself.
-    :param skip: What replaces which module when the whole branch is removed.
-    :param inputs: Linear layers whose outputs are cut. Attention: query, key, value, or one fused layer. Empty: the
-        branch goes as a whole, or loses its state space.
-    :param output: Linear layer whose inputs are cut.
-    :param layout: Rows of a fused layer: ``"stacked"`` (all queries, all keys, all values; all gates, all ups) or
-        ``"interleaved"`` (query, key, value of a head together). ``"separate"``: nothing is fused.
-    :param adapters: List of modules whose last linear layers, where they have some, are cut like the inputs.
-    :param without_ssm: What replaces which module when a Mamba mixer loses its state space.
-    """
-
-    core: str
-    skip: Mapping[str, type[Skipped]]
-    inputs: tuple[str, ...] = ()
-    output: str = ""
-    layout: Literal["separate", "stacked", "interleaved"] = "separate"
-    adapters: str = ""
-    without_ssm: Mapping[str, type[GatedConvMixer]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """
-    :param size: Size of one head, channels; 0 without attention.
-    :param group: Query heads that read one key/value head; 0 without attention.
-    :param key_value: Key/value heads that the configuration names; 0 without attention.
-    """
-
-    size: int = 0
-    group: int = 0
-    key_value: int = 0
 
 
 class LayerConfig:
@@ -80,7 +38,7 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
-class Record(Architecture, ABC):
+class Record(Architecture):
     """
     :param name: Name for messages.
     :param model_types: Values of ``model.config.model_type`` that share this structure.
@@ -108,6 +66,13 @@ class Record(Architecture, ABC):
     def branches_of(self, block: nn.Module) -> Mapping[str, Branch]:
         """:return: The branches of one block."""
         return self.hybrids.get(type(block).__name__, self.branches)
+
+    def config_keys(self, part: str, heads: Heads) -> dict[str, int]:
+        """:return: The configuration's names for the size of a part, and how many of them one unit is."""
+        if part != ATTENTION:
+            return {self.width_key: 1}
+        keys = {"num_attention_heads": heads.group}
+        return keys | ({"num_key_value_heads": 1} if self.head_dim_in_config else {})
 
     def uses_cache(self, model: nn.Module) -> bool:
         return self.decodes or getattr(model.config, "is_decoder", False)
@@ -150,20 +115,23 @@ class Record(Architecture, ABC):
         users: dict[tuple[str, int], list[str]] = {}
         for index, block in enumerate(blocks):
             for part, branch in self.branches_of(block).items():
-                reader = _Reader(block, f"{path}.{index}", index, part, branch, self, heads, self.uses_cache(model))
-                dimension = reader.dimension()
+                place = PlacedBranch(
+                    branch,
+                    part,
+                    block,
+                    path=f"{path}.{index}",
+                    index=index,
+                    heads=heads,
+                    uses_cache=self.uses_cache(model),
+                    config_keys=self.config_keys(part, heads),
+                )
+                dimension = place.dimension()
                 found.append(dimension)
                 if dimension.cuts:
                     output = block.get_parameter(f"{branch.output}.weight")
                     users.setdefault((part, id(output)), []).append(dimension.name)
         shared = [tuple(names) for names in users.values() if len(names) > 1]
         return Dimensions(found, path, self, shared)
-
-    @abstractmethod
-    def check(self, model: nn.Module, dimensions: Dimensions, kept: Kept) -> None: ...
-
-    @abstractmethod
-    def cache_slots(self, model: nn.Module, dimensions: Dimensions, kept: Kept) -> dict[str, int]: ...
 
     def finish(self, model: nn.Module) -> None:
         path = self.blocks_path(model)
@@ -226,137 +194,6 @@ class Record(Architecture, ABC):
         if self.heads_from_config:
             base = core.config.base if isinstance(core.config, LayerConfig) else core.config
             core.config = LayerConfig(base, queries)
-
-
-def heads_of(config: Any) -> Heads:
-    """:return: What a configuration says about heads."""
-    heads = getattr(config, "num_attention_heads", 0)
-    if not heads:
-        return Heads()
-    key_value = getattr(config, "num_key_value_heads", None) or heads
-    return Heads(getattr(config, "head_dim", None) or config.hidden_size // heads, heads // key_value, key_value)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads one branch of one block of a model."""
-
-    block: nn.Module
-    place: str
-    index: int
-    part: str
-    branch: Branch
-    record: Record
-    heads: Heads
-    uses_cache: bool
-
-    def dimension(self) -> Dimension:
-        branch, modules = self.branch, dict(self.block.named_modules())
-        kind = DimensionKind.WIDTH if branch.inputs else DimensionKind.DEPTH
-        parts = (self.part, SSM) if branch.without_ssm else (self.part,)
-        named: dict[str, Any] = {"name": f"layers.{self.index}.{self.part}", "block": self.index, "parts": parts}
-        named |= {"unit": self._unit()}
-        if all(isinstance(modules.get(path), stand_in) for path, stand_in in branch.skip.items()):
-            return Dimension(kind=kind, size=0, granularity=self._segment_sizes()[0], **named)
-        for path in (*branch.inputs, *([branch.output] if branch.inputs else [])):
-            if not isinstance(modules.get(path), nn.Linear):
-                found = type(modules[path]).__name__ if path in modules else "nothing"
-                msg = f"{self.place}.{path} should be a torch.nn.Linear to be cut; found {found}."
-                raise nncf.UnsupportedModelError(msg)
-        for path in (*branch.skip, branch.core):
-            if path not in modules:
-                msg = f"{self.place} has no {path}, which the architecture's record names."
-                raise nncf.UnsupportedModelError(msg)
-        replacements: dict[int, Mapping[str, StandIn]] = {0: self._at_place(branch.skip)}
-        numbers = 2 * self.heads.size if self.part == ATTENTION and self.uses_cache else 0
-        if branch.inputs:
-            size, cuts = self._cuts(modules)
-            named |= {"granularity": self._segment_sizes()[0], "config_keys": self._config_keys()}
-            return Dimension(kind=kind, size=size, cuts=cuts, replacements=replacements, token_numbers=numbers, **named)
-        size, states = 1, self._states(modules[branch.core])
-        if branch.without_ssm and not isinstance(modules[branch.core], GatedConvMixer):
-            size = 2
-            replacements[1] = self._at_place(branch.without_ssm)
-        return Dimension(
-            kind=kind,
-            size=size,
-            replacements=replacements,
-            token_numbers=numbers * self.heads.key_value,
-            state_numbers=states,
-            **named,
-        )
-
-    def _at_place(self, stand_ins: Mapping[str, StandIn]) -> dict[str, StandIn]:
-        return {f"{self.place}.{path}": stand_in for path, stand_in in stand_ins.items()}
-
-    def _segment_sizes(self) -> tuple[int, ...]:
-        """Rows of one unit in queries, keys and values; in gates and ups."""
-        if self.part == ATTENTION:
-            return self.heads.group * self.heads.size, self.heads.size, self.heads.size
-        return (1,) * 3
-
-    def _unit(self) -> str:
-        if self.part == MAMBA:
-            return "Unit 0 is the mixer, unit 1 its state space"
-        if self.part != ATTENTION:
-            return "A unit is one channel"
-        heads = f"{self.heads.group} query heads" if self.heads.group > 1 else "query head"
-        return f"A unit is a key/value head with its {heads}, {self._segment_sizes()[0]} channels"
-
-    def _config_keys(self) -> dict[str, int]:
-        if self.part != ATTENTION:
-            return {self.record.width_key: 1}
-        keys = {"num_attention_heads": self.heads.group}
-        return keys | ({"num_key_value_heads": 1} if self.record.head_dim_in_config else {})
-
-    def _states(self, mixer: Any) -> tuple[int, ...]:
-        """Numbers that a Mamba mixer keeps of a sequence: without itself, without its state space, as it is."""
-        if not self.branch.without_ssm:
-            return ()
-        needed = ("in_proj", "conv1d", "out_proj", "intermediate_size", "conv_kernel_size", "layer_idx")
-        missing = [name for name in needed if not hasattr(mixer, name)]
-        if missing:
-            msg = (
-                f"{self.place}.{self.branch.core} is a {type(mixer).__name__} without {', '.join(missing)}: its state "
-                "could not be kept in transformers' cache. The mixers of transformers' own classes work."
-            )
-            raise nncf.UnsupportedModelError(msg)
-        convolved = (0, mixer.intermediate_size * mixer.conv_kernel_size)
-        if isinstance(mixer, GatedConvMixer):
-            return convolved
-        whole = mixer.conv1d.in_channels * mixer.conv_kernel_size + mixer.intermediate_size * mixer.ssm_state_size
-        return (*convolved, whole)
-
-    def _cuts(self, modules: Mapping[str, Any]) -> tuple[int, tuple[Cut, ...]]:
-        """The number of units, and what moves together."""
-        branch, sizes = self.branch, self._segment_sizes()
-        channels, width = sizes[0], modules[branch.output].in_features
-        units = width // channels
-        writers: list[tuple[str, tuple[tuple[int, int], ...]]]
-        if branch.layout == "interleaved":
-            writers = [(branch.inputs[0], ((0, sum(sizes)),))]
-        elif branch.layout == "stacked":
-            count = len(sizes) if channels > 1 else modules[branch.inputs[0]].out_features // width
-            offsets = [units * sum(sizes[:part]) for part in range(count)]
-            writers = [(branch.inputs[0], tuple(zip(offsets, sizes[:count], strict=True)))]
-        else:
-            writers = [(path, ((0, size),)) for path, size in zip(branch.inputs, sizes, strict=False)]
-        if branch.adapters:
-            adapters: Any = modules[branch.adapters]
-            ends = [index for index, adapter in enumerate(adapters) if isinstance(adapter, nn.Sequential)]
-            writers += [(f"{branch.adapters}.{index}.1", writers[0][1]) for index in ends]
-        cuts: list[Cut] = []
-        for path, segments in writers:
-            rows, expected = modules[path].out_features, units * sum(size for _, size in segments)
-            if rows != expected or units * channels != width:
-                msg = (
-                    f"{self.place}.{path} has {rows} rows and {self.place}.{branch.output} {width} columns: they do "
-                    "not match."
-                )
-                raise nncf.UnsupportedModelError(msg)
-            tensors = ["weight", *(["bias"] if modules[path].bias is not None else [])]
-            cuts += [Cut(f"{self.place}.{path}.{tensor}", 0, segments) for tensor in tensors]
-        return units, (*cuts, Cut(f"{self.place}.{branch.output}.weight", 1, ((0, channels),)))
 
 
 def sizes_of(dimensions: Sequence[Dimension]) -> dict[str, int]:

@@ -14,7 +14,8 @@ from nncf_ext.standalone.skipping import (
     SkippedNorm,
 )
 from nncf_ext.structure.dimensions import Dimensions, Kept
-from nncf_ext.structure.records.record import ATTENTION, MAMBA, Branch, Record
+from nncf_ext.structure.records.branch import ATTENTION, MAMBA, Branch
+from nncf_ext.structure.records.record import Record
 
 
 class StateSpace(Record):
