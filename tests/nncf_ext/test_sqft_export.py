@@ -206,6 +206,7 @@ def logits_of(model, ids):
         return model(input_ids=ids).logits
 
 
+@pytest.mark.slow
 def test_language_model_is_exported_and_packed_code_for_code(core, language_model, tmp_path):
     tokenizer, model, sparse, ids = language_model
     merged, codes = nncf_ext.merge(model, MergeMode.QUANT_AWARE), forward_codes(model)

@@ -17,6 +17,8 @@ import ov_ext
 from tests.ov_ext.grids import grid, torch_grid
 from tests.ov_ext.ir_forms import operations
 
+pytestmark = pytest.mark.slow
+
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 POLICY = ov_ext.SparsePolicy(min_sparsity=0.4, min_weights=0, activation_group=0)
 

@@ -159,6 +159,7 @@ def test_bench_refuses_nothing_to_do(option: str, tmp_path: Path) -> None:
     assert result.exit_code == 2 and f"--{option}" in result.stderr and "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_a_language_model_from_end_to_end(folders: dict[str, Path], tmp_path: Path) -> None:
     """Pack adds the tokenizer IRs that IN lacks; generate and bench run on the result."""
     source = tmp_path / "in"
