@@ -6,8 +6,8 @@
 #include <immintrin.h>
 
 #include "../support/cpu_features.hpp"
-#include "avx512_activations.hpp"
-#include "avx512_rows.hpp"
+#include "../support/avx512_activations.hpp"
+#include "avx512_slices.hpp"
 #include "kernel.hpp"
 
 namespace ov_ext::sparse_matmul {

@@ -8,7 +8,7 @@
 
 #include "../support/cpu_features.hpp"
 #include "kernel.hpp"
-#include "unaligned.hpp"
+#include "../support/unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {

@@ -7,9 +7,9 @@
 #include <utility>
 
 #include "../support/cpu_features.hpp"
-#include "avx512_activations.hpp"
+#include "../support/avx512_activations.hpp"
 #include "avx512_products.hpp"
-#include "avx512_rows.hpp"
+#include "avx512_slices.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-#include "avx512_rows.hpp"
+#include "avx512_slices.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {

@@ -9,7 +9,7 @@
 
 #include "../support/parallel.hpp"
 #include "format.hpp"
-#include "unaligned.hpp"
+#include "../support/unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
 

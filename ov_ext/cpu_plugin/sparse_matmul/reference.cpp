@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "kernel.hpp"
-#include "unaligned.hpp"
+#include "../support/unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "avx512_rows.hpp"
+#include "../sparse_matmul/avx512_slices.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 
 #include "kernel.hpp"
-#include "unaligned.hpp"
+#include "../support/unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {
