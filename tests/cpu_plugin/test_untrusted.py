@@ -30,7 +30,7 @@ def up(value: int, multiple: int) -> int:
 
 def lying_blob(kind: str, n: int, k: int, dense: bool, size: int = 4096) -> np.ndarray:
     """A header in which everything follows from N and K, modulo 2^64, and then nothing but zeros."""
-    row_k = 2 if kind == "bf16" else 4
+    slice_k = 2 if kind == "bf16" else 4
     n_pad, k_pad = up(n, 64), up(k, 32 if kind == "bf16" else 128)
     sections = [("dir", 8 * (n_pad // 64 * up(k_pad, 512) // 512 + 1))]
     if not dense:
@@ -42,7 +42,7 @@ def lying_blob(kind: str, n: int, k: int, dense: bool, size: int = 4096) -> np.n
         offsets[name] = end
         end = up(end + length, 64)
     fields = [
-        *(KINDS[kind], row_k, 16, 4, (0 if kind == "bf16" else 2) | (16 if dense else 0)),
+        *(KINDS[kind], slice_k, 16, 4, (0 if kind == "bf16" else 2) | (16 if dense else 0)),
         *(n, k, n_pad, k_pad, 0, 512, n * k if dense else 0),
         *(offsets.get(name, 0) for name in ("dir", "mask", "val", "scale", "bias")),
         *(size, 0, offsets.get("comp", 0)),

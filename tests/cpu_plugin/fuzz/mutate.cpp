@@ -75,13 +75,13 @@ void resize(Plain& w, uint64_t n, uint64_t k, Random& random) {
     Plain other = w;
     other.n = n, other.k = k;
     fill(other, 128, random);
-    for (uint64_t row = 0; row < std::min(n, w.n); row++)
-        std::copy_n(w.values.begin() + int64_t(row * w.k), std::min(k, w.k), other.values.begin() + int64_t(row * k));
+    for (uint64_t output = 0; output < std::min(n, w.n); output++)
+        std::copy_n(w.values.begin() + int64_t(output * w.k), std::min(k, w.k), other.values.begin() + int64_t(output * k));
     w = std::move(other);
 }
 
 void edit(Plain& w, Random& random) {
-    const uint64_t row = random.below(w.n), column = random.below(w.k), at = row * w.k + column;
+    const uint64_t output = random.below(w.n), column = random.below(w.k), at = output * w.k + column;
     switch (random.below(10)) {
         case 0: case 1: case 2:  // a mask bit, and the value with it
             w.values[at] = w.values[at] ? 0 : some_value(w.kind, random);
@@ -90,12 +90,12 @@ void edit(Plain& w, Random& random) {
         case 4: {  // a run of inputs, full or empty
             const bool empty = random.one_in(2);
             for (uint64_t i = column, end = std::min(w.k, column + 1 + random.below(130)); i < end; i++)
-                w.values[row * w.k + i] = empty ? 0 : some_value(w.kind, random);
+                w.values[output * w.k + i] = empty ? 0 : some_value(w.kind, random);
             break;
         }
         case 5:  // a whole output or a whole input
             if (random.one_in(2))
-                std::fill_n(w.values.begin() + int64_t(row * w.k), w.k, 0);
+                std::fill_n(w.values.begin() + int64_t(output * w.k), w.k, 0);
             else
                 for (uint64_t i = 0; i < w.n; i++)
                     w.values[i * w.k + column] = some_value(w.kind, random);
