@@ -107,9 +107,9 @@ def cpu_info() -> dict[str, Any]:
     """What this CPU offers and which kernel will run.
 
     :return: ``features`` (name to bool), ``amx_permission``, ``kernels`` (best first), ``choice`` (for each kind of
-        weight a list of [number of rows from which it runs, kernel]), ``selected`` (the kernel of one row), ``override``
-        (the value of the environment variable OV_EXT_ISA, or None), ``openvino`` and ``built_for`` (versions),
-        ``library``.
+        weight a list of [number of rows from which it runs, kernel]), ``selected`` (the kernel of one row),
+        ``override`` (the value of the environment variable OV_EXT_ISA, or None), ``openvino`` and ``built_for``
+        (versions), ``library``.
     :raises ExtensionUnavailableError: See :func:`extension_path`.
     :raises ValueError: OV_EXT_ISA names a kernel that does not exist or cannot run here.
     """

@@ -74,7 +74,7 @@ def test_no_accumulator_is_spilled_within_a_panel() -> None:
 @pytest.mark.parametrize("rows", range(1, FEW_ROWS + 1))
 @pytest.mark.parametrize("product, kinds", [("vpdpbusd", 2), ("vdpbf16ps", 1)])  # int8 and int4; bf16
 def test_a_decoded_slice_meets_all_rows_of_x_at_once(product: str, kinds: int, rows: int) -> None:
-    """Loops for this number of rows: a dot product for each slice of weights and row of x, and few instructions besides."""
+    """Loops for this number of rows: a dot product for each slice and row of x, and few instructions besides."""
     found = 0
     for code in _decoders():
         counts = {sum(product in instruction for instruction in panel) for panel in _panels(code)}

@@ -57,10 +57,16 @@ INLINE void multiply_add(__m512& sum, __m512i activations, __m512i weights) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(activations), "v"(weights));
 }
 
+// A constant as an argument. Like std::integral_constant, but with nothing that another object could take.
+template <int i>
+struct Constant {
+    INLINE constexpr operator int() const { return i; }
+};
+
 // Calls f with the constants 0 ... count - 1: arrays that it indexes stay in registers, which compilers do not manage with a loop.
 template <class F, int... i>
 INLINE void each_of(std::integer_sequence<int, i...>, const F& f) {
-    (f(std::integral_constant<int, i>()), ...);
+    (f(Constant<i>()), ...);
 }
 template <int count, class F>
 INLINE void each(const F& f) {

@@ -1,4 +1,4 @@
-"""The operation's C interface from Python, without OpenVINO: pack, unpack, check and run a blob. pack.py at full speed."""
+"""The operation from Python, without OpenVINO: pack, unpack, check and run a blob. pack.py at full speed."""
 
 from __future__ import annotations
 

@@ -99,7 +99,8 @@ def _segment(weight_group: int) -> int:
 def _stream_order(values: np.ndarray, slice_k: int) -> np.ndarray:
     """[Npad, Kpad] -> [block, tile, panel, slice, element]."""
     n, k = values.shape
-    tiled = values.reshape(n // BLOCK_N, 4, 16, k // (16 * slice_k), 16, slice_k)  # block, panel, column, tile, slice, j
+    # block, panel, column, tile, slice, j
+    tiled = values.reshape(n // BLOCK_N, 4, 16, k // (16 * slice_k), 16, slice_k)
     return tiled.transpose(0, 3, 1, 4, 2, 5).reshape(n // BLOCK_N, -1, 4, 16, 16 * slice_k)
 
 
