@@ -17,9 +17,11 @@ typedef struct {
 } Tiles;
 
 typedef enum {
+    // clang-format off
     LDTILECFG, STTILECFG, TILERELEASE,                 // configuration
     TILELOADD, TILELOADDT1, TILESTORED, TILEZERO,      // data
     TDPBF16PS, TDPBSSD, TDPBSUD, TDPBUSD, TDPBUUD,     // dot products
+    // clang-format on
     OPERATIONS
 } Operation;
 

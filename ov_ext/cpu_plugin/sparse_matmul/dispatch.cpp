@@ -124,11 +124,13 @@ void multiply_strip(const std::vector<Product>& products, const Kernel& kernel, 
         parallel_ranges(blocks, add_up);
 }
 
+// clang-format off
 constexpr const Kernel* kernels[] = {  // best first
 #if defined(__x86_64__)
     &amx_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx2_vnni_kernel, &avx2_kernel,
 #endif
     &reference_kernel};
+// clang-format on
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 namespace ov_ext {
 namespace {
 
+// clang-format off
 constexpr struct {
     InstructionSet isa;
     const char* name;
@@ -18,6 +19,7 @@ constexpr struct {
     {InstructionSet::avx2, "avx2"},
     {InstructionSet::reference, "reference"},
 };
+// clang-format on
 
 }  // namespace
 

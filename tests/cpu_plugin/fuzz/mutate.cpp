@@ -148,9 +148,11 @@ void lie_about_size(Bytes& blob, Random& random) {
     const uint64_t n = random.one_in(2) ? some_size(random) : get(blob, 16), k = random.one_in(3) ? get(blob, 24) : some_size(random);
     const uint64_t flags = get(blob, 12, 4), group = get(blob, 48, 4);
     const spw1::Geometry g(int(get(blob, 8, 1)), flags & 16, flags & 32, flags & 1, n, k, group);
+    // clang-format off
     const std::pair<unsigned, spw1::Geometry::Wide> entries[] = {
         {16, n}, {24, k}, {32, g.n_pad}, {40, g.k_pad}, {dir_field, g.dir}, {mask_field, g.mask}, {val_field, g.val},
         {scale_field, g.scale}, {bias_field, g.bias}, {comp_field, g.comp}};
+    // clang-format on
     for (const auto& [offset, value] : entries)
         set(blob, offset, uint64_t(value));
     set(blob, 56, n * k);
@@ -217,13 +219,16 @@ void damage(Bytes& blob, Random& random) {
         case 0: {
             const Field field = fields[random.below(sizeof(fields) / sizeof(*fields))];
             const uint64_t now = get(blob, field.offset, field.width);
+            // clang-format off
             const uint64_t changed[] = {now ^ 1ull << random.below(random.one_in(2) ? 6 : 8 * field.width), now + 64, now - 64, now + 1, now - 1,
                                         some_size(random)};
+            // clang-format on
             set(blob, field.offset, changed[random.below(6)], field.width);
             break;
         }
         case 1: lie_about_size(blob, random); break;
-        case 2: {  // a directory entry, or a run of them: to another offset, past its neighbours
+        case 2: {
+            // a directory entry, or a run of them: to another offset, past its neighbours
             constexpr uint64_t most = 1 << 10;  // the header may say anything
             const uint64_t chunks = std::min((get(blob, 40) + 511) / 512, most), blocks = std::min(get(blob, 32) / 64, most);
             const uint64_t entries = blocks * chunks + 1;

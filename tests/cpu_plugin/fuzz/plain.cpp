@@ -286,10 +286,12 @@ std::vector<uint8_t> encode(const Plain& w, std::optional<uint64_t> stored) {
     const struct {
         unsigned offset, width;
         Geometry::Wide value;
+    // clang-format off
     } header[] = {{0, 4, 0x31575053}, {4, 2, 1}, {6, 2, 128}, {8, 1, unsigned(w.kind)}, {9, 1, g.slice_k}, {10, 1, 16}, {11, 1, 4},
                   {12, 4, flags}, {16, 8, w.n}, {24, 8, w.k}, {32, 8, g.n_pad}, {40, 8, g.k_pad}, {48, 4, w.group}, {52, 4, 512},
                   {56, 8, w.dense ? w.n * w.k : nnz}, {64, 8, g.dir}, {72, 8, g.mask}, {80, 8, g.val}, {88, 8, g.scale},
                   {96, 8, g.bias}, {104, 8, blob.size()}, {112, 8, crc32(blob, 128)}, {120, 8, g.comp}};
+    // clang-format on
     for (const auto& field : header)
         put(blob, field.offset, uint64_t(field.value), field.width);
     return blob;

@@ -11,11 +11,13 @@
 namespace toy {
 namespace {
 
+// clang-format off
 constexpr const Kernel* kernels[] = {
 #if defined(__x86_64__)
     &avx512_kernel, &avx2_kernel,
 #endif
     &reference_kernel};
+// clang-format on
 
 ov_ext::ValidationCache validated;
 
