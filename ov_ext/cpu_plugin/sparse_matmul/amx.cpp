@@ -108,7 +108,8 @@ template <bool two_halves>
 struct Place {
     uint64_t row, panel;
     INLINE Place(uint64_t i, uint64_t first_panel)
-        : row(two_halves ? i / 2 * tile_rows : 0), panel(first_panel + (two_halves ? i % 2 : i)) {}
+        : row(two_halves ? i / 2 * tile_rows : 0),
+          panel(first_panel + (two_halves ? i % 2 : i)) {}
 };
 
 template <bool two_halves>
@@ -130,9 +131,9 @@ void add_bf16(const Step& step, const uint8_t* b, uint64_t tiles) {
 
 // What turns the integer sums of a chunk into floats.
 struct Scales {
-    const float* x;              // [rows, stride], from the chunk's first segment on
+    const float* x;  // [rows, stride], from the chunk's first segment on
     uint64_t stride;
-    __m512 w[8][block_panels];   // [segment][panel]: a chunk has up to 8 segments
+    __m512 w[8][block_panels];  // [segment][panel]: a chunk has up to 8 segments
 };
 
 template <bool two_halves>
@@ -143,8 +144,8 @@ void add_integers(const Step& step, const uint8_t* b, uint64_t segments, uint64_
         for (uint64_t s = 0; s < segments; s++) {
             const uint64_t k = s * tiles_per_segment;
             zero_sums();
-            add_products<true, two_halves>(step.upper + k * tile_bytes, step.lower + k * tile_bytes, b + (block_panels * k + panel) * tile_bytes,
-                                           tiles_per_segment);
+            add_products<true, two_halves>(step.upper + k * tile_bytes, step.lower + k * tile_bytes,
+                                           b + (block_panels * k + panel) * tile_bytes, tiles_per_segment);
             store_sums(sums);
             for (uint64_t i = 0; i < 4; i++) {
                 const Place<two_halves> at(i, panel);

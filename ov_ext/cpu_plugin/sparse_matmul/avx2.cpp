@@ -98,8 +98,7 @@ struct Stream {
             return _mm256_and_si256(parity ? packed : _mm256_slli_epi16(packed, 4), _mm256_set1_epi8(int8_t(0xF0)));
         const __m256i by_code = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1,  //
                                                  0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-        return _mm256_shuffle_epi8(by_code,
-                                   _mm256_and_si256(parity ? _mm256_srli_epi16(packed, 4) : packed, _mm256_set1_epi8(15)));
+        return _mm256_shuffle_epi8(by_code, _mm256_and_si256(parity ? _mm256_srli_epi16(packed, 4) : packed, _mm256_set1_epi8(15)));
     }
 
     static INLINE __m256 weight(const Slice& slice, int half, int j) { return weights<kind, dot>(slice.half[half], j); }
@@ -250,7 +249,8 @@ INLINE void add_slice(const AnySlice& slice, const uint8_t* x, uint64_t stride, 
 //         for each slice: decode it; for each row m: sum[m] += dot(slice, 4 bytes (f32: slice_k floats) of row m)
 //         sums of the panel = sum
 template <Dot dot, int slice_k, int M, class Source>
-__attribute__((noinline)) void multiply_tiles(Source& source, uint64_t tiles, const uint8_t* x, uint64_t stride, typename Sum<dot>::Scalar* sums) {
+__attribute__((noinline)) void multiply_tiles(Source& source, uint64_t tiles, const uint8_t* x, uint64_t stride,
+                                              typename Sum<dot>::Scalar* sums) {
     using S = Sum<dot>;
     constexpr uint64_t x_slice = slice_k * (dot == Dot::f32 ? 4 : 1);  // bytes of a row of x that meet one slice
     constexpr int run = dot == Dot::narrow ? 8 : 16;                   // slices until the registers must be emptied
@@ -287,8 +287,7 @@ __attribute__((noinline)) void multiply_tiles(Source& source, uint64_t tiles, co
 }
 
 template <Dot dot, int slice_k, class Source>
-void multiply_tiles(uint64_t rows, Source& source, uint64_t tiles, const uint8_t* x, uint64_t stride,
-                    typename Sum<dot>::Scalar* sums) {
+void multiply_tiles(uint64_t rows, Source& source, uint64_t tiles, const uint8_t* x, uint64_t stride, typename Sum<dot>::Scalar* sums) {
     static_assert(widest_of(dot) <= 6, "a case for every number of rows");
     switch (rows) {
         case 1: return multiply_tiles<dot, slice_k, 1>(source, tiles, x, stride, sums);
@@ -310,8 +309,7 @@ void multiply_tiles(uint64_t rows, Source& source, uint64_t tiles, const uint8_t
 INLINE __m256 scales_of(const BlobView& w, uint64_t block, uint64_t segment, int eight) {
     const uint64_t groups = w.group ? w.k_pad / w.group : 1, group = w.group ? segment : 0;
     const uint64_t i = (block * groups + group) * block_n + uint64_t(eight) * 8;
-    return w.scales_f32 ? _mm256_loadu_ps(reinterpret_cast<const float*>(w.scales + 4 * i))
-                        : _mm256_cvtph_ps(load128(w.scales + 2 * i));
+    return w.scales_f32 ? _mm256_loadu_ps(reinterpret_cast<const float*>(w.scales + 4 * i)) : _mm256_cvtph_ps(load128(w.scales + 2 * i));
 }
 
 // Scales the sums of one segment, partial[rows][block_n], and adds them to those of the chunk. x_scales: of the first row and this segment.
@@ -343,8 +341,8 @@ void add_segment(const BlobView& w, uint64_t block, uint64_t segment, const type
 constexpr uint64_t max_rows = 64;
 
 template <Kind kind, bool dense, bool integer>
-void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row,
-                    uint64_t rows, float* out) {
+void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
+                    float* out) {
     constexpr Dot dot = dot_of(kind, integer);
     constexpr uint64_t slice_k = kind == Kind::bf16 ? 2 : 4, mask_bytes = 2 * slice_k, tiles_per_chunk = chunk_k / (panel_slices * slice_k);
     constexpr uint64_t widest = widest_of(dot), most_tiles = kind == Kind::bf16 ? 1 : 2;
@@ -362,7 +360,8 @@ void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uin
     for (uint64_t chunk = first; chunk < last; chunk++) {
         const uint64_t begin = chunk * tiles_per_chunk, end = begin + tiles_per_chunk < w.tiles ? begin + tiles_per_chunk : w.tiles;
         const uint8_t* run = w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk));
-        Stream<kind, dense, dot> stream{dense ? nullptr : w.masks + (block * w.tiles + begin) * block_panels * panel_slices * mask_bytes, run, run};
+        Stream<kind, dense, dot> stream{dense ? nullptr : w.masks + (block * w.tiles + begin) * block_panels * panel_slices * mask_bytes,
+                                        run, run};
         __builtin_memset(sums, 0, rows * block_n * sizeof(float));
         for (uint64_t tile = begin; tile < end; tile += step) {
             const uint64_t tiles = tile + step < end ? step : end - tile;
@@ -371,7 +370,8 @@ void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uin
             for (uint64_t m = 0, some; m < rows; m += some) {
                 const uint64_t left = rows - m, passes = (left + widest - 1) / widest;
                 some = (left + passes - 1) / passes;
-                const uint8_t* x = static_cast<const uint8_t*>(a.data) + (row + m) * a.stride + tile * panel_slices * slice_k * (integer ? 1 : 4);
+                const uint8_t* x =
+                    static_cast<const uint8_t*>(a.data) + (row + m) * a.stride + tile * panel_slices * slice_k * (integer ? 1 : 4);
                 const auto multiply = [&](Scalar* to) {
                     if (direct)
                         return multiply_tiles<dot, slice_k>(some, stream, tiles, x, a.stride, to);

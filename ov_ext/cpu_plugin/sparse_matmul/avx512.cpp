@@ -38,7 +38,7 @@ constexpr int lanes = input == Input::u8 ? 1 : 2;
 // from there costs a cycle of port 5.
 INLINE __m512i broadcast(const uint8_t* x) {
     __m512i value;
-    __asm__ volatile("vpbroadcastd %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const int32_t(*)[1]>(x)));
+    __asm__ volatile("vpbroadcastd %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const int32_t (*)[1]>(x)));
     return value;
 }
 
@@ -97,7 +97,7 @@ struct Part {
     const BlobView& w;
     uint64_t block, begin, end;  // tiles
     uint64_t tiles_per_segment, segments;
-    const uint8_t* x;            // row 0
+    const uint8_t* x;  // row 0
     const float* x_scales;
     uint64_t stride;
 
@@ -133,9 +133,9 @@ struct Part {
                     const __m512 scale = scales_of(w, block, segment, first + p);
                     const __m512i offset = offset_of(w, block, segment, first + p);
                     for (int m = 0; m < M; m++)
-                        totals[p][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[p][m][0], offset)),
-                                                       _mm512_mul_ps(_mm512_set1_ps(x_scales[uint64_t(m) * segments + segment]), scale),
-                                                       totals[p][m]);
+                        totals[p][m] =
+                            _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[p][m][0], offset)),
+                                            _mm512_mul_ps(_mm512_set1_ps(x_scales[uint64_t(m) * segments + segment]), scale), totals[p][m]);
                 } else {
                     const __m512 scale = scales_of(w, block, segment, first + p);
                     for (int m = 0; m < M; m++)
@@ -237,7 +237,8 @@ INLINE void sum_floats(const uint8_t* slices, const uint8_t* x_rows, uint64_t st
         for (int s = 0; s < panel_slices; s++, x.advance(4 * slice_k))
             each<slice_k>([&](auto j) INLINED {
                 __m512 weights[2];
-                each<2>([&](auto p) INLINED { weights[p] = as_float<kind>(_mm512_load_si512(slices + p * panel_bytes + s * slice_bytes), j); });
+                each<2>([&](auto p)
+                            INLINED { weights[p] = as_float<kind>(_mm512_load_si512(slices + p * panel_bytes + s * slice_bytes), j); });
                 each<M>([&](auto m) INLINED {
                     const __m512 activation = _mm512_castsi512_ps(broadcast(x.at(m, 4 * uint64_t(j))));
                     each<2>([&](auto p) INLINED { sum[p][m][j % 2] = _mm512_fmadd_ps(activation, weights[p], sum[p][m][j % 2]); });

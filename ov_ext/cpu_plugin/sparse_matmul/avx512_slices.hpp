@@ -16,11 +16,11 @@ namespace ov_ext::sparse_matmul {
 namespace {
 
 // What is prefetched, and how far ahead. Hardware prefetching stops at every page; what lies ahead of a chunk's end is the next chunk's run.
-constexpr int line_bytes = 64;             // of a cache line
-constexpr int values_ahead = 2048;         // bytes, of sparse values, into L1
-constexpr int dense_values_ahead = 4096;   // bytes, of dense values, into L2
-constexpr int slices_ahead = 128;          // whose masks are fetched
-constexpr int slices_per_fetch = 4;        // consume two lines of values at half density, of int4 one
+constexpr int line_bytes = 64;            // of a cache line
+constexpr int values_ahead = 2048;        // bytes, of sparse values, into L1
+constexpr int dense_values_ahead = 4096;  // bytes, of dense values, into L2
+constexpr int slices_ahead = 128;         // whose masks are fetched
+constexpr int slices_per_fetch = 4;       // consume two lines of values at half density, of int4 one
 
 // Walks the masks and values of a chunk, one slice at a time.
 template <Kind kind, bool dense>

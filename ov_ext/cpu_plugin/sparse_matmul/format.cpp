@@ -157,10 +157,9 @@ BlobView parse(const uint8_t* blob, size_t bytes) {
                 "group and scale flags disagree");
     require(h.n >= 1 && h.k >= 1 && !(h.n >> 31) && !(h.k >> 31), "N or K is not in 1..2^31-1");
     require(h.n_pad == round_up(h.n, block_n) && h.k_pad == padded_inputs(kind, h.k, h.group), "Npad or Kpad is wrong");
-    const Layout at =
-        layout_of(kind, h.flags & dense_flag, h.flags & f32_scales, h.flags & bias_flag, h.n, h.n_pad, h.k_pad, h.group);
-    require(h.off_dir == at.dir && h.off_mask == at.mask && h.off_val == at.val && h.off_scale == at.scale &&
-                h.off_bias == at.bias && h.off_comp == at.comp,
+    const Layout at = layout_of(kind, h.flags & dense_flag, h.flags & f32_scales, h.flags & bias_flag, h.n, h.n_pad, h.k_pad, h.group);
+    require(h.off_dir == at.dir && h.off_mask == at.mask && h.off_val == at.val && h.off_scale == at.scale && h.off_bias == at.bias &&
+                h.off_comp == at.comp,
             "section offsets differ from the layout of this matrix");
     if (h.blob_bytes != bytes)
         fail("the header says " + number(h.blob_bytes) + " bytes, the tensor has " + number(bytes));

@@ -61,12 +61,12 @@ void validate(const uint8_t* blob, size_t bytes);
 struct PlainWeight {
     Kind kind;
     uint64_t n, k;
-    uint64_t group;          // 0, 64, 128
-    bool dense;              // store every element
-    bool scales_f32;         // else f16
-    const void* values;      // [n, k]: u16 bit patterns (bf16) or s8 codes
-    const void* scales;      // [n, groups] or null for bf16
-    const float* bias;       // [n] or null
+    uint64_t group;      // 0, 64, 128
+    bool dense;          // store every element
+    bool scales_f32;     // else f16
+    const void* values;  // [n, k]: u16 bit patterns (bf16) or s8 codes
+    const void* scales;  // [n, groups] or null for bf16
+    const float* bias;   // [n] or null
 };
 
 uint64_t packed_bytes(const PlainWeight& weight);

@@ -48,8 +48,7 @@ void SparseMatMul::validate_and_infer_types() {
     NODE_VALIDATION_CHECK(this, sum == m_n, "Attribute n must be the sum of outputs, ", sum, ", got ", m_n, ".");
     NODE_VALIDATION_CHECK(this, m_epilogue.empty(), "Unknown epilogue '", m_epilogue, "': this release knows none.");
     for (size_t i = 0; i < n.size(); i++) {
-        NODE_VALIDATION_CHECK(this,
-                              get_input_element_type(1 + i) == ov::element::u8 && get_input_partial_shape(1 + i).rank().compatible(1),
+        NODE_VALIDATION_CHECK(this, get_input_element_type(1 + i) == ov::element::u8 && get_input_partial_shape(1 + i).rank().compatible(1),
                               "The blob must be a one-dimensional u8 tensor.");
         if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
             try {

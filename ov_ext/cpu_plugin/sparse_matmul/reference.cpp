@@ -55,8 +55,7 @@ struct Decoder {
     }
 };
 
-void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t,
-              float* out) {
+void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t, float* out) {
     int32_t values[block_n][most_tile_inputs];
     const uint8_t* x = static_cast<const uint8_t*>(a.data) + row * a.stride;
     const float* x_scales = a.integer ? a.scales + row * (w.k_pad / w.segment) : nullptr;

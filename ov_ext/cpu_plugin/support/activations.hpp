@@ -16,11 +16,11 @@ struct RowShape {
 // Prepared activations. The memory holds a multiple of 16 rows.
 struct Activations {
     void* data;
-    float* scales;     // [rows, k_pad / segment], one factor for each row and segment; integer activations only
-    uint64_t stride;   // bytes of a prepared row
+    float* scales;    // [rows, k_pad / segment], one factor for each row and segment; integer activations only
+    uint64_t stride;  // bytes of a prepared row
     RowShape row;
-    bool integer;      // quantized to 8 bits, else floating point
-    bool rounded;      // floating point, rounded to bf16
+    bool integer;  // quantized to 8 bits, else floating point
+    bool rounded;  // floating point, rounded to bf16
 };
 
 }  // namespace ov_ext

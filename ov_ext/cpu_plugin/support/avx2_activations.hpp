@@ -29,8 +29,8 @@ inline void quantize(const RowShape& row, const void* x, bool x_is_bf16, bool of
     const auto largest = [&](uint64_t begin, uint64_t end) INLINED {
         __m256i magnitude = _mm256_setzero_si256();
         for (uint64_t i = begin; i < end; i += 8)
-            magnitude = _mm256_max_epu32(magnitude, _mm256_and_si256(_mm256_castps_si256(load_x(x, x_is_bf16, i, end)),
-                                                                     _mm256_set1_epi32(0x7FFFFFFF)));
+            magnitude = _mm256_max_epu32(
+                magnitude, _mm256_and_si256(_mm256_castps_si256(load_x(x, x_is_bf16, i, end)), _mm256_set1_epi32(0x7FFFFFFF)));
         return largest_of(magnitude);
     };
     const auto encode = [&](uint64_t begin, uint64_t end, uint64_t padded_end, float inverse) INLINED {
@@ -39,8 +39,7 @@ inline void quantize(const RowShape& row, const void* x, bool x_is_bf16, bool of
             if (i < end && inverse != 0.0f)
                 q = _mm256_cvtps_epi32(_mm256_mul_ps(load_x(x, x_is_bf16, i, end), _mm256_set1_ps(inverse)));
             const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-            const __m128i bytes =
-                _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(offset_by_128 ? int8_t(0x80) : int8_t(0)));
+            const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(offset_by_128 ? int8_t(0x80) : int8_t(0)));
             _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), bytes);
         }
     };
@@ -51,8 +50,8 @@ inline void quantize(const RowShape& row, const void* x, bool x_is_bf16, bool of
 INLINE __m256 round_to_bf16(__m256 value) {
     const __m256i bits = _mm256_castps_si256(value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd),
-                                             _mm256_set1_epi32(int(0xFFFF0000)));
+    const __m256i rounded =
+        _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), _mm256_set1_epi32(int(0xFFFF0000)));
     return _mm256_blendv_ps(floats(rounded), value, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
 }
 

@@ -24,8 +24,7 @@ INLINE uint16_t float_to_bf16(float value) {
 // Finite values only: the scales of a blob are.
 INLINE float f16_to_float(uint16_t bits) {
     const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    const float magnitude =
-        exponent ? __builtin_ldexpf(float(1024 + mantissa), exponent - 25) : __builtin_ldexpf(float(mantissa), -24);
+    const float magnitude = exponent ? __builtin_ldexpf(float(1024 + mantissa), exponent - 25) : __builtin_ldexpf(float(mantissa), -24);
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 

@@ -32,9 +32,7 @@ uint32_t some_scale(bool f32, Random& random) {
     return random.one_in(8) ? bits | uint32_t(random.below(0x7F800000)) : bits | uint32_t(0x3C000000 + random.below(0x2000000));
 }
 
-uint32_t some_bias(Random& random) {
-    return random.one_in(8) ? uint32_t(random.next()) : uint32_t(0x3F000000 + random.below(0x1000000));
-}
+uint32_t some_bias(Random& random) { return random.one_in(8) ? uint32_t(random.next()) : uint32_t(0x3F000000 + random.below(0x1000000)); }
 
 // Zero with a probability of `sparsity` in 256.
 void fill(Plain& w, uint64_t sparsity, Random& random) {
@@ -83,7 +81,9 @@ void resize(Plain& w, uint64_t n, uint64_t k, Random& random) {
 void edit(Plain& w, Random& random) {
     const uint64_t output = random.below(w.n), column = random.below(w.k), at = output * w.k + column;
     switch (random.below(10)) {
-        case 0: case 1: case 2:  // a mask bit, and the value with it
+        case 0:
+        case 1:
+        case 2:  // a mask bit, and the value with it
             w.values[at] = w.values[at] ? 0 : some_value(w.kind, random);
             break;
         case 3: w.values[at] = some_value(w.kind, random); break;
@@ -122,7 +122,7 @@ void edit(Plain& w, Random& random) {
 struct Field {
     unsigned offset, width;
 };
-constexpr Field fields[] = {{0, 4}, {4, 2}, {6, 2}, {8, 1}, {9, 1}, {10, 1}, {11, 1}, {12, 4}, {16, 8}, {24, 8}, {32, 8}, {40, 8},
+constexpr Field fields[] = {{0, 4},  {4, 2},  {6, 2},  {8, 1},  {9, 1},  {10, 1}, {11, 1}, {12, 4}, {16, 8},  {24, 8},  {32, 8}, {40, 8},
                             {48, 4}, {52, 4}, {56, 8}, {64, 8}, {72, 8}, {80, 8}, {88, 8}, {96, 8}, {104, 8}, {112, 8}, {120, 8}};
 constexpr unsigned dir_field = 64, mask_field = 72, val_field = 80, scale_field = 88, bias_field = 96, size_field = 104, comp_field = 120;
 
@@ -240,7 +240,8 @@ void damage(Bytes& blob, Random& random) {
                 set(blob, at + 8 * i, get(blob, at + 8 * i) + value - now);
             break;
         }
-        case 3: case 4:  // one bit, mostly of a mask or a value
+        case 3:
+        case 4:  // one bit, mostly of a mask or a value
             if (const uint64_t at = inside(blob, random); at < blob.size())
                 blob[at] ^= uint8_t(1 << random.below(8));
             break;
@@ -272,7 +273,7 @@ void damage(Bytes& blob, Random& random) {
 std::vector<Bytes> seeds() {
     std::vector<Bytes> result;
     Random random{1};
-    const std::pair<int, uint64_t> kinds[] = {{spw1::bf16, 0}, {spw1::int8, 0}, {spw1::int8, 64}, {spw1::int8, 128},
+    const std::pair<int, uint64_t> kinds[] = {{spw1::bf16, 0}, {spw1::int8, 0},  {spw1::int8, 64}, {spw1::int8, 128},
                                               {spw1::int4, 0}, {spw1::int4, 64}, {spw1::int4, 128}};
     const std::pair<uint64_t, uint64_t> shapes[] = {{64, 128}, {17, 33}, {65, 530}};
     for (const auto& [kind, group] : kinds)

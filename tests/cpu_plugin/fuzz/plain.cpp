@@ -128,8 +128,8 @@ Plain decode_or_throw(const Reader& in) {
     need((flags & ~(w.kind == bf16 ? 17ull : 49ull)) == scale_flags);
     const Geometry g(w.kind, w.dense, w.f32_scales, w.has_bias, w.n, w.k, w.group);
     need(in.at(32, 8) == g.n_pad && in.at(40, 8) == g.k_pad);
-    need(in.at(64, 8) == g.dir && in.at(72, 8) == g.mask && in.at(80, 8) == g.val && in.at(88, 8) == g.scale &&
-         in.at(96, 8) == g.bias && in.at(120, 8) == g.comp);
+    need(in.at(64, 8) == g.dir && in.at(72, 8) == g.mask && in.at(80, 8) == g.val && in.at(88, 8) == g.scale && in.at(96, 8) == g.bias &&
+         in.at(120, 8) == g.comp);
     need(in.at(104, 8) == in.bytes && g.val + 64 <= in.bytes);
 
     need(!w.dense || (in.bytes - g.val) * 2 >= Geometry::Wide(w.n) * w.k);  // sparse: the masks are there, an eighth of a byte each
@@ -286,7 +286,7 @@ std::vector<uint8_t> encode(const Plain& w, std::optional<uint64_t> stored) {
     const struct {
         unsigned offset, width;
         Geometry::Wide value;
-    // clang-format off
+        // clang-format off
     } header[] = {{0, 4, 0x31575053}, {4, 2, 1}, {6, 2, 128}, {8, 1, unsigned(w.kind)}, {9, 1, g.slice_k}, {10, 1, 16}, {11, 1, 4},
                   {12, 4, flags}, {16, 8, w.n}, {24, 8, w.k}, {32, 8, g.n_pad}, {40, 8, g.k_pad}, {48, 4, w.group}, {52, 4, 512},
                   {56, 8, w.dense ? w.n * w.k : nnz}, {64, 8, g.dir}, {72, 8, g.mask}, {80, 8, g.val}, {88, 8, g.scale},

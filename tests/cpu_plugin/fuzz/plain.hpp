@@ -28,7 +28,7 @@ struct Geometry {
     using Wide = unsigned __int128;
     uint64_t slice_k, segment;  // inputs
     Wide n_pad, k_pad, blocks, tiles, chunks, tiles_per_chunk;
-    Wide dir, mask, scale, comp, bias, val;              // offsets, 0 when absent
+    Wide dir, mask, scale, comp, bias, val;  // offsets, 0 when absent
     Wide dir_bytes, mask_bytes, scale_bytes, comp_bytes, bias_bytes;
 
     Geometry(int kind, bool dense, bool f32_scales, bool has_bias, uint64_t n, uint64_t k, uint64_t group);
