@@ -16,6 +16,7 @@ from openvino import opset13 as opset
 import ov_ext
 from ov_ext.cpu_plugin.sparse_matmul import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, KINDS, Weight
+from ov_ext.cpu_plugin.support.native import call
 from tests.cpu_plugin.conftest import make_weight
 from tests.cpu_plugin.test_operation import BLOB, F32, K, N, X, model, operation
 
@@ -120,9 +121,9 @@ def test_the_packer_itself_refuses_them_too(n: int, k: int) -> None:
     value, size = ctypes.c_uint64(1), ctypes.c_uint64()
     arguments = native._WeightArguments(KINDS["bf16"], n, k, 0, 0, 0, ctypes.addressof(value), None, None)
     with pytest.raises(ValueError, match="SPW1 blob: "):
-        native._call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
+        call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
     with pytest.raises(ValueError, match="SPW1 blob: "):
-        native._call("ov_ext_pack", ctypes.byref(arguments), ctypes.byref(value), ctypes.c_uint64(8))
+        call("ov_ext_pack", ctypes.byref(arguments), ctypes.byref(value), ctypes.c_uint64(8))
 
 
 def test_errors_of_many_threads_do_not_mix() -> None:
