@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.engines import Engine, EngineDied
 from benchmarks.results import Record, last_level_cache
 from benchmarks.timing import Turn, fastest, interleave, paired_ratio
-from ov_ext.cpu_plugin.sparse_matmul import native
+from ov_ext.cpu_plugin.support import native
 
 logger = logging.getLogger("ov_ext")
 

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 import openvino as ov
 
-from ov_ext.cpu_plugin.sparse_matmul import native
+from ov_ext.cpu_plugin.sparse_matmul.native import kernel_choice
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
+from ov_ext.cpu_plugin.support import native
 from ov_ext.extension import built_for, extension_path
 
 logger = logging.getLogger("ov_ext")
@@ -51,13 +52,18 @@ def read_model(path: str | os.PathLike[str]) -> ov.Model:
 def cpu_info() -> dict[str, Any]:
     """Tell what this CPU offers and which kernel will run.
 
-    :return: ``features`` (name to bool), ``amx_permission``, ``kernels`` (best first), ``selected``, ``override`` (the
-        value of the environment variable OV_EXT_ISA, or None), ``openvino`` and ``built_for`` (versions), ``library``.
+    :return: ``features`` (name to bool), ``amx_permission``, ``kernels`` (best first), ``choice`` (for each kind of
+        weight a list of [number of rows from which it runs, kernel]), ``selected`` (the kernel of one row),
+        ``override`` (the value of the environment variable OV_EXT_ISA, or None), ``openvino`` and ``built_for``
+        (versions), ``library``.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
+    :raises ValueError: OV_EXT_ISA names a kernel that does not exist or cannot run here.
     """
     path = extension_path()
+    choice = kernel_choice()
+    kernels = {"choice": choice, "selected": choice["int4"][0][1]}
     versions = {"openvino": ov.get_version(), "built_for": built_for(), "library": str(path)}
-    return {**native.cpu_info(), **versions}
+    return {**native.cpu_info(), **kernels, **versions}
 
 
 def this_cpu() -> InstructionSet:

@@ -3,5 +3,4 @@
 
 #include "sparse_matmul/op.hpp"
 
-OPENVINO_CREATE_EXTENSIONS(
-    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<ov_ext::sparse_matmul::SparseMatMul>>()}));
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<ov_ext::sparse_matmul::SparseMatMul>>()}));

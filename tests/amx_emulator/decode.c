@@ -16,20 +16,16 @@ static int find_operation(int opcode, int pp, bool memory, int reg, int rm) {
     static const int load_store[4] = {-1, TILELOADDT1, TILESTORED, TILELOADD};
     static const int integer[4] = {TDPBUUD, TDPBUSD, TDPBSUD, TDPBSSD};
     switch (opcode) {
-    case 0x49:
-        if (memory && reg == 0 && pp < 2)
-            return pp == 0 ? LDTILECFG : STTILECFG;
-        if (!memory && reg == 0 && rm == 0 && pp == 0)
-            return TILERELEASE;
-        return !memory && rm == 0 && pp == 3 ? TILEZERO : -1;
-    case 0x4B:
-        return memory && rm == 4 ? load_store[pp] : -1;  // always with a SIB byte
-    case 0x5C:
-        return !memory && pp == 2 ? TDPBF16PS : -1;
-    case 0x5E:
-        return !memory ? integer[pp] : -1;
-    default:
-        return -1;
+        case 0x49:
+            if (memory && reg == 0 && pp < 2)
+                return pp == 0 ? LDTILECFG : STTILECFG;
+            if (!memory && reg == 0 && rm == 0 && pp == 0)
+                return TILERELEASE;
+            return !memory && rm == 0 && pp == 3 ? TILEZERO : -1;
+        case 0x4B: return memory && rm == 4 ? load_store[pp] : -1;  // always with a SIB byte
+        case 0x5C: return !memory && pp == 2 ? TDPBF16PS : -1;
+        case 0x5E: return !memory ? integer[pp] : -1;
+        default: return -1;
     }
 }
 

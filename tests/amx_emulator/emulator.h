@@ -17,9 +17,11 @@ typedef struct {
 } Tiles;
 
 typedef enum {
+    // clang-format off
     LDTILECFG, STTILECFG, TILERELEASE,                 // configuration
     TILELOADD, TILELOADDT1, TILESTORED, TILEZERO,      // data
     TDPBF16PS, TDPBSSD, TDPBSUD, TDPBUSD, TDPBUUD,     // dot products
+    // clang-format on
     OPERATIONS
 } Operation;
 
@@ -27,14 +29,14 @@ extern const char* const operation_names[OPERATIONS];
 
 typedef struct {
     Operation operation;
-    int length;            // bytes
-    int tile, a, b;        // 0..15: the tile that is loaded, stored or accumulated into; the two factors
-    uint64_t address;      // of the memory operand, of the first row of a tile
-    uint64_t stride;       // bytes from row to row, may wrap around (a negative stride)
+    int length;        // bytes
+    int tile, a, b;    // 0..15: the tile that is loaded, stored or accumulated into; the two factors
+    uint64_t address;  // of the memory operand, of the first row of a tile
+    uint64_t stride;   // bytes from row to row, may wrap around (a negative stride)
 } Instruction;
 
 typedef struct {
-    int signal;            // what Linux sends for it: SIGILL for #UD and #NM, SIGSEGV for #GP; 0 = no fault
+    int signal;  // what Linux sends for it: SIGILL for #UD and #NM, SIGSEGV for #GP; 0 = no fault
     const char* reason;
 } Fault;
 

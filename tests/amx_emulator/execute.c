@@ -4,8 +4,8 @@
 
 #include "emulator.h"
 
-const char* const operation_names[OPERATIONS] = {"ldtilecfg",  "sttilecfg", "tilerelease", "tileloadd", "tileloaddt1", "tilestored",
-                                                 "tilezero",   "tdpbf16ps", "tdpbssd",     "tdpbsud",   "tdpbusd",     "tdpbuud"};
+const char* const operation_names[OPERATIONS] = {"ldtilecfg", "sttilecfg", "tilerelease", "tileloadd", "tileloaddt1", "tilestored",
+                                                 "tilezero",  "tdpbf16ps", "tdpbssd",     "tdpbsud",   "tdpbusd",     "tdpbuud"};
 
 // Defined when the program runs under AddressSanitizer.
 extern void* __asan_region_is_poisoned(void* begin, size_t size) __attribute__((weak));
@@ -94,21 +94,18 @@ static Fault move_rows(const Instruction* in, Tiles* tiles) {
 // vector: what lies beyond the configured ones can never be read.
 
 // As instructions, because the order of the operands decides which of two NaNs survives, and a compiler may change it.
-__attribute__((target("avx512f")))
-static inline __m512 fused(__m512 a, __m512 b, __m512 c) {
+__attribute__((target("avx512f"))) static inline __m512 fused(__m512 a, __m512 b, __m512 c) {
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
 }
 
-__attribute__((target("avx512f")))
-static inline __m512 sum(__m512 a, __m512 b) {
+__attribute__((target("avx512f"))) static inline __m512 sum(__m512 a, __m512 b) {
     __asm__("vaddps %1, %0, %0" : "+v"(a) : "v"(b));
     return a;
 }
 
 // The even and the odd elements have sums of their own over the depth, which are added to each other and then to C.
-__attribute__((target("avx512f")))
-static __m512i multiply_bf16(__m512i c, const uint32_t* a, const __m512i* b, int depth) {
+__attribute__((target("avx512f"))) static __m512i multiply_bf16(__m512i c, const uint32_t* a, const __m512i* b, int depth) {
     const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000);
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
     for (int k = 0; k < depth; k++) {
@@ -121,8 +118,8 @@ static __m512i multiply_bf16(__m512i c, const uint32_t* a, const __m512i* b, int
 }
 
 // Four products of bytes for each sum; sums wrap around at 32 bits.
-__attribute__((target("avx512f")))
-static __m512i multiply_bytes(__m512i c, const uint32_t* a, const __m512i* b, int depth, bool a_signed, bool b_signed) {
+__attribute__((target("avx512f"))) static __m512i multiply_bytes(__m512i c, const uint32_t* a, const __m512i* b, int depth, bool a_signed,
+                                                                 bool b_signed) {
     for (int k = 0; k < depth; k++)
         for (unsigned shift = 0; shift < 32; shift += 8) {
             const uint8_t a_byte = (uint8_t)(a[k] >> shift);
@@ -179,28 +176,24 @@ Fault execute(const Instruction* in, Tiles* tiles) {
     uint8_t configuration[CONFIGURATION_BYTES];
     Fault fault;
     switch (in->operation) {
-    case LDTILECFG:
-        memcpy(configuration, (const void*)in->address, sizeof(configuration));
-        return load_configuration(configuration, tiles);
-    case STTILECFG:
-        store_configuration(tiles, configuration);
-        memcpy((void*)in->address, configuration, sizeof(configuration));
-        return none;
-    case TILERELEASE:
-        memset(tiles, 0, sizeof(*tiles));
-        return none;
-    case TILEZERO:
-        fault = check_tile(tiles, in->tile);
-        if (fault.signal)
-            return fault;
-        memset(tiles->data[in->tile], 0, sizeof(tiles->data[in->tile]));
-        tiles->start_row = 0;
-        return none;
-    case TILELOADD:
-    case TILELOADDT1:
-    case TILESTORED:
-        return move_rows(in, tiles);
-    default:
-        return dot_product(in, tiles);
+        case LDTILECFG:
+            memcpy(configuration, (const void*)in->address, sizeof(configuration));
+            return load_configuration(configuration, tiles);
+        case STTILECFG:
+            store_configuration(tiles, configuration);
+            memcpy((void*)in->address, configuration, sizeof(configuration));
+            return none;
+        case TILERELEASE: memset(tiles, 0, sizeof(*tiles)); return none;
+        case TILEZERO:
+            fault = check_tile(tiles, in->tile);
+            if (fault.signal)
+                return fault;
+            memset(tiles->data[in->tile], 0, sizeof(tiles->data[in->tile]));
+            tiles->start_row = 0;
+            return none;
+        case TILELOADD:
+        case TILELOADDT1:
+        case TILESTORED: return move_rows(in, tiles);
+        default: return dot_product(in, tiles);
     }
 }

@@ -94,16 +94,17 @@ def test_tiles_are_released(emulator: Emulator) -> None:
 def print_selection() -> None:
     import json
 
-    from ov_ext.cpu_plugin.sparse_matmul import native
+    import ov_ext
 
-    print(json.dumps(native.cpu_info()))
+    print(json.dumps(ov_ext.cpu_info()))
 
 
 def check_fallback() -> None:
+    import ov_ext
     from ov_ext.cpu_plugin.sparse_matmul import native
     from tests.cpu_plugin.conftest import make_weight
 
-    info = native.cpu_info()
+    info = ov_ext.cpu_info()
     assert not info["amx_permission"] and "amx" not in info["kernels"] and info["selected"] == "avx512"
     blob = native.pack(make_weight("int8", 100, 200))
     x = np.random.default_rng(0).standard_normal((64, 200)).astype(np.float32)

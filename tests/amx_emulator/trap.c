@@ -39,8 +39,7 @@ EXPORT long amx_emulator_executed(const char* name) {
 }
 
 static void write_line(const char* line, int length) {  // one write: lines of several threads do not mix
-    if (length > 0 && write(STDERR_FILENO, line, (size_t)length) < 0) {
-    }
+    if (length > 0 && write(STDERR_FILENO, line, (size_t)length) < 0) {}
 }
 
 // ------------------------------------------------------------------------------------------- the native configuration
@@ -167,8 +166,8 @@ static void on_trap(int number, siginfo_t* info, void* opaque) {
     write_native_configuration(context);
     if (fault.signal) {
         char line[256];
-        write_line(line, snprintf(line, sizeof(line), "amx_emulator: %s at %p: %s\n", operation_names[in.operation], (void*)code,
-                                  fault.reason));
+        write_line(line,
+                   snprintf(line, sizeof(line), "amx_emulator: %s at %p: %s\n", operation_names[in.operation], (void*)code, fault.reason));
         if (is_ours(fault.signal))
             pass_on(fault.signal, info, context);
         else
@@ -218,8 +217,8 @@ EXPORT long syscall(long number, ...) {
         argument[i] = va_arg(list, long);
     va_end(list);
     long result;
-    if (number == SYS_arch_prctl && ((argument[0] == REQUEST && argument[1] == TILE_DATA) || argument[0] == GET_SUPPORTED ||
-                                     argument[0] == GET_PERMITTED)) {
+    if (number == SYS_arch_prctl &&
+        ((argument[0] == REQUEST && argument[1] == TILE_DATA) || argument[0] == GET_SUPPORTED || argument[0] == GET_PERMITTED)) {
         result = answer(argument[0], (unsigned long)argument[1]);
     } else {
         register long r10 __asm__("r10") = argument[3];

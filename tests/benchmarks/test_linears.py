@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ov_ext
 from benchmarks.arms import Settings, UnfairComparison, candidates
 from benchmarks.check import WrongResult
 from benchmarks.comparison import OURS, STOCK
 from benchmarks.linears import Linears, OnnxLinears, OpenVinoLinears, TorchLinears
 from benchmarks.llama import ALL, LlamaShape, RandomLlama
 from benchmarks.weights import KINDS, random_weight, stock_bytes, stock_weight
-from ov_ext.cpu_plugin.sparse_matmul import native
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +122,7 @@ def test_settings_to_try() -> None:
 @pytest.mark.parametrize("isa", ["avx2", "avx2_vnni"])
 def test_a_capped_run_uses_the_older_kernels(isa: str, tmp_path: Path) -> None:
     """In a process of its own: the cap counts before the first use of the CPU device."""
-    if isa not in native.cpu_info()["kernels"]:
+    if isa not in ov_ext.cpu_info()["kernels"]:
         pytest.skip(f"this CPU has no {isa}")
     path = tmp_path / "matmul.json"
     options = ["--quick", "--isa", isa, "--rows", "3", "--kinds", "bf16", "--json", str(path)]

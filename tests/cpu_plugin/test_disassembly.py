@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason=f"no AVX-512 code on {platform.machine()}"
 )
 
-ROWS = 16  # of a panel, decoded by one run of straight code
+SLICES = 16  # of a panel, decoded by one run of straight code
 KINDS_OF_LOOP = 5  # bf16; int8 and int4 with quantized and with f32 activations
 FEW_ROWS = 4  # functions for 1 ... 4 rows of x, and one that decodes for more
 EXPAND = re.compile(r"\bvpexpand[bw]\b")
@@ -32,7 +32,7 @@ def _run(*command: str) -> str:
 
 @functools.cache
 def _decoders() -> list[list[str]]:
-    """The instructions of every function that expands rows, in order of address."""
+    """The instructions of every function that expands slices, in order of address."""
     library = str(extension_path())
     frames = re.findall(r"\bFDE\b.*\bpc=([0-9a-f]+)\.\.", _run("objdump", "--dwarf=frames", library))
     starts = sorted({int(start, 16) for start in frames})
@@ -47,21 +47,21 @@ def _decoders() -> list[list[str]]:
 def _panels(code: list[str]) -> list[list[str]]:
     """The code of each panel, from its first expand to its last."""
     places = [i for i, instruction in enumerate(code) if EXPAND.search(instruction)]
-    return [code[places[i] : places[i + ROWS - 1] + 1] for i in range(0, len(places), ROWS)]
+    return [code[places[i] : places[i + SLICES - 1] + 1] for i in range(0, len(places), SLICES)]
 
 
 def test_every_sparse_function_expands_a_whole_panel() -> None:
     decoders = _decoders()
     assert len(decoders) >= KINDS_OF_LOOP * (FEW_ROWS + 1)
     for code in decoders:
-        assert sum(bool(EXPAND.search(instruction)) for instruction in code) % ROWS == 0
+        assert sum(bool(EXPAND.search(instruction)) for instruction in code) % SLICES == 0
     words = [code for code in decoders if any("vpexpandw" in instruction for instruction in code)]
     assert len(words) >= FEW_ROWS + 1  # bf16
 
 
 def test_no_expand_reads_memory() -> None:
     expands = [instruction for code in _decoders() for instruction in code if EXPAND.search(instruction)]
-    assert len(expands) >= ROWS * KINDS_OF_LOOP * (FEW_ROWS + 1)
+    assert len(expands) >= SLICES * KINDS_OF_LOOP * (FEW_ROWS + 1)
     assert not [instruction for instruction in expands if "[" in instruction]
 
 
@@ -73,12 +73,12 @@ def test_no_accumulator_is_spilled_within_a_panel() -> None:
 
 @pytest.mark.parametrize("rows", range(1, FEW_ROWS + 1))
 @pytest.mark.parametrize("product, kinds", [("vpdpbusd", 2), ("vdpbf16ps", 1)])  # int8 and int4; bf16
-def test_a_decoded_row_meets_all_rows_of_x_at_once(product: str, kinds: int, rows: int) -> None:
-    """Loops for this number of rows: a dot product for each row of weights and of x, and few instructions besides."""
+def test_a_decoded_slice_meets_all_rows_of_x_at_once(product: str, kinds: int, rows: int) -> None:
+    """Loops for this number of rows: a dot product for each slice and row of x, and few instructions besides."""
     found = 0
     for code in _decoders():
         counts = {sum(product in instruction for instruction in panel) for panel in _panels(code)}
-        if all((ROWS - 1) * rows <= count <= ROWS * rows for count in counts):
+        if all((SLICES - 1) * rows <= count <= SLICES * rows for count in counts):
             found += 1
-            assert all(len(panel) <= ROWS * (9 + 2 * rows) for panel in _panels(code))
+            assert all(len(panel) <= SLICES * (9 + 2 * rows) for panel in _panels(code))
     assert found == kinds

@@ -68,7 +68,7 @@ def test_bf16_activations_stay_bf16_where_the_cpu_has_avx512(core: ov.Core) -> N
     y = operation(narrow, opset.constant(BLOB))
     assert y.get_output_element_type(0) == ov.Type.bf16
     compiled = core.compile_model(ov.Model([opset.result(opset.convert(y, ov.Type.f32))], [x], "m"), "CPU", F32)
-    if native.cpu_info()["features"]["avx512"]:
+    if ov_ext.cpu_info()["features"]["avx512"]:
         bits = X.view(np.uint32).astype(np.uint64)
         rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
         expected = (native.matmul(rounded, BLOB).astype(np.uint32) << 16).view(np.float32)
@@ -197,7 +197,7 @@ def test_concurrent_requests_and_streams_give_the_same_bits(core: ov.Core, strea
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernel_can_be_chosen_by_an_environment_variable(name: str) -> None:
-    code = "from ov_ext.cpu_plugin.sparse_matmul import native; print(native.cpu_info()['choice'])"
+    code = "import ov_ext; print(ov_ext.cpu_info()['choice'])"
     environment = os.environ | {"OV_EXT_ISA": name}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     integers = "avx512" if name == "avx512_bf16" else name  # it has code for bf16 only
@@ -206,7 +206,7 @@ def test_the_kernel_can_be_chosen_by_an_environment_variable(name: str) -> None:
 
 
 def test_an_unknown_kernel_is_an_error_not_a_fallback() -> None:
-    code = "from ov_ext.cpu_plugin.sparse_matmul import native; native.cpu_info()"
+    code = "import ov_ext; ov_ext.cpu_info()"
     environment = os.environ | {"OV_EXT_ISA": "sse9"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode and "'sse9' (OV_EXT_ISA) is not available" in done.stderr

@@ -64,17 +64,17 @@ def test_the_sanitized_library_is_the_one_that_runs(sanitized_tree: Path) -> Non
     """A claim that a blob is 4 KiB longer than it is: the sanitizer, not luck, must end the process."""
     code = """
 import ctypes, numpy as np
-from ov_ext.cpu_plugin.sparse_matmul import native
+from ov_ext.cpu_plugin.support import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight, pack
 blob = pack(Weight("bf16", np.ones((64, 64), np.uint16)))
 memory = ctypes.create_string_buffer(blob.tobytes(), blob.nbytes)
-native._library().ov_ext_validate(memory, ctypes.c_uint64(blob.nbytes))
+native.library().ov_ext_validate(memory, ctypes.c_uint64(blob.nbytes))
 print("valid")
 heap = ctypes.CDLL(None).malloc
 heap.restype = ctypes.c_void_p
 short = heap(blob.nbytes - 64)
 ctypes.memmove(short, memory, blob.nbytes - 64)
-native._library().ov_ext_validate(ctypes.c_void_p(short), ctypes.c_uint64(blob.nbytes))
+native.library().ov_ext_validate(ctypes.c_void_p(short), ctypes.c_uint64(blob.nbytes))
 """
     done = run_sanitized(sanitized_tree, "-c", code)
     assert done.stdout == "valid\n" and done.returncode and "heap-buffer-overflow" in done.stderr, done.stderr

@@ -16,6 +16,7 @@ from openvino import opset13 as opset
 import ov_ext
 from ov_ext.cpu_plugin.sparse_matmul import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, KINDS, Weight
+from ov_ext.cpu_plugin.support.native import call
 from tests.cpu_plugin.conftest import make_weight
 from tests.cpu_plugin.test_operation import BLOB, F32, K, N, X, model, operation
 
@@ -30,7 +31,7 @@ def up(value: int, multiple: int) -> int:
 
 def lying_blob(kind: str, n: int, k: int, dense: bool, size: int = 4096) -> np.ndarray:
     """A header in which everything follows from N and K, modulo 2^64, and then nothing but zeros."""
-    row_k = 2 if kind == "bf16" else 4
+    slice_k = 2 if kind == "bf16" else 4
     n_pad, k_pad = up(n, 64), up(k, 32 if kind == "bf16" else 128)
     sections = [("dir", 8 * (n_pad // 64 * up(k_pad, 512) // 512 + 1))]
     if not dense:
@@ -42,7 +43,7 @@ def lying_blob(kind: str, n: int, k: int, dense: bool, size: int = 4096) -> np.n
         offsets[name] = end
         end = up(end + length, 64)
     fields = [
-        *(KINDS[kind], row_k, 16, 4, (0 if kind == "bf16" else 2) | (16 if dense else 0)),
+        *(KINDS[kind], slice_k, 16, 4, (0 if kind == "bf16" else 2) | (16 if dense else 0)),
         *(n, k, n_pad, k_pad, 0, 512, n * k if dense else 0),
         *(offsets.get(name, 0) for name in ("dir", "mask", "val", "scale", "bias")),
         *(size, 0, offsets.get("comp", 0)),
@@ -120,9 +121,9 @@ def test_the_packer_itself_refuses_them_too(n: int, k: int) -> None:
     value, size = ctypes.c_uint64(1), ctypes.c_uint64()
     arguments = native._WeightArguments(KINDS["bf16"], n, k, 0, 0, 0, ctypes.addressof(value), None, None)
     with pytest.raises(ValueError, match="SPW1 blob: "):
-        native._call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
+        call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
     with pytest.raises(ValueError, match="SPW1 blob: "):
-        native._call("ov_ext_pack", ctypes.byref(arguments), ctypes.byref(value), ctypes.c_uint64(8))
+        call("ov_ext_pack", ctypes.byref(arguments), ctypes.byref(value), ctypes.c_uint64(8))
 
 
 def test_errors_of_many_threads_do_not_mix() -> None:

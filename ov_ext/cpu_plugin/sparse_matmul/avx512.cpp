@@ -1,15 +1,14 @@
 // AVX-512 (Ice Lake, Zen 4 and later): F, BW, DQ, VL, VBMI2 (vpexpand), VNNI (vpdpbusd), GFNI.
 //
-// Up to 4 rows of x use each row of weights the moment it is decoded. More rows share a decoded copy of a chunk on the stack.
+// Up to 4 rows of x use each slice of weights the moment it is decoded. More rows share a decoded copy of a chunk on the stack.
 // Both add in the same order, so a row of x gives the same bits in any company. bf16 weights are multiplied as f32, or, by a kernel of
 // its own, as bf16: vdpbf16ps is twice as fast as the two multiply-adds that it replaces on Zen 4, and slower on Sapphire Rapids.
 #include <cstring>
 #include <utility>
 
-#include "../support/cpu_features.hpp"
-#include "avx512_activations.hpp"
+#include "../support/avx512_activations.hpp"
 #include "avx512_products.hpp"
-#include "avx512_rows.hpp"
+#include "avx512_slices.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {
@@ -39,17 +38,17 @@ constexpr int lanes = input == Input::u8 ? 1 : 2;
 // from there costs a cycle of port 5.
 INLINE __m512i broadcast(const uint8_t* x) {
     __m512i value;
-    __asm__ volatile("vpbroadcastd %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const int32_t(*)[1]>(x)));
+    __asm__ volatile("vpbroadcastd %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const int32_t (*)[1]>(x)));
     return value;
 }
 
-// Input j of a row of weights as f32.
+// Input j of a slice as f32.
 template <Kind kind>
-INLINE __m512 as_float(__m512i row, int j) {
+INLINE __m512 as_float(__m512i slice, int j) {
     if constexpr (kind == Kind::bf16)
-        return _mm512_castsi512_ps(j ? _mm512_and_si512(row, _mm512_set1_epi32(int(0xFFFF0000))) : _mm512_slli_epi32(row, 16));
+        return _mm512_castsi512_ps(j ? _mm512_and_si512(slice, _mm512_set1_epi32(int(0xFFFF0000))) : _mm512_slli_epi32(slice, 16));
     else
-        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(row, _mm_cvtsi32_si128(24 - 8 * j)), 24));
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(slice, _mm_cvtsi32_si128(24 - 8 * j)), 24));
 }
 
 INLINE void multiply_add(__m512i& sum, __m512i activations, __m512i weights) { sum = _mm512_dpbusd_epi32(sum, activations, weights); }
@@ -58,12 +57,16 @@ INLINE void multiply_add(__m512& sum, __m512i activations, __m512i weights) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(activations), "v"(weights));
 }
 
-#define INLINED __attribute__((always_inline))
+// A constant as an argument. Like std::integral_constant, but with nothing that another object could take.
+template <int i>
+struct Constant {
+    INLINE constexpr operator int() const { return i; }
+};
 
 // Calls f with the constants 0 ... count - 1: arrays that it indexes stay in registers, which compilers do not manage with a loop.
 template <class F, int... i>
 INLINE void each_of(std::integer_sequence<int, i...>, const F& f) {
-    (f(std::integral_constant<int, i>()), ...);
+    (f(Constant<i>()), ...);
 }
 template <int count, class F>
 INLINE void each(const F& f) {
@@ -88,11 +91,13 @@ struct Rows {
 // What a chunk consists of, for a kind of weights and of activations.
 template <Kind kind, Input input>
 struct Part {
-    static constexpr uint64_t row_k = kind == Kind::bf16 ? 2 : 4, x_row = input == Input::f32 ? 4 * row_k : 4, x_tile = 16 * x_row;
+    static constexpr uint64_t slice_k = kind == Kind::bf16 ? 2 : 4;
+    static constexpr uint64_t x_slice = input == Input::f32 ? 4 * slice_k : 4;  // bytes of a row of x that meet a slice
+    static constexpr uint64_t x_tile = panel_slices * x_slice;                  // and a k tile
     const BlobView& w;
     uint64_t block, begin, end;  // tiles
     uint64_t tiles_per_segment, segments;
-    const uint8_t* x;            // row 0
+    const uint8_t* x;  // row 0
     const float* x_scales;
     uint64_t stride;
 
@@ -101,13 +106,13 @@ struct Part {
           block(block),
           begin(chunk * w.tiles_per_chunk),
           end(begin + w.tiles_per_chunk < w.tiles ? begin + w.tiles_per_chunk : w.tiles),
-          tiles_per_segment(kind == Kind::bf16 ? w.tiles_per_chunk : w.segment / 64),
+          tiles_per_segment(kind == Kind::bf16 ? w.tiles_per_chunk : w.segment / (panel_slices * slice_k)),
           segments(kind == Kind::bf16 ? 0 : w.k_pad / w.segment),
           x(static_cast<const uint8_t*>(a.data) + row * a.stride),
           x_scales(input == Input::u8 ? a.scales + row * segments : nullptr),
           stride(a.stride) {}
 
-    // Adds the products of this chunk to out[M][64], for `panels` panels from `first` on. add(begin, end, sums) sums those of some tiles.
+    // Adds the products of this chunk to out[M][block_n], for `panels` panels from `first` on. add(begin, end, sums) sums those of some tiles.
     template <int M, int panels, class Add>
     INLINE void multiply(int first, float* out, const Add& add) const {
         using R = typename Register<input>::type;
@@ -128,9 +133,9 @@ struct Part {
                     const __m512 scale = scales_of(w, block, segment, first + p);
                     const __m512i offset = offset_of(w, block, segment, first + p);
                     for (int m = 0; m < M; m++)
-                        totals[p][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[p][m][0], offset)),
-                                                       _mm512_mul_ps(_mm512_set1_ps(x_scales[uint64_t(m) * segments + segment]), scale),
-                                                       totals[p][m]);
+                        totals[p][m] =
+                            _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[p][m][0], offset)),
+                                            _mm512_mul_ps(_mm512_set1_ps(x_scales[uint64_t(m) * segments + segment]), scale), totals[p][m]);
                 } else {
                     const __m512 scale = scales_of(w, block, segment, first + p);
                     for (int m = 0; m < M; m++)
@@ -139,7 +144,7 @@ struct Part {
         }
         for (int m = 0; m < M; m++)
             for (int p = 0; p < panels; p++) {
-                float* at = out + m * 64 + (first + p) * 16;
+                float* at = out + m * int(block_n) + (first + p) * panel_n;
                 _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), totals[p][m]));
             }
     }
@@ -147,36 +152,36 @@ struct Part {
 
 // ------------------------------------------------------------------------------------------------- up to 4 rows of x
 
-// Sixteen rows of one panel, each multiplied the moment it is decoded.
+// The slices of one panel, each multiplied the moment it is decoded. For dense weights and for f32 activations; add_sparse_panel does the rest.
 template <Kind kind, bool dense, Input input, int M>
 INLINE void add_panel(Stream<kind, dense>& stream, const Rows& x, typename Register<input>::type (&sums)[M][lanes<input>]) {
-    constexpr uint64_t x_row = Part<kind, input>::x_row;
+    constexpr uint64_t x_slice = Part<kind, input>::x_slice;
     // As many accumulators as hide the latency. The order of integer additions does not matter.
     constexpr int parts = input == Input::u8 && M == 1 ? 4 : 2;
     typename Register<input>::type sum[M][parts] = {};
     for (int m = 0; m < M; m++)
         for (int i = 0; i < lanes<input>; i++)
             sum[m][i] = sums[m][i];
-    const auto add = [&](__m512i row, int r) INLINED {
+    const auto add = [&](__m512i slice, int s) INLINED {
         if constexpr (input != Input::f32) {
             for (int m = 0; m < M; m++)
-                multiply_add(sum[m][r % parts], broadcast(x.at(m, uint64_t(r) * x_row)), row);
+                multiply_add(sum[m][s % parts], broadcast(x.at(m, uint64_t(s) * x_slice)), slice);
         } else {
-            for (int j = 0; j < int(Part<kind, input>::row_k); j++) {
-                const __m512 weights = as_float<kind>(row, j);
+            for (int j = 0; j < int(Part<kind, input>::slice_k); j++) {
+                const __m512 weights = as_float<kind>(slice, j);
                 for (int m = 0; m < M; m++) {
-                    const float* at = reinterpret_cast<const float*>(x.at(m, uint64_t(r) * x_row)) + j;
+                    const float* at = reinterpret_cast<const float*>(x.at(m, uint64_t(s) * x_slice)) + j;
                     sum[m][j % 2] = _mm512_fmadd_ps(_mm512_set1_ps(load<float>(at)), weights, sum[m][j % 2]);
                 }
             }
         }
     };
 #pragma GCC unroll 8
-    for (int r = 0; r < 16; r += 2) {
-        stream.prefetch(r);
-        add(stream.template next<0>(), r);
-        stream.prefetch(r + 1);
-        add(stream.template next<1>(), r + 1);
+    for (int s = 0; s < panel_slices; s += 2) {
+        stream.prefetch(s);
+        add(stream.template next<0>(), s);
+        stream.prefetch(s + 1);
+        add(stream.template next<1>(), s + 1);
     }
     for (int m = 0; m < M; m++)
         if constexpr (input == Input::u8) {
@@ -194,18 +199,18 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
     for (uint64_t chunk = first; chunk < last; chunk++) {
         Stream<kind, dense> stream(w, block, chunk);
         const Part<kind, input> part(w, a, block, chunk, row);
-        part.template multiply<M, 4>(0, out, [&](uint64_t tile, uint64_t end, auto& sums) INLINED {
+        part.template multiply<M, block_panels>(0, out, [&](uint64_t tile, uint64_t end, auto& sums) INLINED {
             if constexpr (dense || input == Input::f32) {
                 std::memset(sums, 0, sizeof(sums));
                 for (; tile < end; tile++)
 #pragma GCC unroll 1
-                    for (int p = 0; p < 4; p++)
+                    for (int p = 0; p < block_panels; p++)
                         add_panel<kind, dense, input, M>(stream, Rows(part.x + tile * part.x_tile, part.stride), sums[p]);
             } else {
-                typename Register<input>::type sum[4][M][2] = {};  // even and odd rows
+                typename Register<input>::type sum[block_panels][M][2] = {};  // even and odd slices
                 for (; tile < end; tile++)
-                    each<4>([&](auto p) INLINED { add_sparse_panel(stream, part.x + tile * part.x_tile, part.stride, sum[p]); });
-                for (int p = 0; p < 4; p++)
+                    each<block_panels>([&](auto p) INLINED { add_sparse_panel(stream, part.x + tile * part.x_tile, part.stride, sum[p]); });
+                for (int p = 0; p < block_panels; p++)
                     for (int m = 0; m < M; m++)
                         if constexpr (input == Input::bf16) {
                             sums[p][m][0] = sum[p][m][0], sums[p][m][1] = sum[p][m][1];
@@ -223,16 +228,17 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
 
 // sums[2][M][2] of some tiles with f32 activations: two panels, even and odd inputs.
 template <Kind kind, int M>
-INLINE void sum_floats(const uint8_t* rows, const uint8_t* x_rows, uint64_t stride, uint64_t tiles, __m512 (&sums)[2][M][2]) {
-    constexpr int row_k = kind == Kind::bf16 ? 2 : 4;
+INLINE void sum_floats(const uint8_t* slices, const uint8_t* x_rows, uint64_t stride, uint64_t tiles, __m512 (&sums)[2][M][2]) {
+    constexpr int slice_k = kind == Kind::bf16 ? 2 : 4;
     __m512 sum[2][M][2] = {};
-    for (; tiles; tiles--, rows += 4096, x_rows += 16 * 4 * row_k) {
+    for (; tiles; tiles--, slices += k_tile_bytes, x_rows += panel_slices * 4 * slice_k) {
         Rows x(x_rows, stride);
 #pragma GCC unroll 4
-        for (int r = 0; r < 16; r++, x.advance(4 * row_k))
-            each<row_k>([&](auto j) INLINED {
+        for (int s = 0; s < panel_slices; s++, x.advance(4 * slice_k))
+            each<slice_k>([&](auto j) INLINED {
                 __m512 weights[2];
-                each<2>([&](auto p) INLINED { weights[p] = as_float<kind>(_mm512_load_si512(rows + p * 1024 + r * 64), j); });
+                each<2>([&](auto p)
+                            INLINED { weights[p] = as_float<kind>(_mm512_load_si512(slices + p * panel_bytes + s * slice_bytes), j); });
                 each<M>([&](auto m) INLINED {
                     const __m512 activation = _mm512_castsi512_ps(broadcast(x.at(m, 4 * uint64_t(j))));
                     each<2>([&](auto p) INLINED { sum[p][m][j % 2] = _mm512_fmadd_ps(activation, weights[p], sum[p][m][j % 2]); });
@@ -242,47 +248,49 @@ INLINE void sum_floats(const uint8_t* rows, const uint8_t* x_rows, uint64_t stri
     std::memcpy(sums, sum, sizeof(sum));
 }
 
-// M rows of x times a decoded chunk. A row of weights, once loaded, meets M rows of x, and an activation meets `panels` panels: as many
+// M rows of x times a decoded chunk. A slice, once loaded, meets M rows of x, and an activation meets `panels` panels: as many
 // sums as fit the registers.
 template <Kind kind, Input input, int M>
 void multiply_decoded(const Part<kind, input>& part, const uint8_t* decoded, float* out) {
-    constexpr int panels = input == Input::u8 ? 4 : 2;
-    for (int first = 0; first < 4; first += panels)
+    constexpr int panels = input == Input::u8 ? block_panels : 2;
+    for (int first = 0; first < block_panels; first += panels)
         part.template multiply<M, panels>(first, out, [&](uint64_t tile, uint64_t end, auto& sums) INLINED {
-            const uint8_t* rows = decoded + (tile - part.begin) * 4096 + uint64_t(first) * 1024;
+            const uint8_t* slices = decoded + (tile - part.begin) * k_tile_bytes + uint64_t(first) * panel_bytes;
             const uint8_t* x = part.x + tile * part.x_tile;
             if constexpr (input == Input::u8)
-                sum_integers<M>(rows, x, part.stride, end - tile, sums);
+                sum_integers<M>(slices, x, part.stride, end - tile, sums);
             else if constexpr (input == Input::bf16)
-                sum_bf16<M>(rows, x, part.stride, end - tile, sums);
+                sum_bf16<M>(slices, x, part.stride, end - tile, sums);
             else
-                sum_floats<kind, M>(rows, x, part.stride, end - tile, sums);
+                sum_floats<kind, M>(slices, x, part.stride, end - tile, sums);
         });
 }
+
+constexpr uint64_t most_rows = 6;  // that multiply_decoded takes: 4 sums for each, of 32 registers
 
 // Each chunk is decoded once for all rows.
 template <Kind kind, bool dense, Input input>
 void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
                    float* out) {
-    alignas(64) uint8_t decoded[512 / Part<kind, input>::row_k * 4 * 64];
+    alignas(64) uint8_t decoded[chunk_k / (panel_slices * Part<kind, input>::slice_k) * k_tile_bytes];
     for (uint64_t chunk = first; chunk < last; chunk++) {
         Stream<kind, dense> stream(w, block, chunk);
         Part<kind, input> part(w, a, block, chunk, row);
         uint8_t* at = decoded;
-        for (uint64_t panel = 4 * part.begin; panel < 4 * part.end; panel++, at += 1024)
+        for (uint64_t panel = block_panels * part.begin; panel < block_panels * part.end; panel++, at += panel_bytes)
             if constexpr (dense) {
 #pragma GCC unroll 8
-                for (int r = 0; r < 16; r += 2) {
-                    stream.prefetch(r);
-                    _mm512_store_si512(at + 64 * r, stream.template next<0>());
-                    stream.prefetch(r + 1);
-                    _mm512_store_si512(at + 64 * r + 64, stream.template next<1>());
+                for (int s = 0; s < panel_slices; s += 2) {
+                    stream.prefetch(s);
+                    _mm512_store_si512(at + slice_bytes * s, stream.template next<0>());
+                    stream.prefetch(s + 1);
+                    _mm512_store_si512(at + slice_bytes * s + slice_bytes, stream.template next<1>());
                 }
             } else {
                 decode_panel(stream, at);
             }
-        for (uint64_t done = 0; done < rows; done += 6) {
-            float* to = out + done * 64;
+        for (uint64_t done = 0; done < rows; done += most_rows) {
+            float* to = out + done * block_n;
             switch (rows - done) {
                 case 1: multiply_decoded<kind, input, 1>(part, decoded, to); break;
                 case 2: multiply_decoded<kind, input, 2>(part, decoded, to); break;
@@ -291,9 +299,9 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
                 case 5: multiply_decoded<kind, input, 5>(part, decoded, to); break;
                 default: multiply_decoded<kind, input, 6>(part, decoded, to); break;
             }
-            part.x += 6 * part.stride;
+            part.x += most_rows * part.stride;
             if (input == Input::u8)
-                part.x_scales += 6 * part.segments;
+                part.x_scales += most_rows * part.segments;
         }
     }
 }
@@ -329,8 +337,8 @@ Function choose(const BlobView& w, const Activations& a, uint64_t rows) {
 
 void run(Function function, const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row,
          uint64_t rows, float* out) {
-    for (uint64_t i = 0; i < 4 * rows; i++)
-        _mm512_storeu_ps(out + 16 * i, _mm512_setzero_ps());
+    for (uint64_t i = 0; i < block_panels * rows; i++)
+        _mm512_storeu_ps(out + panel_n * i, _mm512_setzero_ps());
     function(w, a, block, first, last, row, rows, out);
 }
 
@@ -346,28 +354,18 @@ void multiply_as_bf16(const BlobView& w, const Activations& a, uint64_t block, u
 
 // ------------------------------------------------------------------------------------------------- activations
 
-void prepare(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t row) {
+// vpdpbusd multiplies u8 by s8, so codes are offset by 128.
+void prepare(const Activations& a, Kind, const void* x, bool x_is_bf16, uint64_t row) {
     uint8_t* const to = static_cast<uint8_t*>(a.data) + row * a.stride;
-    if (a.integer) {
-        quantize(w, x, x_is_bf16, a.group < 0 ? w.k_pad : uint64_t(a.group), 128, to, 64, a.scales + row * (w.k_pad / w.segment));
-        return;
-    }
-    const bool round = !w.segment && a.group != 0;
-    for (uint64_t i = 0; i < w.k_pad; i += 16) {
-        const __m512 value = i < w.k ? load_x(x, x_is_bf16, i, w.k) : _mm512_setzero_ps();
-        const __m512i bits =
-            round ? _mm512_and_si512(round_to_bf16(value), _mm512_set1_epi32(int(0xFFFF0000))) : _mm512_castps_si512(value);
-        _mm512_storeu_si512(to + 4 * i, bits);
-    }
+    if (a.integer)
+        quantize(a.row, x, x_is_bf16, 128, to, piece_bytes, a.scales + row * (a.row.k_pad / a.row.segment));
+    else
+        copy_as_f32(a.row, x, x_is_bf16, a.rounded, reinterpret_cast<float*>(to));
 }
 
-void prepare_as_bf16(const BlobView& w, const void* x, bool x_is_bf16, const Activations& a, uint64_t row) {
-    round_row_to_bf16(w, x, x_is_bf16, static_cast<uint8_t*>(a.data) + row * a.stride, 64);
+void prepare_as_bf16(const Activations& a, Kind, const void* x, bool x_is_bf16, uint64_t row) {
+    copy_as_bf16(a.row, x, x_is_bf16, static_cast<uint8_t*>(a.data) + row * a.stride, piece_bytes);
 }
-
-bool supported(const CpuFeatures& f) { return f.avx512 && f.avx512_vbmi2 && f.avx512_vnni && f.gfni; }
-
-bool supported_as_bf16(const CpuFeatures& f) { return supported(f) && f.avx512_bf16; }
 
 uint64_t row_bytes(const BlobView& w, int64_t activation_group) { return (w.segment && activation_group != 0 ? 1 : 4) * w.k_pad; }
 
@@ -375,7 +373,7 @@ uint64_t row_bytes_as_bf16(const BlobView& w, int64_t activation_group) { return
 
 }  // namespace
 
-const Kernel avx512_kernel = {"avx512", max_rows, supported, row_bytes, prepare, multiply};
-const Kernel avx512_bf16_kernel = {"avx512_bf16", max_rows, supported_as_bf16, row_bytes_as_bf16, prepare_as_bf16, multiply_as_bf16};
+const Kernel avx512_kernel = {InstructionSet::avx512, max_rows, row_bytes, prepare, multiply};
+const Kernel avx512_bf16_kernel = {InstructionSet::avx512_bf16, max_rows, row_bytes_as_bf16, prepare_as_bf16, multiply_as_bf16};
 
 }  // namespace ov_ext::sparse_matmul

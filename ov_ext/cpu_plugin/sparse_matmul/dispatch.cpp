@@ -1,13 +1,13 @@
 #include "dispatch.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <utility>
 
 #include "../support/cpu_features.hpp"
+#include "../support/floats.hpp"
+#include "../support/isa_selection.hpp"
 #include "../support/parallel.hpp"
+#include "../support/scratch.hpp"
 #include "format.hpp"
 
 namespace ov_ext::sparse_matmul {
@@ -16,6 +16,7 @@ namespace {
 // Rows of x prepared at a time: as many as stay in a level-2 cache, within limits. As many as a kernel takes share one expansion of a
 // weight.
 constexpr uint64_t strip_bytes = 1 << 20, min_strip_rows = 128, max_strip_rows = 512, strip_step = 32;
+constexpr uint64_t prepared_rows_step = 16;  // the memory of prepared activations holds a multiple of so many rows: those of an AMX tile
 // Up to this many rows, work is split along K as well when there are too few blocks to feed the threads.
 constexpr uint64_t split_k_max_rows = 16;
 constexpr uint64_t units_per_thread_wanted = 4;
@@ -28,56 +29,7 @@ constexpr uint64_t parallel_from_rows = 8;
 constexpr uint64_t amx_min_rows(Kind kind) { return kind == Kind::bf16 ? 5 : 8; }
 #endif
 
-// Scratch that survives between calls on a thread. A lease, not a plain thread_local: while a thread waits inside a parallel loop,
-// TBB may let it run another operation, which must not get the same memory.
-class Scratch {
-  public:
-    explicit Scratch(uint64_t bytes) {
-        auto& free = free_list();
-        if (!free.empty() && free.back().second >= bytes) {
-            m_buffer = std::move(free.back().first);
-            m_bytes = free.back().second;
-            free.pop_back();
-        } else {
-            m_bytes = bytes;
-            m_buffer.reset(static_cast<uint8_t*>(std::aligned_alloc(64, round_up(bytes, 64))));
-            if (!m_buffer)
-                throw std::bad_alloc();
-        }
-    }
-    ~Scratch() {
-        constexpr uint64_t keep_bytes = 2 * strip_bytes, keep_buffers = 4;  // a full strip is a little more than its rows
-        auto& free = free_list();
-        if (m_bytes > keep_bytes)
-            return;
-        if (free.size() == keep_buffers)  // the one that fitted worst
-            free.erase(std::min_element(free.begin(), free.end(), [](const auto& a, const auto& b) { return a.second < b.second; }));
-        free.emplace_back(std::move(m_buffer), m_bytes);
-    }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    uint8_t* data() { return m_buffer.get(); }
-
-  private:
-    struct Free {
-        void operator()(uint8_t* p) const { std::free(p); }
-    };
-    using Buffer = std::unique_ptr<uint8_t, Free>;
-    static std::vector<std::pair<Buffer, uint64_t>>& free_list() {
-        static thread_local std::vector<std::pair<Buffer, uint64_t>> list;
-        return list;
-    }
-    Buffer m_buffer;
-    uint64_t m_bytes;
-};
-
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if (value != value)
-        return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
+static_assert(2 * strip_bytes <= Scratch::keep_bytes, "a full strip, which is a little more than its rows, stays with its thread");
 
 // What multiply_strip multiplies with: activations [rows, k_pad] that are rows first_row... of x.
 struct Strip {
@@ -112,7 +64,7 @@ void store(const Block& block, const float* sums, uint64_t row, bool is_bf16) {
             result[c] += bias[c];
     }
     if (is_bf16)
-        std::transform(result, result + columns, static_cast<uint16_t*>(block.y) + at, to_bf16);
+        std::transform(result, result + columns, static_cast<uint16_t*>(block.y) + at, float_to_bf16);
     else
         std::memcpy(static_cast<float*>(block.y) + at, result, 4 * columns);
 }
@@ -172,42 +124,21 @@ void multiply_strip(const std::vector<Product>& products, const Kernel& kernel, 
         parallel_ranges(blocks, add_up);
 }
 
-const Kernel* named_by_user() {
-    const char* wanted = std::getenv("OV_EXT_ISA");
-    return wanted && *wanted ? &kernel_by_name(wanted) : nullptr;
-}
+// clang-format off
+constexpr const Kernel* kernels[] = {  // best first
+#if defined(__x86_64__)
+    &amx_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx2_vnni_kernel, &avx2_kernel,
+#endif
+    &reference_kernel};
+// clang-format on
 
 }  // namespace
 
-std::vector<const Kernel*> available_kernels() {
-    static const Kernel* const all[] = {  // best first
-#if defined(__x86_64__)
-        &amx_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx2_vnni_kernel, &avx2_kernel,
-#endif
-        &reference_kernel};
-    std::vector<const Kernel*> result;
-    for (const Kernel* kernel : all)
-        if (kernel->supported(cpu_features()))
-            result.push_back(kernel);
-    return result;
-}
-
-const Kernel& kernel_by_name(const std::string& name) {
-    std::string known;
-    for (const Kernel* kernel : available_kernels()) {
-        if (name == kernel->name)
-            return *kernel;
-        known += known.empty() ? kernel->name : std::string(", ") + kernel->name;
-    }
-    throw InvalidBlob("kernel '" + name + "' (OV_EXT_ISA) is not available on this CPU: " + known + " are");
-}
-
-const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_t rows, const Kernel* wanted) {
-    static const Kernel* const by_user = named_by_user();
-    static const std::vector<const Kernel*> available = available_kernels();
+const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_t rows, std::optional<InstructionSet> wanted) {
+    static const std::vector<const Kernel*> available = available_kernels(kernels);
     if (!wanted)
-        wanted = by_user;
-    auto kernel = std::find(available.begin(), available.end(), wanted);
+        wanted = requested_instruction_set();
+    auto kernel = std::find_if(available.begin(), available.end(), [&](const Kernel* k) { return k->isa == wanted; });
     if (kernel == available.end()) {  // nobody insists
         kernel = available.begin();
 #if defined(__x86_64__)
@@ -218,7 +149,7 @@ const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_
             kernel++;
 #endif
     }
-    while (!(*kernel)->row_bytes(w, activation_group))  // the reference kernel, the last one, takes everything
+    while (!(*kernel)->row_bytes(w, activation_group))
         kernel++;
     return **kernel;
 }
@@ -242,18 +173,19 @@ void matmul(const std::vector<Product>& products, const Kernel& kernel, const vo
     Strip strip{};
     Activations& a = strip.a;
     a.integer = w.segment && activation_group != 0;
-    a.group = activation_group;
+    a.rounded = !w.segment && activation_group != 0;
+    a.row = {w.k, w.k_pad, w.segment, activation_group < 0 ? w.k_pad : uint64_t(activation_group)};
     a.stride = kernel.row_bytes(w, activation_group);
     const uint64_t fitting = std::clamp(strip_bytes / a.stride / strip_step * strip_step, min_strip_rows, max_strip_rows);
-    const uint64_t room = round_up(std::min(rows, fitting), 16);
-    Scratch scratch(room * (a.stride + 4 * segments) + 64);
+    const uint64_t room = round_up(std::min(rows, fitting), prepared_rows_step);
+    Scratch scratch(room * (a.stride + 4 * segments) + slice_bytes);
     a.data = scratch.data();
     a.scales = reinterpret_cast<float*>(scratch.data() + room * a.stride);
     for (strip.first_row = 0; strip.first_row < rows; strip.first_row += strip.rows) {
         strip.rows = std::min(fitting, rows - strip.first_row);
         const auto prepare = [&](uint64_t begin, uint64_t end) {
             for (uint64_t row = begin; row < end; row++)
-                kernel.prepare(w, static_cast<const uint8_t*>(x) + (strip.first_row + row) * w.k * element, is_bf16, a, row);
+                kernel.prepare(a, w.kind, static_cast<const uint8_t*>(x) + (strip.first_row + row) * w.k * element, is_bf16, row);
         };
         if (strip.rows < parallel_from_rows)
             prepare(0, strip.rows);

@@ -1,22 +1,17 @@
 // Which kernel runs, and the loop over blocks and rows around it.
 #pragma once
 
-#include <string>
+#include <optional>
 #include <vector>
 
 #include "kernel.hpp"
 
 namespace ov_ext::sparse_matmul {
 
-// Kernels of this build that this CPU can run, best first; the reference kernel is always the last.
-std::vector<const Kernel*> available_kernels();
-// Throws InvalidBlob when there is none of this name, or it cannot run here.
-const Kernel& kernel_by_name(const std::string& name);
-
-// The kernel for a number of rows: the fastest one measured, or the one that is wanted, or the one that OV_EXT_ISA names (read once per
-// process; amx, avx512, avx2_vnni, avx2, reference). A kernel that has no code for such activations gives way to the next best one.
-// Throws InvalidBlob when OV_EXT_ISA names a kernel that does not exist or cannot run here.
-const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_t rows, const Kernel* wanted = nullptr);
+// The kernel for a number of rows of x: the fastest one measured, or the one for an instruction set that is wanted, or that OV_EXT_ISA
+// names. A kernel that has no code for such activations gives way to the next best one; the reference kernel takes everything.
+// Throws UnavailableInstructionSet when OV_EXT_ISA names one that does not exist or cannot run here.
+const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_t rows, std::optional<InstructionSet> wanted = {});
 
 // Checks that an activation group fits a weight: 0 (floating point), -1 (per row), or a multiple of the weight's segment.
 void check_activation_group(const BlobView& w, int64_t activation_group);

@@ -12,24 +12,24 @@ void require_zero(const uint8_t* p, uint64_t bytes, const char* what) {
         require(p[i] == 0, what);
 }
 
-// Bits of a row's mask that lie inside the matrix.
-uint64_t inside_mask(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t row) {
-    const uint64_t elements = 16 * w.row_k, all = elements == 64 ? ~0ull : (1ull << elements) - 1;
-    const uint64_t column = block * block_n + panel * 16, input = (tile * 16 + row) * w.row_k;
-    if (column + 16 <= w.n && input + w.row_k <= w.k)
+// Bits of a slice's mask that lie inside the matrix.
+uint64_t inside_mask(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t slice) {
+    const uint64_t elements = panel_n * w.slice_k, all = elements == 64 ? ~0ull : (1ull << elements) - 1;
+    const uint64_t column = block * block_n + panel * panel_n, input = (tile * panel_slices + slice) * w.slice_k;
+    if (column + panel_n <= w.n && input + w.slice_k <= w.k)
         return all;
-    const uint64_t columns = column < w.n ? std::min<uint64_t>(16, w.n - column) : 0;
-    const uint64_t inputs = input < w.k ? std::min(w.row_k, w.k - input) : 0;
+    const uint64_t columns = column < w.n ? std::min<uint64_t>(panel_n, w.n - column) : 0;
+    const uint64_t inputs = input < w.k ? std::min(w.slice_k, w.k - input) : 0;
     uint64_t mask = 0;
     for (uint64_t c = 0; c < columns; c++)
-        mask |= ((1ull << inputs) - 1) << (c * w.row_k);
+        mask |= ((1ull << inputs) - 1) << (c * w.slice_k);
     return mask;
 }
 
-// Spreads the stored elements of one row over its 64 places, without branches. Reads at most one byte past the run: the slack allows it.
+// Spreads the stored elements of one slice over its 64 places, without branches. Reads at most one byte past the run: the slack allows it.
 template <Kind kind>
-void expand_row(const uint8_t* run, uint64_t& cursor, bool odd, uint64_t mask, int8_t values[64]) {
-    for (int e = 0; e < 64; e++) {
+void expand_slice(const uint8_t* run, uint64_t& cursor, bool odd, uint64_t mask, int8_t values[slice_bytes]) {
+    for (uint64_t e = 0; e < slice_bytes; e++) {
         const int stored = int(mask >> e & 1), byte = run[cursor];
         const int value = kind == Kind::int8 ? int8_t(byte) : sign_extend(uint8_t(odd ? byte >> 4 : byte & 15));
         values[e] = int8_t(value * stored);
@@ -37,14 +37,14 @@ void expand_row(const uint8_t* run, uint64_t& cursor, bool odd, uint64_t mask, i
     }
 }
 
-// Checks masks, values and integer sums of one run; its length is proven already. sums: [segment][64].
+// Checks masks, values and integer sums of one run; its length is proven already. sums: [segment][block_n].
 template <Kind kind>
 void validate_run(const BlobView& w, uint64_t block, uint64_t first, uint64_t last, const uint8_t* run, int32_t* sums) {
     uint64_t cursor[2] = {0, 0};
     for (uint64_t tile = first; tile < last; tile++)
-        for (uint64_t panel = 0; panel < 4; panel++)
-            for (uint64_t row = 0; row < 16; row++) {
-                const uint64_t mask = mask_of(w, block, tile, panel, row), inside = inside_mask(w, block, tile, panel, row);
+        for (uint64_t panel = 0; panel < block_panels; panel++)
+            for (uint64_t slice = 0; slice < panel_slices; slice++) {
+                const uint64_t mask = mask_of(w, block, tile, panel, slice), inside = inside_mask(w, block, tile, panel, slice);
                 require(w.dense || !(mask & ~inside), "padding holds an element");
                 if constexpr (kind == Kind::bf16) {
                     const uint8_t* at = run + 2 * cursor[0];
@@ -52,16 +52,16 @@ void validate_run(const BlobView& w, uint64_t block, uint64_t first, uint64_t la
                     for (uint64_t outside = mask & ~inside; outside; outside &= outside - 1)  // dense, at the edges
                         require(!(load<uint16_t>(at + 2 * __builtin_ctzll(outside)) & 0x7FFF), "padding holds an element");
                 } else {
-                    int8_t values[64];
-                    expand_row<kind>(run, cursor[kind == Kind::int4 ? row & 1 : 0], row & 1, mask, values);
+                    int8_t values[slice_bytes];
+                    expand_slice<kind>(run, cursor[kind == Kind::int4 ? slice & 1 : 0], slice & 1, mask, values);
                     int nonzero = 0;
-                    for (int e = 0; e < 64; e++)
+                    for (uint64_t e = 0; e < slice_bytes; e++)
                         nonzero += values[e] != 0;
                     require(w.dense || nonzero == __builtin_popcountll(mask), "a stored element is zero");
                     for (uint64_t outside = mask & ~inside; outside; outside &= outside - 1)
                         require(values[__builtin_ctzll(outside)] == 0, "padding holds an element");
-                    int32_t* sum = sums + tile * 64 / w.segment * block_n + panel * 16;
-                    for (int c = 0; c < 16; c++)
+                    int32_t* sum = sums + tile * tile_inputs(kind) / w.segment * block_n + panel * panel_n;
+                    for (int c = 0; c < panel_n; c++)
                         sum[c] += values[4 * c] + values[4 * c + 1] + values[4 * c + 2] + values[4 * c + 3];
                 }
             }
@@ -145,8 +145,8 @@ BlobView parse(const uint8_t* blob, size_t bytes) {
     require(h.header_bytes == sizeof(Header), "header_bytes is not 128");
     require(h.kind >= 1 && h.kind <= 3, "unknown value kind");
     const Kind kind = Kind(h.kind);
-    require(h.row_k == row_inputs(kind) && h.panel_n == 16 && h.block_panels == 4 && h.chunk_k == chunk_k,
-            "row, panel, block or chunk constants differ from version 1");
+    require(h.slice_k == slice_inputs(kind) && h.panel_n == panel_n && h.block_panels == block_panels && h.chunk_k == chunk_k,
+            "slice, panel, block or chunk constants differ from version 1");
     constexpr uint32_t known = bias_flag | column_scales | group_scales | dense_flag | f32_scales;
     require(!(h.flags & ~known), "unknown flags");
     const uint32_t scale_flags = h.flags & (column_scales | group_scales);
@@ -157,10 +157,9 @@ BlobView parse(const uint8_t* blob, size_t bytes) {
                 "group and scale flags disagree");
     require(h.n >= 1 && h.k >= 1 && !(h.n >> 31) && !(h.k >> 31), "N or K is not in 1..2^31-1");
     require(h.n_pad == round_up(h.n, block_n) && h.k_pad == padded_inputs(kind, h.k, h.group), "Npad or Kpad is wrong");
-    const Layout at =
-        layout_of(kind, h.flags & dense_flag, h.flags & f32_scales, h.flags & bias_flag, h.n, h.n_pad, h.k_pad, h.group);
-    require(h.off_dir == at.dir && h.off_mask == at.mask && h.off_val == at.val && h.off_scale == at.scale &&
-                h.off_bias == at.bias && h.off_comp == at.comp,
+    const Layout at = layout_of(kind, h.flags & dense_flag, h.flags & f32_scales, h.flags & bias_flag, h.n, h.n_pad, h.k_pad, h.group);
+    require(h.off_dir == at.dir && h.off_mask == at.mask && h.off_val == at.val && h.off_scale == at.scale && h.off_bias == at.bias &&
+                h.off_comp == at.comp,
             "section offsets differ from the layout of this matrix");
     if (h.blob_bytes != bytes)
         fail("the header says " + number(h.blob_bytes) + " bytes, the tensor has " + number(bytes));
@@ -174,7 +173,7 @@ BlobView parse(const uint8_t* blob, size_t bytes) {
 
 void validate_content(const BlobView& w) {
     std::atomic<uint64_t> stored{0};
-    for_blocks(w.blocks, [&](uint64_t block) { stored += validate_block(w, block); });
+    parallel_each(w.blocks, [&](uint64_t block) { stored += validate_block(w, block); });
     require(w.nnz == (w.dense ? w.n * w.k : stored.load()), "nnz does not match the stored elements");
     require_zero(w.values + w.value_bytes, alignment, "the slack after the values is not zero");
 }

@@ -17,14 +17,14 @@ struct InvalidBlob : std::runtime_error {
 
 constexpr uint32_t magic = 'S' | 'P' << 8 | 'W' << 16 | '1' << 24;
 constexpr uint16_t format_version = 1;
-constexpr uint64_t block_n = 64, chunk_k = 512, alignment = 64;
+constexpr uint64_t alignment = 64;  // of every section and of the values of a block; the zero bytes behind the last value, too
 
 enum Flags : uint32_t { bias_flag = 1, column_scales = 2, group_scales = 4, dense_flag = 16, f32_scales = 32 };
 
 struct Header {
     uint32_t magic;
     uint16_t version, header_bytes;
-    uint8_t kind, row_k, panel_n, block_panels;
+    uint8_t kind, slice_k, panel_n, block_panels;
     uint32_t flags;
     uint64_t n, k, n_pad, k_pad;  // outputs, inputs, and both with padding
     uint32_t group, chunk_k;      // inputs
@@ -35,14 +35,15 @@ struct Header {
 };
 static_assert(sizeof(Header) == 128, "the header is 128 bytes");
 
-// Inputs in one row of a kind: what one dot-product instruction consumes.
-constexpr uint64_t row_inputs(Kind kind) { return kind == Kind::bf16 ? 2 : 4; }
-constexpr uint64_t mask_bytes_per_row(Kind kind) { return kind == Kind::bf16 ? 4 : 8; }
+// Inputs in one slice of a kind: what one dot-product instruction consumes.
+constexpr uint64_t slice_inputs(Kind kind) { return kind == Kind::bf16 ? 2 : 4; }
+constexpr uint64_t tile_inputs(Kind kind) { return panel_slices * slice_inputs(kind); }  // of a k tile
+constexpr uint64_t mask_bytes_per_slice(Kind kind) { return kind == Kind::bf16 ? 4 : 8; }
 // Inputs whose integer products are summed before they are scaled.
 constexpr uint64_t segment_inputs(uint64_t group) { return group ? group : 128; }
 constexpr uint64_t round_up(uint64_t value, uint64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr uint64_t padded_inputs(Kind kind, uint64_t k, uint64_t group) {
-    return round_up(k, kind == Kind::bf16 ? 32 : segment_inputs(group));
+    return round_up(k, kind == Kind::bf16 ? tile_inputs(kind) : segment_inputs(group));
 }
 
 const char* kind_name(Kind kind);
@@ -60,12 +61,12 @@ void validate(const uint8_t* blob, size_t bytes);
 struct PlainWeight {
     Kind kind;
     uint64_t n, k;
-    uint64_t group;          // 0, 64, 128
-    bool dense;              // store every element
-    bool scales_f32;         // else f16
-    const void* values;      // [n, k]: u16 bit patterns (bf16) or s8 codes
-    const void* scales;      // [n, groups] or null for bf16
-    const float* bias;       // [n] or null
+    uint64_t group;      // 0, 64, 128
+    bool dense;          // store every element
+    bool scales_f32;     // else f16
+    const void* values;  // [n, k]: u16 bit patterns (bf16) or s8 codes
+    const void* scales;  // [n, groups] or null for bf16
+    const float* bias;   // [n] or null
 };
 
 uint64_t packed_bytes(const PlainWeight& weight);

@@ -3,13 +3,11 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
-#include <mutex>
 
 #include "../support/parallel.hpp"
+#include "../support/unaligned.hpp"
 #include "format.hpp"
-#include "unaligned.hpp"
 
 namespace ov_ext::sparse_matmul {
 
@@ -35,7 +33,7 @@ struct Layout {
 };
 
 inline Layout layout_of(Kind kind, bool dense, bool f32, bool has_bias, uint64_t n, uint64_t n_pad, uint64_t k_pad, uint64_t group) {
-    const uint64_t blocks = n_pad / block_n, tiles = k_pad / (16 * row_inputs(kind));
+    const uint64_t blocks = n_pad / block_n, tiles = k_pad / tile_inputs(kind);
     const uint64_t chunks = (k_pad + chunk_k - 1) / chunk_k;
     Layout at;
     unsigned __int128 end = sizeof(Header);
@@ -46,7 +44,7 @@ inline Layout layout_of(Kind kind, bool dense, bool f32, bool has_bias, uint64_t
     };
     at.dir = section(8 * ((unsigned __int128)blocks * chunks + 1));
     if (!dense)
-        at.mask = section((unsigned __int128)blocks * tiles * 64 * mask_bytes_per_row(kind));
+        at.mask = section((unsigned __int128)blocks * tiles * block_panels * panel_slices * mask_bytes_per_slice(kind));
     if (kind != Kind::bf16) {
         const uint64_t groups = group ? k_pad / group : 1;
         at.scale = section((unsigned __int128)n_pad * groups * (f32 ? 4 : 2));
@@ -60,20 +58,25 @@ inline Layout layout_of(Kind kind, bool dense, bool f32, bool has_bias, uint64_t
 
 inline int sign_extend(uint8_t nibble) { return (nibble ^ 8) - 8; }
 
-inline uint64_t mask_of(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t row) {
+// Number of a slice in stream order.
+inline uint64_t slice_index(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t slice) {
+    return ((block * w.tiles + tile) * block_panels + panel) * panel_slices + slice;
+}
+
+inline uint64_t mask_of(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t slice) {
     if (w.dense)
         return w.kind == Kind::bf16 ? 0xFFFFFFFFull : ~0ull;
-    const uint64_t index = ((block * w.tiles + tile) * 4 + panel) * 16 + row;
+    const uint64_t index = slice_index(w, block, tile, panel, slice);
     return w.kind == Kind::bf16 ? load<uint32_t>(w.masks + 4 * index) : load<uint64_t>(w.masks + 8 * index);
 }
 
-// Counts the bits of a chunk's masks by stream: [0] all rows (bf16, int8) or even rows (int4), [1] odd rows.
+// Counts the bits of a chunk's masks by stream: [0] all slices (bf16, int8) or even slices (int4), [1] odd slices.
 inline std::array<uint64_t, 2> count_bits(const BlobView& w, uint64_t block, uint64_t first_tile, uint64_t last_tile) {
     std::array<uint64_t, 2> counts{};
     for (uint64_t tile = first_tile; tile < last_tile; tile++)
-        for (uint64_t panel = 0; panel < 4; panel++)
-            for (uint64_t row = 0; row < 16; row++)
-                counts[w.kind == Kind::int4 ? row & 1 : 0] += __builtin_popcountll(mask_of(w, block, tile, panel, row));
+        for (uint64_t panel = 0; panel < block_panels; panel++)
+            for (uint64_t slice = 0; slice < panel_slices; slice++)
+                counts[w.kind == Kind::int4 ? slice & 1 : 0] += __builtin_popcountll(mask_of(w, block, tile, panel, slice));
     return counts;
 }
 
@@ -85,26 +88,6 @@ inline uint64_t run_bytes(Kind kind, const std::array<uint64_t, 2>& counts) {
 
 inline uint64_t directory_entry(const BlobView& w, uint64_t index) { return load<uint64_t>(w.directory + 8 * index); }
 
-// Runs body(block) for all blocks in parallel; the first InvalidBlob wins and is thrown on the caller's thread.
-template <class Body>
-inline void for_blocks(uint64_t blocks, const Body& body) {
-    std::mutex mutex;
-    std::string error;
-    std::atomic<bool> failed{false};
-    parallel_ranges(blocks, [&](uint64_t first, uint64_t last) {
-        try {
-            for (uint64_t b = first; b < last && !failed; b++)
-                body(b);
-        } catch (const InvalidBlob& e) {
-            std::lock_guard<std::mutex> lock(mutex);
-            error = e.what();
-            failed = true;
-        }
-    });
-    if (failed)
-        throw InvalidBlob(error);
-}
-
 // Sizes only; the addresses are null.
 inline BlobView geometry_of(const Header& h) {
     BlobView w{};
@@ -113,10 +96,10 @@ inline BlobView geometry_of(const Header& h) {
     w.scales_f32 = h.flags & f32_scales;
     w.n = h.n, w.k = h.k, w.n_pad = h.n_pad, w.k_pad = h.k_pad, w.group = h.group;
     w.segment = w.kind == Kind::bf16 ? 0 : segment_inputs(h.group);
-    w.row_k = h.row_k;
+    w.slice_k = h.slice_k;
     w.blocks = h.n_pad / block_n;
-    w.tiles_per_chunk = chunk_k / (16 * w.row_k);
-    w.tiles = h.k_pad / (16 * w.row_k);
+    w.tiles_per_chunk = chunk_k / tile_inputs(w.kind);
+    w.tiles = h.k_pad / tile_inputs(w.kind);
     w.chunks = (h.k_pad + chunk_k - 1) / chunk_k;
     w.nnz = h.nnz;
     return w;

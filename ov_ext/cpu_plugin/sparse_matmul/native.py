@@ -1,17 +1,14 @@
-"""The C++ library from Python, without OpenVINO: pack, unpack, check and run a blob. pack.py at full speed."""
+"""The operation from Python, without OpenVINO: pack, unpack, check and run a blob. pack.py at full speed."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import json
-import os
 from typing import Any
 
 import numpy as np
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import KINDS, Weight
-from ov_ext.extension import extension_path
+from ov_ext.cpu_plugin.support.native import call, pointer, read_json
 
 
 class _WeightArguments(ctypes.Structure):  # OvExtWeight of capi.cpp
@@ -26,28 +23,11 @@ class _BlobDescription(ctypes.Structure):  # OvExtBlob of capi.cpp
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(extension_path()))
-    library.ov_ext_last_error.restype = ctypes.c_char_p
-    return library
-
-
-def _call(function: str, *arguments: Any) -> None:
-    library = _library()
-    if getattr(library, function)(*arguments):
-        raise ValueError(library.ov_ext_last_error().decode())
-
-
-def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if array is None else array.ctypes.data)
-
-
 def _bytes(blob: np.ndarray) -> tuple[np.ndarray, ctypes.c_void_p, ctypes.c_uint64]:
     if blob.dtype != np.uint8 or blob.ndim != 1:
         raise ValueError(f"A blob is a one-dimensional uint8 array, got {blob.dtype} of shape {list(blob.shape)}.")
     blob = np.ascontiguousarray(blob)
-    return blob, _pointer(blob), ctypes.c_uint64(blob.nbytes)
+    return blob, pointer(blob), ctypes.c_uint64(blob.nbytes)
 
 
 def pack(weight: Weight, dense: bool = False) -> np.ndarray:
@@ -63,12 +43,12 @@ def pack(weight: Weight, dense: bool = False) -> np.ndarray:
     is_f32 = scales is not None and scales.dtype == np.float32
     arguments = _WeightArguments(
         *(KINDS[weight.kind], *weight.shape, weight.group, dense, is_f32),
-        *(_pointer(values), _pointer(scales), _pointer(bias)),
+        *(pointer(values), pointer(scales), pointer(bias)),
     )
     size = ctypes.c_uint64()
-    _call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
+    call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
     blob = np.empty(size.value, np.uint8)
-    _call("ov_ext_pack", ctypes.byref(arguments), _pointer(blob), size)
+    call("ov_ext_pack", ctypes.byref(arguments), pointer(blob), size)
     return blob
 
 
@@ -79,7 +59,7 @@ def validate(blob: np.ndarray) -> None:
     :raises ValueError: What is wrong with it.
     """
     _, data, size = _bytes(blob)
-    _call("ov_ext_validate", data, size)
+    call("ov_ext_validate", data, size)
 
 
 def unpack(blob: np.ndarray) -> Weight:
@@ -90,14 +70,14 @@ def unpack(blob: np.ndarray) -> Weight:
     :raises ValueError: The blob is malformed.
     """
     blob, data, size = _bytes(blob)
-    _call("ov_ext_validate", data, size)  # before memory is allocated for sizes that a small file may claim
+    call("ov_ext_validate", data, size)  # before memory is allocated for sizes that a small file may claim
     about = _BlobDescription()
-    _call("ov_ext_describe", data, size, ctypes.byref(about))
+    call("ov_ext_describe", data, size, ctypes.byref(about))
     kind = {number: name for name, number in KINDS.items()}[about.kind]
     values = np.empty((about.n, about.k), np.uint16 if kind == "bf16" else np.int8)
     scales = np.empty((about.n, about.groups), np.float32 if about.scales_f32 else np.float16) if about.groups else None
     bias = np.empty(about.n, np.float32) if about.has_bias else None
-    _call("ov_ext_unpack", data, size, _pointer(values), _pointer(scales), _pointer(bias))
+    call("ov_ext_unpack", data, size, pointer(values), pointer(scales), pointer(bias))
     return Weight(kind, values, scales, about.group, bias)
 
 
@@ -114,7 +94,7 @@ def matmul(
     :param x: ``[M, K]`` float32, or uint16 holding bf16 bits.
     :param blob: ``[blob_bytes]`` uint8 at any alignment.
     :param activation_group: 0 = full-precision activations, -1 = 8 bits per row, 64 or 128 = 8 bits per row and group.
-    :param isa: Kernel by name (``cpu_info()["kernels"]``); None = the one OpenVINO would use.
+    :param isa: Kernel by name (``support.native.cpu_info()["kernels"]``); None = the one OpenVINO would use.
     :param threads: 0 = all of the calling arena.
     :param checked: The blob was validated before: skip it, as the operation does from its second call on.
     :return: ``[M, N]`` of x's dtype.
@@ -122,41 +102,24 @@ def matmul(
     """
     blob, data, size = _bytes(blob)
     about = _BlobDescription()
-    _call("ov_ext_describe", data, size, ctypes.byref(about))
+    call("ov_ext_describe", data, size, ctypes.byref(about))
     if x.ndim != 2 or x.shape[1] != about.k or x.dtype not in (np.float32, np.uint16):
         raise ValueError(f"x must be [M, {about.k}] float32 or uint16 (bf16), got {list(x.shape)} {x.dtype}.")
     x = np.require(x, requirements=["C", "ALIGNED"])
     y = np.empty((x.shape[0], about.n), x.dtype)
-    _call(
+    call(
         "ov_ext_matmul",
-        *(_pointer(x), int(x.dtype == np.uint16), ctypes.c_uint64(x.shape[0]), data, size),
-        *(ctypes.c_int64(activation_group), isa.encode() if isa else None, threads, int(checked), _pointer(y)),
+        *(pointer(x), int(x.dtype == np.uint16), ctypes.c_uint64(x.shape[0]), data, size),
+        *(ctypes.c_int64(activation_group), isa.encode() if isa else None, threads, int(checked), pointer(y)),
     )
     return y
 
 
-def read_bandwidth(size: int = 512 << 20, threads: int = 0, repeats: int = 7) -> tuple[float, float]:
-    """Measure how fast this machine reads memory: the ceiling of every kernel at one row.
+def kernel_choice() -> dict[str, list[list[Any]]]:
+    """Which kernel runs for how many rows of x, with quantized (bf16: rounded) activations.
 
-    :param size: Bytes of the buffer; several times the last-level cache for a figure about memory.
-    :param threads: 0 = all of the calling arena.
-    :param repeats: Readings, at least 1.
-    :return: Best and median GB/s (10^9 bytes per second).
-    :raises ValueError: Fewer than 4096 bytes or no reading asked for.
+    :return: For each value kind a list of [number of rows from which it runs, kernel].
+    :raises ValueError: OV_EXT_ISA names a kernel that does not exist or cannot run here.
     """
-    best, median = ctypes.c_double(), ctypes.c_double()
-    _call("ov_ext_read_bandwidth", ctypes.c_uint64(size), threads, repeats, ctypes.byref(best), ctypes.byref(median))
-    return best.value, median.value
-
-
-def cpu_info() -> dict[str, Any]:
-    """What this CPU offers and what runs on it.
-
-    :return: ``features`` (name: bool), ``amx_permission``, ``kernels`` (best first), ``choice`` (for each value kind a
-        list of [number of rows from which it runs, kernel]), ``selected`` (the kernel of one row), ``override``
-        (OV_EXT_ISA or None).
-    """
-    text = ctypes.create_string_buffer(4096)
-    _call("ov_ext_cpu_info", text, ctypes.c_uint64(len(text)))
-    info = json.loads(text.value)
-    return info | {"selected": info["choice"]["int4"][0][1], "override": os.environ.get("OV_EXT_ISA") or None}
+    choice: dict[str, list[list[Any]]] = read_json("ov_ext_kernel_choice")
+    return choice

@@ -1,40 +1,13 @@
 #include "op.hpp"
 
-#include <mutex>
 #include <openvino/op/constant.hpp>
 #include <vector>
 
+#include "../support/isa_selection.hpp"
 #include "dispatch.hpp"
 #include "format.hpp"
 
 namespace ov_ext::sparse_matmul {
-
-// Which memory was found valid. Kept for a Constant input only, and together with that Constant: an address alone proves nothing, the
-// next blob may be mapped to it. Clones start without verdicts. Plugins may show a copy of the Constant, or one a stream.
-struct SparseMatMul::Verdicts {
-    bool known(const ov::Node* constant, const void* blob, size_t bytes) {
-        std::lock_guard<std::mutex> lock(mutex);
-        for (const Entry& entry : valid)
-            if (entry.constant.get() == constant && entry.address == blob && entry.bytes == bytes)
-                return true;
-        return false;
-    }
-    void add(std::shared_ptr<const ov::Node> constant, const void* blob, size_t bytes) {
-        std::lock_guard<std::mutex> lock(mutex);
-        valid.push_back({std::move(constant), blob, bytes});
-    }
-
-  private:
-    struct Entry {
-        std::shared_ptr<const ov::Node> constant;
-        const void* address;
-        size_t bytes;
-    };
-    std::mutex mutex;
-    std::vector<Entry> valid;
-};
-
-std::shared_ptr<SparseMatMul::Verdicts> SparseMatMul::make_verdicts() { return std::make_shared<Verdicts>(); }
 
 namespace {
 
@@ -75,8 +48,7 @@ void SparseMatMul::validate_and_infer_types() {
     NODE_VALIDATION_CHECK(this, sum == m_n, "Attribute n must be the sum of outputs, ", sum, ", got ", m_n, ".");
     NODE_VALIDATION_CHECK(this, m_epilogue.empty(), "Unknown epilogue '", m_epilogue, "': this release knows none.");
     for (size_t i = 0; i < n.size(); i++) {
-        NODE_VALIDATION_CHECK(this,
-                              get_input_element_type(1 + i) == ov::element::u8 && get_input_partial_shape(1 + i).rank().compatible(1),
+        NODE_VALIDATION_CHECK(this, get_input_element_type(1 + i) == ov::element::u8 && get_input_partial_shape(1 + i).rank().compatible(1),
                               "The blob must be a one-dimensional u8 tensor.");
         if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
             try {
@@ -127,11 +99,11 @@ BlobView SparseMatMul::weight(size_t i, const ov::Tensor& blob, int64_t n) const
     const auto* bytes = static_cast<const uint8_t*>(blob.data());
     const BlobView w = parse(bytes, blob.get_byte_size());
     const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(i));
-    if (!is_constant || !m_verdicts->known(get_input_node_ptr(i), bytes, blob.get_byte_size())) {
+    if (!is_constant || !m_validated.knows(get_input_node_ptr(i), bytes, blob.get_byte_size())) {
         check_against_attributes(w, n, m_k, m_kind, m_activation_group);
         validate_content(w);
         if (is_constant)
-            m_verdicts->add(get_input_node_shared_ptr(i), bytes, blob.get_byte_size());
+            m_validated.add(get_input_node_shared_ptr(i), bytes, blob.get_byte_size());
     }
     return w;
 }
@@ -162,6 +134,8 @@ bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
         }
         matmul(products, select_kernel(products[0].w, m_activation_group, rows), x.data(), is_bf16, rows, m_activation_group);
     } catch (const InvalidBlob& error) {
+        OPENVINO_THROW("SparseMatMul '", get_friendly_name(), "': ", error.what());
+    } catch (const UnavailableInstructionSet& error) {
         OPENVINO_THROW("SparseMatMul '", get_friendly_name(), "': ", error.what());
     }
     return true;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../support/validation_cache.hpp"
 #include "kernel.hpp"
 
 namespace ov_ext::sparse_matmul {
@@ -31,16 +32,13 @@ class SparseMatMul : public ov::op::Op {
     bool can_constant_fold(const ov::OutputVector&) const override { return false; }
 
   private:
-    struct Verdicts;  // which constant blobs were found valid
     std::vector<int64_t> widths() const;  // n of each weight
     BlobView weight(size_t input, const ov::Tensor& blob, int64_t n) const;
 
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
     std::vector<int64_t> m_outputs;
     std::string m_kind, m_epilogue, m_source;
-    std::shared_ptr<Verdicts> m_verdicts = make_verdicts();
-
-    static std::shared_ptr<Verdicts> make_verdicts();
+    mutable ValidationCache m_validated;  // constant blobs
 };
 
 }  // namespace ov_ext::sparse_matmul

@@ -12,7 +12,7 @@ MAGIC = int.from_bytes(b"SPW1", "little")
 VERSION = 1
 HEADER = struct.Struct("<IHHBBBBIQQQQIIQQQQQQQQQ")
 KINDS = {"bf16": 1, "int8": 2, "int4": 3}
-ROW_K = {"bf16": 2, "int8": 4, "int4": 4}
+SLICE_K = {"bf16": 2, "int8": 4, "int4": 4}
 BLOCK_N, CHUNK_K, ALIGN = 64, 512, 64
 MAX_SIDE = 2**31 - 1
 BIAS, COLUMN_SCALES, GROUP_SCALES, DENSE, F32_SCALES = 1, 2, 4, 16, 32
@@ -96,18 +96,19 @@ def _segment(weight_group: int) -> int:
     return weight_group or 128
 
 
-def _stream_order(values: np.ndarray, row_k: int) -> np.ndarray:
-    """[Npad, Kpad] -> [block, tile, panel, row, element]."""
+def _stream_order(values: np.ndarray, slice_k: int) -> np.ndarray:
+    """[Npad, Kpad] -> [block, tile, panel, slice, element]."""
     n, k = values.shape
-    tiled = values.reshape(n // BLOCK_N, 4, 16, k // (16 * row_k), 16, row_k)  # block, panel, column, tile, row, j
-    return tiled.transpose(0, 3, 1, 4, 2, 5).reshape(n // BLOCK_N, -1, 4, 16, 16 * row_k)
+    # block, panel, column, tile, slice, j
+    tiled = values.reshape(n // BLOCK_N, 4, 16, k // (16 * slice_k), 16, slice_k)
+    return tiled.transpose(0, 3, 1, 4, 2, 5).reshape(n // BLOCK_N, -1, 4, 16, 16 * slice_k)
 
 
-def _natural_order(rows: np.ndarray, row_k: int) -> np.ndarray:
-    """[block, tile, panel, row, element] -> [Npad, Kpad]; the inverse of :func:`_stream_order`."""
-    blocks, tiles = rows.shape[:2]
-    split = rows.reshape(blocks, tiles, 4, 16, 16, row_k)  # block, tile, panel, row, column, j
-    return split.transpose(0, 2, 4, 1, 3, 5).reshape(blocks * BLOCK_N, tiles * 16 * row_k)
+def _natural_order(slices: np.ndarray, slice_k: int) -> np.ndarray:
+    """[block, tile, panel, slice, element] -> [Npad, Kpad]; the inverse of :func:`_stream_order`."""
+    blocks, tiles = slices.shape[:2]
+    split = slices.reshape(blocks, tiles, 4, 16, 16, slice_k)  # block, tile, panel, slice, column, j
+    return split.transpose(0, 2, 4, 1, 3, 5).reshape(blocks * BLOCK_N, tiles * 16 * slice_k)
 
 
 def _per_block(table: np.ndarray, blocks: int) -> np.ndarray:
@@ -115,13 +116,13 @@ def _per_block(table: np.ndarray, blocks: int) -> np.ndarray:
     return np.ascontiguousarray(table.reshape(blocks, BLOCK_N, -1).transpose(0, 2, 1))
 
 
-def _run(rows: np.ndarray, stored: np.ndarray, kind: str) -> bytes:
-    """Value bytes of one (block, chunk); rows and stored are [tile, panel, row, element]."""
+def _run(slices: np.ndarray, stored: np.ndarray, kind: str) -> bytes:
+    """Value bytes of one (block, chunk); slices and stored are [tile, panel, slice, element]."""
     if kind == "bf16":
-        return rows[stored].astype("<u2").tobytes()
+        return slices[stored].astype("<u2").tobytes()
     if kind == "int8":
-        return rows[stored].tobytes()
-    low, high = (rows[:, :, r::2][stored[:, :, r::2]].view(np.uint8) & 15 for r in (0, 1))
+        return slices[stored].tobytes()
+    low, high = (slices[:, :, s::2][stored[:, :, s::2]].view(np.uint8) & 15 for s in (0, 1))
     run = np.zeros(max(len(low), len(high)), np.uint8)
     run[: len(low)] |= low
     run[: len(high)] |= high << 4
@@ -135,22 +136,22 @@ def pack(weight: Weight, dense: bool = False) -> np.ndarray:
     :param dense: Store every element and no mask.
     :return: ``[blob_bytes]`` uint8.
     """
-    (n, k), kind, row_k = weight.shape, weight.kind, ROW_K[weight.kind]
+    (n, k), kind, slice_k = weight.shape, weight.kind, SLICE_K[weight.kind]
     segment = _segment(weight.group)
     n_pad, k_pad = round_up(n, BLOCK_N), round_up(k, 32 if kind == "bf16" else max(64, segment))
     padded = np.zeros((n_pad, k_pad), weight.values.dtype)
     padded[:n, :k] = weight.values
     if kind == "bf16" and not dense:
         padded[(padded & 0x7FFF) == 0] = 0
-    rows = _stream_order(padded, row_k)
-    stored = np.ones(rows.shape, bool) if dense else rows != 0
+    slices = _stream_order(padded, slice_k)
+    stored = np.ones(slices.shape, bool) if dense else slices != 0
 
-    blocks, tiles_per_chunk = n_pad // BLOCK_N, CHUNK_K // (16 * row_k)
+    blocks, tiles_per_chunk = n_pad // BLOCK_N, CHUNK_K // (16 * slice_k)
     directory, runs, size = [], [], 0
     for b in range(blocks):
-        for t in range(0, rows.shape[1], tiles_per_chunk):
+        for t in range(0, slices.shape[1], tiles_per_chunk):
             directory.append(size)
-            runs.append(_run(rows[b, t : t + tiles_per_chunk], stored[b, t : t + tiles_per_chunk], kind))
+            runs.append(_run(slices[b, t : t + tiles_per_chunk], stored[b, t : t + tiles_per_chunk], kind))
             size += len(runs[-1])
         runs.append(bytes(-size % ALIGN))
         size += len(runs[-1])
@@ -178,7 +179,7 @@ def pack(weight: Weight, dense: bool = False) -> np.ndarray:
         offsets[name] = HEADER.size + len(body)
         body += data + bytes(-len(data) % ALIGN)
     header = HEADER.pack(
-        *(MAGIC, VERSION, HEADER.size, KINDS[kind], row_k, 16, 4, flags, n, k, n_pad, k_pad, weight.group, CHUNK_K),
+        *(MAGIC, VERSION, HEADER.size, KINDS[kind], slice_k, 16, 4, flags, n, k, n_pad, k_pad, weight.group, CHUNK_K),
         n * k if dense else int(stored.sum()),
         *(offsets.get(name, 0) for name in ("dir", "mask", "val", "scale", "bias")),
         HEADER.size + len(body),
@@ -199,15 +200,15 @@ def unpack(blob: np.ndarray) -> Weight:
     if len(data) < HEADER.size or data[:4] != b"SPW1":
         raise ValueError("Not an SPW1 blob.")
     fields = HEADER.unpack_from(data)
-    _, version, _, kind_id, row_k, _, _, flags, n, k, n_pad, k_pad, group, _, _ = fields[:15]
+    _, version, _, kind_id, slice_k, _, _, flags, n, k, n_pad, k_pad, group, _, _ = fields[:15]
     off_dir, off_mask, off_val, off_scale, off_bias, blob_bytes, crc, off_comp = fields[15:]
     if version != VERSION:
         raise ValueError(f"SPW1 version {version} is not known to this release (it reads version {VERSION}).")
     if blob_bytes != len(data) or crc != zlib.crc32(data[HEADER.size :]):
         raise ValueError("The blob is truncated or damaged: its length or checksum does not match.")
     kind = {v: name for name, v in KINDS.items()}[kind_id]
-    blocks, tiles, tiles_per_chunk = n_pad // BLOCK_N, k_pad // (16 * row_k), CHUNK_K // (16 * row_k)
-    shape = (blocks, tiles, 4, 16, 16 * row_k)
+    blocks, tiles, tiles_per_chunk = n_pad // BLOCK_N, k_pad // (16 * slice_k), CHUNK_K // (16 * slice_k)
+    shape = (blocks, tiles, 4, 16, 16 * slice_k)
     if flags & DENSE:
         stored = np.ones(shape, bool)
     else:
@@ -216,7 +217,7 @@ def unpack(blob: np.ndarray) -> Weight:
     chunks = -(-tiles // tiles_per_chunk)
     directory = np.frombuffer(data, "<u8", blocks * chunks + 1, off_dir).astype(np.int64)
 
-    rows = np.zeros(shape, np.uint16 if kind == "bf16" else np.int8)
+    slices = np.zeros(shape, np.uint16 if kind == "bf16" else np.int8)
     for b in range(blocks):
         for c in range(chunks):
             start, end = off_val + directory[b * chunks + c], off_val + directory[b * chunks + c + 1]
@@ -226,11 +227,11 @@ def unpack(blob: np.ndarray) -> Weight:
                 for parity, nibbles in enumerate((raw & 15, raw >> 4)):
                     where = stored[part][:, :, parity::2]
                     codes = ((nibbles[: where.sum()] ^ 8).astype(np.int8)) - 8  # sign extension
-                    rows[part][:, :, parity::2][where] = codes
+                    slices[part][:, :, parity::2][where] = codes
             else:
                 where = stored[part]
-                rows[part][where] = raw[: where.sum() * rows.itemsize].view(rows.dtype)
-    values = np.ascontiguousarray(_natural_order(rows, row_k)[:n, :k])
+                slices[part][where] = raw[: where.sum() * slices.itemsize].view(slices.dtype)
+    values = np.ascontiguousarray(_natural_order(slices, slice_k)[:n, :k])
 
     scales = bias = None
     if off_scale:

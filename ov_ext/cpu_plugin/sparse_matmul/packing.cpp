@@ -6,12 +6,12 @@
 namespace ov_ext::sparse_matmul {
 namespace {
 
-// Which (output, input) element e of a row is, inside its block.
+// Which (output, input) element e of a slice is, inside its block.
 struct Position {
     uint64_t column, input;
 };
-Position position(const BlobView& w, uint64_t tile, uint64_t panel, uint64_t row, uint64_t e) {
-    return {panel * 16 + e / w.row_k, (tile * 16 + row) * w.row_k + e % w.row_k};
+Position position(const BlobView& w, uint64_t tile, uint64_t panel, uint64_t slice, uint64_t e) {
+    return {panel * panel_n + e / w.slice_k, (tile * panel_slices + slice) * w.slice_k + e % w.slice_k};
 }
 
 uint32_t crc32(const uint8_t* data, size_t bytes) {  // the polynomial and bit order of zlib, eight bytes a step
@@ -49,7 +49,7 @@ Header header_of(const PlainWeight& p) {
     require((p.scales != nullptr) == (p.kind != Kind::bf16), "integer kinds need scales, bf16 has none");
     Header h{};
     h.magic = magic, h.version = format_version, h.header_bytes = sizeof(Header);
-    h.kind = uint8_t(p.kind), h.row_k = uint8_t(row_inputs(p.kind)), h.panel_n = 16, h.block_panels = 4;
+    h.kind = uint8_t(p.kind), h.slice_k = uint8_t(slice_inputs(p.kind)), h.panel_n = panel_n, h.block_panels = block_panels;
     h.flags = (p.bias ? uint32_t(bias_flag) : 0) | (p.dense ? uint32_t(dense_flag) : 0);
     if (p.kind != Kind::bf16)
         h.flags |= uint32_t(p.group ? group_scales : column_scales) | (p.scales_f32 ? uint32_t(f32_scales) : 0);
@@ -58,27 +58,28 @@ Header header_of(const PlainWeight& p) {
     return h;
 }
 
-// One row of a plain weight as its 64 dense bytes: row_k inputs of 16 outputs, zero outside the matrix.
-void gather_row(const PlainWeight& p, const BlobView& w, uint64_t n, uint64_t k, uint8_t row[64]) {
+// One slice of a plain weight as its 64 dense bytes: slice_k inputs of 16 outputs, zero outside the matrix. The slice_k inputs of an output
+// are 4 bytes for every kind.
+void gather_slice(const PlainWeight& p, const BlobView& w, uint64_t n, uint64_t k, uint8_t slice[slice_bytes]) {
     const uint64_t width = p.kind == Kind::bf16 ? 2 : 1;
     const auto* values = static_cast<const uint8_t*>(p.values);
-    if (n + 16 <= p.n && k + w.row_k <= p.k) {
-        for (uint64_t c = 0; c < 16; c++)
-            std::memcpy(row + 4 * c, values + ((n + c) * p.k + k) * width, 4);
+    if (n + panel_n <= p.n && k + w.slice_k <= p.k) {
+        for (uint64_t c = 0; c < panel_n; c++)
+            std::memcpy(slice + 4 * c, values + ((n + c) * p.k + k) * width, 4);
         return;
     }
-    std::memset(row, 0, 64);
-    const uint64_t inputs = k < p.k ? std::min(w.row_k, p.k - k) : 0;
-    for (uint64_t c = 0; c < 16 && n + c < p.n && inputs; c++)
-        std::memcpy(row + 4 * c, values + ((n + c) * p.k + k) * width, inputs * width);
+    std::memset(slice, 0, slice_bytes);
+    const uint64_t inputs = k < p.k ? std::min(w.slice_k, p.k - k) : 0;
+    for (uint64_t c = 0; c < panel_n && n + c < p.n && inputs; c++)
+        std::memcpy(slice + 4 * c, values + ((n + c) * p.k + k) * width, inputs * width);
 }
 
-// Moves the stored elements of a row to its front, without branches, and returns its mask.
+// Moves the stored elements of a slice to its front, without branches, and returns its mask. zero_bits: those that a zero may have (the sign).
 template <class T>
-uint64_t compress_row(uint8_t row[64], bool dense, T zero_bits) {
-    constexpr int elements = 64 / sizeof(T);
+uint64_t compress_slice(uint8_t slice[slice_bytes], bool dense, T zero_bits) {
+    constexpr int elements = slice_bytes / sizeof(T);
     T in[elements], out[elements + 1];
-    std::memcpy(in, row, 64);
+    std::memcpy(in, slice, slice_bytes);
     uint64_t mask = 0;
     int count = 0;
     for (int e = 0; e < elements; e++) {
@@ -87,7 +88,7 @@ uint64_t compress_row(uint8_t row[64], bool dense, T zero_bits) {
         out[count] = in[e];
         count += stored;
     }
-    std::memcpy(row, out, 64);
+    std::memcpy(slice, out, slice_bytes);
     return mask;
 }
 
@@ -97,20 +98,20 @@ uint64_t pack_run(const PlainWeight& p, const BlobView& w, uint64_t block, uint6
     const bool bf16 = w.kind == Kind::bf16, int4 = w.kind == Kind::int4;
     std::array<uint64_t, 2> cursor{};
     for (uint64_t tile = first; tile < last; tile++)
-        for (uint64_t panel = 0; panel < 4; panel++)
-            for (uint64_t row = 0; row < 16; row++) {
-                uint8_t bytes[64];
-                gather_row(p, w, block * block_n + panel * 16, (tile * 16 + row) * w.row_k, bytes);
-                const uint64_t mask = bf16 ? compress_row<uint16_t>(bytes, w.dense, 0x8000) : compress_row<uint8_t>(bytes, w.dense, 0);
+        for (uint64_t panel = 0; panel < block_panels; panel++)
+            for (uint64_t slice = 0; slice < panel_slices; slice++) {
+                uint8_t bytes[slice_bytes];
+                gather_slice(p, w, block * block_n + panel * panel_n, (tile * panel_slices + slice) * w.slice_k, bytes);
+                const uint64_t mask = bf16 ? compress_slice<uint16_t>(bytes, w.dense, 0x8000) : compress_slice<uint8_t>(bytes, w.dense, 0);
                 const uint64_t count = uint64_t(__builtin_popcountll(mask));
-                uint64_t& at = cursor[int4 ? row & 1 : 0];
+                uint64_t& at = cursor[int4 ? slice & 1 : 0];
                 if (run && int4)
                     for (uint64_t i = 0; i < count; i++)
-                        run[at + i] = uint8_t(run[at + i] | (bytes[i] & 15) << (row & 1 ? 4 : 0));
+                        run[at + i] = uint8_t(run[at + i] | (bytes[i] & 15) << (slice & 1 ? 4 : 0));
                 else if (run)
                     std::memcpy(run + at * (bf16 ? 2 : 1), bytes, count * (bf16 ? 2 : 1));
                 at += count;
-                const uint64_t index = ((block * w.tiles + tile) * 4 + panel) * 16 + row, width = mask_bytes_per_row(w.kind);
+                const uint64_t index = slice_index(w, block, tile, panel, slice), width = mask_bytes_per_slice(w.kind);
                 if (masks)
                     std::memcpy(masks + width * index, &mask, width);
             }
@@ -152,7 +153,7 @@ void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
     if (p.bias)
         std::memcpy(blob + at.bias, p.bias, 4 * p.n);
     std::atomic<uint64_t> nnz{0};
-    for_blocks(w.blocks, [&](uint64_t block) {
+    parallel_each(w.blocks, [&](uint64_t block) {
         for (uint64_t chunk = 0; chunk < w.chunks; chunk++) {
             const uint64_t first = chunk * w.tiles_per_chunk;
             pack_run(p, w, block, chunk, p.dense ? nullptr : blob + at.mask, blob + at.val + directory[block * w.chunks + chunk]);
@@ -184,7 +185,7 @@ void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
 }
 
 void unpack(const BlobView& w, void* values, void* scales, float* bias) {
-    for_blocks(w.blocks, [&](uint64_t block) {
+    parallel_each(w.blocks, [&](uint64_t block) {
         const uint64_t columns = std::min(block_n, w.n - block * block_n), width = w.kind == Kind::bf16 ? 2 : 1;
         auto* out = static_cast<uint8_t*>(values);
         if (out)
@@ -194,11 +195,11 @@ void unpack(const BlobView& w, void* values, void* scales, float* bias) {
             uint64_t cursor[2] = {0, 0};
             const uint64_t first = chunk * w.tiles_per_chunk, last = std::min(w.tiles, first + w.tiles_per_chunk);
             for (uint64_t tile = first; tile < last; tile++)
-                for (uint64_t panel = 0; panel < 4; panel++)
-                    for (uint64_t row = 0; row < 16; row++)
-                        for (uint64_t mask = mask_of(w, block, tile, panel, row); mask; mask &= mask - 1) {
-                            const auto [column, input] = position(w, tile, panel, row, __builtin_ctzll(mask));
-                            uint64_t& at = cursor[w.kind == Kind::int4 ? row & 1 : 0];
+                for (uint64_t panel = 0; panel < block_panels; panel++)
+                    for (uint64_t slice = 0; slice < panel_slices; slice++)
+                        for (uint64_t mask = mask_of(w, block, tile, panel, slice); mask; mask &= mask - 1) {
+                            const auto [column, input] = position(w, tile, panel, slice, __builtin_ctzll(mask));
+                            uint64_t& at = cursor[w.kind == Kind::int4 ? slice & 1 : 0];
                             const uint64_t t = at++;
                             if (column >= columns || input >= w.k)
                                 continue;
@@ -208,7 +209,7 @@ void unpack(const BlobView& w, void* values, void* scales, float* bias) {
                             else if (w.kind == Kind::int8)
                                 *to = run[t];
                             else
-                                *to = uint8_t(sign_extend(row & 1 ? run[t] >> 4 : run[t] & 15));
+                                *to = uint8_t(sign_extend(slice & 1 ? run[t] >> 4 : run[t] & 15));
                         }
         }
         const uint64_t groups = w.group ? w.k_pad / w.group : 1, real_groups = w.group ? (w.k + w.group - 1) / w.group : 1;

@@ -47,10 +47,7 @@ ReadBandwidth read_bandwidth(uint64_t bytes, int threads, int repeats) {
             rates.push_back(double(count / parts * parts * 8) / elapsed.count() / 1e9);
         }
     };
-    if (threads > 0)
-        tbb::task_arena(threads).execute(measure);
-    else
-        measure();
+    with_threads(threads, measure);
     std::sort(rates.begin(), rates.end());
     return {rates.back(), rates[rates.size() / 2]};
 }

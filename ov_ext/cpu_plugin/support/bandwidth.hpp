@@ -9,6 +9,8 @@ struct ReadBandwidth {
     double best, median;  // GB/s
 };
 
+constexpr uint64_t smallest_buffer = 4096;  // bytes, so that each of the parts that threads take has a few lines
+
 // threads: 0 = the arena of the caller.
 ReadBandwidth read_bandwidth(uint64_t bytes, int threads, int repeats);
 

@@ -4,7 +4,6 @@
 #include <cpuid.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #endif
 #if defined(__linux__)
@@ -15,6 +14,8 @@
 #include <cstdio>
 #include <cstring>
 #endif
+
+#include "isa_selection.hpp"
 
 namespace ov_ext {
 
@@ -48,7 +49,7 @@ CpuFeatures detect() {
     f.gfni = f.avx512 && (c7 >> 8 & 1);
     // Who asks for AMX by name is believed: an emulator can answer the request for permission, but not CPUID. Without permission no
     // kernel uses it, whatever is said here.
-    const char* wanted = std::getenv("OV_EXT_ISA");
+    const char* wanted = requested_name();
     const bool believed = wanted && std::strcmp(wanted, "amx") == 0;
     f.amx_tile = believed || (tiles && (d7 >> 24 & 1));
     f.amx_bf16 = believed || (f.amx_tile && (d7 >> 22 & 1));
@@ -81,8 +82,7 @@ bool amx_permission() {
             return false;
         if (syscall(SYS_arch_prctl, request_permission, tile_data) == 0)
             return true;
-        const char* wanted = std::getenv("OV_EXT_ISA");
-        if (!wanted || !*wanted)  // else the user has chosen: another kernel, or amx, which is then an error
+        if (!requested_name())  // else the user has chosen: another kernel, or amx, which is then an error
             std::fprintf(stderr, "ov_ext: the system does not permit AMX (arch_prctl: %s), other kernels run\n", std::strerror(errno));
         return false;
     }();

@@ -6,7 +6,10 @@
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 namespace ov_ext {
 
@@ -23,6 +26,36 @@ void parallel_ranges(uint64_t count, const Body& body) {
     tbb::parallel_for(
         tbb::blocked_range<uint64_t>(0, count), [&](const tbb::blocked_range<uint64_t>& r) { body(r.begin(), r.end()); },
         tbb::static_partitioner());
+}
+
+// Calls body(i) for every i of [0, count), in parallel. After an exception no further i are begun, and the last one thrown reaches
+// the caller.
+template <class Body>
+void parallel_each(uint64_t count, const Body& body) {
+    std::mutex mutex;
+    std::exception_ptr error;
+    std::atomic<bool> failed{false};
+    parallel_ranges(count, [&](uint64_t first, uint64_t last) {
+        try {
+            for (uint64_t i = first; i < last && !failed; i++)
+                body(i);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex);
+            error = std::current_exception();
+            failed = true;
+        }
+    });
+    if (failed)
+        std::rethrow_exception(error);
+}
+
+// Runs body in an arena of so many threads; 0 = in that of the caller.
+template <class Body>
+void with_threads(int threads, const Body& body) {
+    if (threads > 0)
+        tbb::task_arena(threads).execute(body);
+    else
+        body();
 }
 
 }  // namespace ov_ext

@@ -111,7 +111,8 @@ std::vector<float> activations(const Call& call, uint64_t count) {
         const uint32_t bits = state ^ state >> 15;
         const float even = float(int32_t(bits)) * 0x1p-31f;
         switch (call.contents) {
-            case 0: case 1: value = even; break;
+            case 0:
+            case 1: value = even; break;
             case 2: value = bits % 3 ? 0.0f : even; break;
             case 3: value = even * (bits % 2 ? 1e-38f : 1e-41f); break;
             case 4: value = even * 3e38f; break;
@@ -165,11 +166,16 @@ void check_reading_and_writing(const Plain& w, const uint8_t* blob, size_t bytes
     const Arrays arrays(w);
     std::vector<uint8_t> values(arrays.values.size()), scales(arrays.scales.size());
     std::vector<uint32_t> bias(w.bias.size());
-    expect(!ov_ext_unpack(blob, bytes, values.data(), scales.data(), reinterpret_cast<float*>(bias.data())),
-           "unpack refuses a valid blob");
+    expect(!ov_ext_unpack(blob, bytes, values.data(), scales.data(), reinterpret_cast<float*>(bias.data())), "unpack refuses a valid blob");
     expect(values == arrays.values && scales == arrays.scales && bias == w.bias, "unpack is wrong");
 
-    const OvExtWeight weight{w.kind, int64_t(w.n), int64_t(w.k), int64_t(w.group), w.dense, w.f32_scales, arrays.values.data(),
+    const OvExtWeight weight{w.kind,
+                             int64_t(w.n),
+                             int64_t(w.k),
+                             int64_t(w.group),
+                             w.dense,
+                             w.f32_scales,
+                             arrays.values.data(),
                              w.kind == spw1::bf16 ? nullptr : arrays.scales.data(),
                              w.has_bias ? reinterpret_cast<const float*>(w.bias.data()) : nullptr};
     uint64_t size = 0;
@@ -200,8 +206,8 @@ void check_products(const Plain& w, const uint8_t* blob, size_t bytes, const Cal
     const auto expected = fits ? spw1::multiply(w, x, rows, call.activation_group) : spw1::Product{};
     for (const std::string& kernel : kernels()) {
         const uint64_t count = kernel == "reference" ? std::min<uint64_t>(rows, 2) : rows;  // slow, and alike for every row
-        const int error = ov_ext_matmul(in.data, call.is_bf16, count, blob, bytes, call.activation_group, kernel.c_str(),
-                                        call.threads, 0, out.data);
+        const int error =
+            ov_ext_matmul(in.data, call.is_bf16, count, blob, bytes, call.activation_group, kernel.c_str(), call.threads, 0, out.data);
         expect(error == !fits, kernel + (error ? std::string(": ") + ov_ext_last_error() : ": took an activation group that does not fit"));
         for (uint64_t i = 0; fits && i < count * w.n; i++) {
             const float y = call.is_bf16 ? spw1::from_bits(uint32_t(reinterpret_cast<const uint16_t*>(out.data)[i]) << 16)

@@ -2,8 +2,8 @@
 //   fuzz --runs N [--seed S] [--save DIR]   N inputs; the one that ends the process is in DIR (default: here) as finding-S-NUMBER.bin
 //   fuzz FILE...                            the inputs in these files
 #include <fcntl.h>
-#include <signal.h>
 #include <sanitizer/common_interface_defs.h>
+#include <signal.h>
 #include <unistd.h>
 
 #include <cstdio>

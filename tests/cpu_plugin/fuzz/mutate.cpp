@@ -32,9 +32,7 @@ uint32_t some_scale(bool f32, Random& random) {
     return random.one_in(8) ? bits | uint32_t(random.below(0x7F800000)) : bits | uint32_t(0x3C000000 + random.below(0x2000000));
 }
 
-uint32_t some_bias(Random& random) {
-    return random.one_in(8) ? uint32_t(random.next()) : uint32_t(0x3F000000 + random.below(0x1000000));
-}
+uint32_t some_bias(Random& random) { return random.one_in(8) ? uint32_t(random.next()) : uint32_t(0x3F000000 + random.below(0x1000000)); }
 
 // Zero with a probability of `sparsity` in 256.
 void fill(Plain& w, uint64_t sparsity, Random& random) {
@@ -75,27 +73,29 @@ void resize(Plain& w, uint64_t n, uint64_t k, Random& random) {
     Plain other = w;
     other.n = n, other.k = k;
     fill(other, 128, random);
-    for (uint64_t row = 0; row < std::min(n, w.n); row++)
-        std::copy_n(w.values.begin() + int64_t(row * w.k), std::min(k, w.k), other.values.begin() + int64_t(row * k));
+    for (uint64_t output = 0; output < std::min(n, w.n); output++)
+        std::copy_n(w.values.begin() + int64_t(output * w.k), std::min(k, w.k), other.values.begin() + int64_t(output * k));
     w = std::move(other);
 }
 
 void edit(Plain& w, Random& random) {
-    const uint64_t row = random.below(w.n), column = random.below(w.k), at = row * w.k + column;
+    const uint64_t output = random.below(w.n), column = random.below(w.k), at = output * w.k + column;
     switch (random.below(10)) {
-        case 0: case 1: case 2:  // a mask bit, and the value with it
+        case 0:
+        case 1:
+        case 2:  // a mask bit, and the value with it
             w.values[at] = w.values[at] ? 0 : some_value(w.kind, random);
             break;
         case 3: w.values[at] = some_value(w.kind, random); break;
         case 4: {  // a run of inputs, full or empty
             const bool empty = random.one_in(2);
             for (uint64_t i = column, end = std::min(w.k, column + 1 + random.below(130)); i < end; i++)
-                w.values[row * w.k + i] = empty ? 0 : some_value(w.kind, random);
+                w.values[output * w.k + i] = empty ? 0 : some_value(w.kind, random);
             break;
         }
         case 5:  // a whole output or a whole input
             if (random.one_in(2))
-                std::fill_n(w.values.begin() + int64_t(row * w.k), w.k, 0);
+                std::fill_n(w.values.begin() + int64_t(output * w.k), w.k, 0);
             else
                 for (uint64_t i = 0; i < w.n; i++)
                     w.values[i * w.k + column] = some_value(w.kind, random);
@@ -122,7 +122,7 @@ void edit(Plain& w, Random& random) {
 struct Field {
     unsigned offset, width;
 };
-constexpr Field fields[] = {{0, 4}, {4, 2}, {6, 2}, {8, 1}, {9, 1}, {10, 1}, {11, 1}, {12, 4}, {16, 8}, {24, 8}, {32, 8}, {40, 8},
+constexpr Field fields[] = {{0, 4},  {4, 2},  {6, 2},  {8, 1},  {9, 1},  {10, 1}, {11, 1}, {12, 4}, {16, 8},  {24, 8},  {32, 8}, {40, 8},
                             {48, 4}, {52, 4}, {56, 8}, {64, 8}, {72, 8}, {80, 8}, {88, 8}, {96, 8}, {104, 8}, {112, 8}, {120, 8}};
 constexpr unsigned dir_field = 64, mask_field = 72, val_field = 80, scale_field = 88, bias_field = 96, size_field = 104, comp_field = 120;
 
@@ -148,9 +148,11 @@ void lie_about_size(Bytes& blob, Random& random) {
     const uint64_t n = random.one_in(2) ? some_size(random) : get(blob, 16), k = random.one_in(3) ? get(blob, 24) : some_size(random);
     const uint64_t flags = get(blob, 12, 4), group = get(blob, 48, 4);
     const spw1::Geometry g(int(get(blob, 8, 1)), flags & 16, flags & 32, flags & 1, n, k, group);
+    // clang-format off
     const std::pair<unsigned, spw1::Geometry::Wide> entries[] = {
         {16, n}, {24, k}, {32, g.n_pad}, {40, g.k_pad}, {dir_field, g.dir}, {mask_field, g.mask}, {val_field, g.val},
         {scale_field, g.scale}, {bias_field, g.bias}, {comp_field, g.comp}};
+    // clang-format on
     for (const auto& [offset, value] : entries)
         set(blob, offset, uint64_t(value));
     set(blob, 56, n * k);
@@ -217,13 +219,16 @@ void damage(Bytes& blob, Random& random) {
         case 0: {
             const Field field = fields[random.below(sizeof(fields) / sizeof(*fields))];
             const uint64_t now = get(blob, field.offset, field.width);
+            // clang-format off
             const uint64_t changed[] = {now ^ 1ull << random.below(random.one_in(2) ? 6 : 8 * field.width), now + 64, now - 64, now + 1, now - 1,
                                         some_size(random)};
+            // clang-format on
             set(blob, field.offset, changed[random.below(6)], field.width);
             break;
         }
         case 1: lie_about_size(blob, random); break;
-        case 2: {  // a directory entry, or a run of them: to another offset, past its neighbours
+        case 2: {
+            // a directory entry, or a run of them: to another offset, past its neighbours
             constexpr uint64_t most = 1 << 10;  // the header may say anything
             const uint64_t chunks = std::min((get(blob, 40) + 511) / 512, most), blocks = std::min(get(blob, 32) / 64, most);
             const uint64_t entries = blocks * chunks + 1;
@@ -235,7 +240,8 @@ void damage(Bytes& blob, Random& random) {
                 set(blob, at + 8 * i, get(blob, at + 8 * i) + value - now);
             break;
         }
-        case 3: case 4:  // one bit, mostly of a mask or a value
+        case 3:
+        case 4:  // one bit, mostly of a mask or a value
             if (const uint64_t at = inside(blob, random); at < blob.size())
                 blob[at] ^= uint8_t(1 << random.below(8));
             break;
@@ -267,7 +273,7 @@ void damage(Bytes& blob, Random& random) {
 std::vector<Bytes> seeds() {
     std::vector<Bytes> result;
     Random random{1};
-    const std::pair<int, uint64_t> kinds[] = {{spw1::bf16, 0}, {spw1::int8, 0}, {spw1::int8, 64}, {spw1::int8, 128},
+    const std::pair<int, uint64_t> kinds[] = {{spw1::bf16, 0}, {spw1::int8, 0},  {spw1::int8, 64}, {spw1::int8, 128},
                                               {spw1::int4, 0}, {spw1::int4, 64}, {spw1::int4, 128}};
     const std::pair<uint64_t, uint64_t> shapes[] = {{64, 128}, {17, 33}, {65, 530}};
     for (const auto& [kind, group] : kinds)

@@ -57,27 +57,27 @@ uint32_t crc32(const std::vector<uint8_t>& data, size_t from) {
     return ~crc;
 }
 
-// Calls visit(row number in the whole stream, odd row, first output, first input) for the rows of one (block, chunk).
+// Calls visit(slice number in the whole stream, odd slice, first output, first input) for the slices of one (block, chunk).
 template <class Visit>
-void for_rows(const Geometry& g, uint64_t block, uint64_t chunk, const Visit& visit) {
+void for_slices(const Geometry& g, uint64_t block, uint64_t chunk, const Visit& visit) {
     const auto last = std::min(g.tiles, (chunk + 1) * g.tiles_per_chunk);
     for (uint64_t tile = chunk * uint64_t(g.tiles_per_chunk); tile < last; tile++)
         for (uint64_t panel = 0; panel < 4; panel++)
-            for (uint64_t row = 0; row < 16; row++)
-                visit(((block * uint64_t(g.tiles) + tile) * 4 + panel) * 16 + row, row % 2, block * 64 + panel * 16,
-                      (tile * 16 + row) * g.row_k);
+            for (uint64_t slice = 0; slice < 16; slice++)
+                visit(((block * uint64_t(g.tiles) + tile) * 4 + panel) * 16 + slice, slice % 2, block * 64 + panel * 16,
+                      (tile * 16 + slice) * g.slice_k);
 }
 
 void decode_values(const Reader& in, const Geometry& g, Plain& w, std::vector<int32_t>& sums, uint64_t& stored_elements) {
-    const unsigned elements = unsigned(16 * g.row_k), mask_width = w.kind == bf16 ? 4 : 8;
+    const unsigned elements = unsigned(16 * g.slice_k), mask_width = w.kind == bf16 ? 4 : 8;
     uint64_t start = in.at(g.dir, 8);
     need(start == 0);
     for (uint64_t block = 0; block < g.blocks; block++)
         for (uint64_t chunk = 0; chunk < g.chunks; chunk++) {
             const uint64_t end = in.at(g.dir + 8 * (block * g.chunks + chunk + 1), 8);
             need(start <= end && end <= in.bytes && (chunk || start % 64 == 0));
-            std::array<uint64_t, 2> cursor{};  // elements read: of all rows, or of even and odd rows
-            for_rows(g, block, chunk, [&](uint64_t index, uint64_t odd, uint64_t n0, uint64_t k0) {
+            std::array<uint64_t, 2> cursor{};  // elements read: of all slices, or of even and odd slices
+            for_slices(g, block, chunk, [&](uint64_t index, uint64_t odd, uint64_t n0, uint64_t k0) {
                 const uint64_t mask = w.dense ? ~0ull : in.at(g.mask + mask_width * index, mask_width);
                 for (unsigned e = 0; e < elements; e++) {
                     if (!(mask >> e & 1))
@@ -90,7 +90,7 @@ void decode_values(const Reader& in, const Geometry& g, Plain& w, std::vector<in
                         raw = odd ? raw >> 4 : raw & 15;
                     const int32_t value = w.kind == bf16 ? int32_t(raw) : w.kind == int8 ? int8_t(raw) : int32_t(raw ^ 8) - 8;
                     const bool zero = w.kind == bf16 ? !(value & 0x7FFF) : !value;
-                    const uint64_t n = n0 + e / g.row_k, k = k0 + e % g.row_k;
+                    const uint64_t n = n0 + e / g.slice_k, k = k0 + e % g.slice_k;
                     const bool inside = n < w.n && k < w.k;
                     need(w.dense ? inside || zero : inside && !zero);
                     if (inside)
@@ -128,8 +128,8 @@ Plain decode_or_throw(const Reader& in) {
     need((flags & ~(w.kind == bf16 ? 17ull : 49ull)) == scale_flags);
     const Geometry g(w.kind, w.dense, w.f32_scales, w.has_bias, w.n, w.k, w.group);
     need(in.at(32, 8) == g.n_pad && in.at(40, 8) == g.k_pad);
-    need(in.at(64, 8) == g.dir && in.at(72, 8) == g.mask && in.at(80, 8) == g.val && in.at(88, 8) == g.scale &&
-         in.at(96, 8) == g.bias && in.at(120, 8) == g.comp);
+    need(in.at(64, 8) == g.dir && in.at(72, 8) == g.mask && in.at(80, 8) == g.val && in.at(88, 8) == g.scale && in.at(96, 8) == g.bias &&
+         in.at(120, 8) == g.comp);
     need(in.at(104, 8) == in.bytes && g.val + 64 <= in.bytes);
 
     need(!w.dense || (in.bytes - g.val) * 2 >= Geometry::Wide(w.n) * w.k);  // sparse: the masks are there, an eighth of a byte each
@@ -199,15 +199,15 @@ uint16_t round_to_bf16(float value) {
     return uint16_t((bits >> 16) + (low > 0x8000 || (low == 0x8000 && odd)));
 }
 
-float Plain::scale(uint64_t row, uint64_t input) const {
-    const uint32_t bits = scales[row * groups() + (group ? input / group : 0)];
+float Plain::scale(uint64_t output, uint64_t input) const {
+    const uint32_t bits = scales[output * groups() + (group ? input / group : 0)];
     return f32_scales ? from_bits(bits) : half(uint16_t(bits));
 }
 
 Geometry::Geometry(int kind, bool dense, bool f32_scales, bool has_bias, uint64_t n, uint64_t k, uint64_t group) {
-    row_k = kind == bf16 ? 2 : 4, segment = group ? group : 128;
+    slice_k = kind == bf16 ? 2 : 4, segment = group ? group : 128;
     n_pad = up(n, 64), k_pad = up(k, kind == bf16 ? 32 : segment);
-    blocks = n_pad / 64, tiles = k_pad / (16 * row_k), tiles_per_chunk = 512 / (16 * row_k), chunks = up(k_pad, 512) / 512;
+    blocks = n_pad / 64, tiles = k_pad / (16 * slice_k), tiles_per_chunk = 512 / (16 * slice_k), chunks = up(k_pad, 512) / 512;
     dir_bytes = 8 * (blocks * chunks + 1);
     mask_bytes = dense ? 0 : blocks * tiles * 64 * (kind == bf16 ? 4 : 8);
     scale_bytes = kind == bf16 ? 0 : n_pad * (group ? k_pad / group : 1) * (f32_scales ? 4 : 2);
@@ -233,16 +233,16 @@ std::optional<Plain> decode(const uint8_t* blob, size_t bytes) {
 
 std::vector<uint8_t> encode(const Plain& w, std::optional<uint64_t> stored) {
     const Geometry g(w.kind, w.dense, w.f32_scales, w.has_bias, w.n, w.k, w.group);
-    const unsigned elements = unsigned(16 * g.row_k), mask_width = w.kind == bf16 ? 4 : 8;
+    const unsigned elements = unsigned(16 * g.slice_k), mask_width = w.kind == bf16 ? 4 : 8;
     std::vector<uint8_t> blob(uint64_t(g.val));
     uint64_t nnz = 0;
     for (uint64_t block = 0; block < g.blocks; block++)
         for (uint64_t chunk = 0; chunk < g.chunks; chunk++) {
-            std::array<std::vector<uint8_t>, 2> run;  // int4: a byte a nibble, even and odd rows
-            for_rows(g, block, chunk, [&](uint64_t index, uint64_t odd, uint64_t n0, uint64_t k0) {
+            std::array<std::vector<uint8_t>, 2> run;  // int4: a byte a nibble, even and odd slices
+            for_slices(g, block, chunk, [&](uint64_t index, uint64_t odd, uint64_t n0, uint64_t k0) {
                 uint64_t mask = 0;
                 for (unsigned e = 0; e < elements; e++) {
-                    const uint64_t n = n0 + e / g.row_k, k = k0 + e % g.row_k;
+                    const uint64_t n = n0 + e / g.slice_k, k = k0 + e % g.slice_k;
                     const int32_t value = n < w.n && k < w.k ? w.values[n * w.k + k] : 0;
                     if (!w.dense && !(w.kind == bf16 ? value & 0x7FFF : value) && !(n < w.n && k < w.k && n * w.k + k == stored))
                         continue;
@@ -286,10 +286,12 @@ std::vector<uint8_t> encode(const Plain& w, std::optional<uint64_t> stored) {
     const struct {
         unsigned offset, width;
         Geometry::Wide value;
-    } header[] = {{0, 4, 0x31575053}, {4, 2, 1}, {6, 2, 128}, {8, 1, unsigned(w.kind)}, {9, 1, g.row_k}, {10, 1, 16}, {11, 1, 4},
+        // clang-format off
+    } header[] = {{0, 4, 0x31575053}, {4, 2, 1}, {6, 2, 128}, {8, 1, unsigned(w.kind)}, {9, 1, g.slice_k}, {10, 1, 16}, {11, 1, 4},
                   {12, 4, flags}, {16, 8, w.n}, {24, 8, w.k}, {32, 8, g.n_pad}, {40, 8, g.k_pad}, {48, 4, w.group}, {52, 4, 512},
                   {56, 8, w.dense ? w.n * w.k : nnz}, {64, 8, g.dir}, {72, 8, g.mask}, {80, 8, g.val}, {88, 8, g.scale},
                   {96, 8, g.bias}, {104, 8, blob.size()}, {112, 8, crc32(blob, 128)}, {120, 8, g.comp}};
+    // clang-format on
     for (const auto& field : header)
         put(blob, field.offset, uint64_t(field.value), field.width);
     return blob;

@@ -20,15 +20,15 @@ struct Plain {
     std::vector<uint32_t> bias;    // [n]: f32 bit patterns
 
     uint64_t groups() const { return kind == bf16 ? 0 : group ? (k + group - 1) / group : 1; }
-    float scale(uint64_t row, uint64_t input) const;
+    float scale(uint64_t output, uint64_t input) const;
 };
 
 // Everything that follows from the sizes. Offsets and lengths are in bytes and exact for any sizes below 2^64.
 struct Geometry {
     using Wide = unsigned __int128;
-    uint64_t row_k, segment;  // inputs
+    uint64_t slice_k, segment;  // inputs
     Wide n_pad, k_pad, blocks, tiles, chunks, tiles_per_chunk;
-    Wide dir, mask, scale, comp, bias, val;              // offsets, 0 when absent
+    Wide dir, mask, scale, comp, bias, val;  // offsets, 0 when absent
     Wide dir_bytes, mask_bytes, scale_bytes, comp_bytes, bias_bytes;
 
     Geometry(int kind, bool dense, bool f32_scales, bool has_bias, uint64_t n, uint64_t k, uint64_t group);

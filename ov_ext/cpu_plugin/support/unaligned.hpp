@@ -3,8 +3,9 @@
 #pragma once
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // the same for a lambda, behind its parameters
 
-namespace ov_ext::sparse_matmul {
+namespace ov_ext {
 namespace {
 
 template <class T>
@@ -15,4 +16,4 @@ INLINE T load(const void* p) {
 }
 
 }  // namespace
-}  // namespace ov_ext::sparse_matmul
+}  // namespace ov_ext
