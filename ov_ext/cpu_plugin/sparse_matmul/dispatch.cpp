@@ -64,7 +64,7 @@ void store(const Block& block, const float* sums, uint64_t row, bool is_bf16) {
             result[c] += bias[c];
     }
     if (is_bf16)
-        std::transform(result, result + columns, static_cast<uint16_t*>(block.y) + at, float_to_bf16);
+        std::transform(result, result + columns, static_cast<uint16_t*>(block.y) + at, [](float y) { return float_to_bf16(y); });
     else
         std::memcpy(static_cast<float*>(block.y) + at, result, 4 * columns);
 }
