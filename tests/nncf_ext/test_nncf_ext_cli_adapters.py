@@ -103,7 +103,6 @@ def test_found_ranks_become_an_ordinary_adapter(folder, adapter, text, tmp_path)
 
 
 def test_search_for_small_adapters_draws_a_front(folder, adapter, text, tmp_path):
-    pytest.importorskip("matplotlib")
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": text.read_text()[:500]}) for _ in range(3)))
     arguments = [
         "search", folder, tmp_path / "report.json", "--adapter", adapter, "--dataset", tmp_path / "lines.jsonl",
