@@ -66,14 +66,17 @@ class Compensator:
         weight, bias = self._dense[name]
         products, sums, count = self._moments(plan, output)
         if bias is not None:
+            # The bias takes up the means, so the weights need to fit only what varies: centred products, a covariance.
             products -= sums.outer(sums) / count
         columns = cut.indices(kept, products.device)
+        # The gradient is zero where V (a_S a_S^T + r I) = W a a_S^T + r W_S, with r the ridge: one linear system.
         own = products[columns][:, columns]
         ridge = RIDGE * own.diagonal().mean()
         own.diagonal().add_(ridge)
+        # Always from the dense weight: a fit on a fit would add up their errors.
         wide = weight.double()
         target = wide @ products[:, columns] + ridge * wide[:, columns]
-        refitted = torch.linalg.solve(own, target.T).T
+        refitted = torch.linalg.solve(own, target.T).T  # own is symmetric: V own = target is own V^T = target^T
         with torch.no_grad():
             output.weight.copy_(weight)
             output.weight[:, columns] = refitted.to(weight.dtype)

@@ -93,6 +93,7 @@ class Elimination:
                 "Check the model on the calibration data; float32 helps where float16 overflows."
             )
             raise nncf.ValidationError(msg)
+        # With costs the winner is not the one with the least loss, so a distance of losses would say nothing.
         if saved is None and len(chosen) > 1:
             others = torch.cat([scores.totals[:winner], scores.totals[winner + 1 :]])
             margin = score(float(others.min())) - score(found)

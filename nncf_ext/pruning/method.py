@@ -215,13 +215,15 @@ class StructuredPruning(ABC):
         dimensions = self._dimensions = prunable_dimensions(model)
         plan, ignored = StructurePlan.dense(model, dimensions), _ignored(model, dimensions, survey)
         whole = self.cost(model, dimensions, plan)
+        # Which units go first does not matter here, only how many: no scores are computed before all is checked.
         natural = {name: list(each.all_units) for name, each in dimensions.items()}
         stages = self.stages(model, dimensions, natural)
         for stage in stages:
             for each in self._candidates(model, dimensions, stage, plan, ignored):
                 check_sharing(model, each.on(plan), dimensions)
         for stage in stages:
-            # Everything that the stage may remove.
+            # Everything that the stage may remove: if even that does not pay, the search would end in an error, after
+            # hours.
             while candidates := self._candidates(model, dimensions, stage, plan, ignored):
                 for each in candidates:
                     if _allowed(model, dimensions, plan, each):
@@ -252,10 +254,12 @@ class StructuredPruning(ABC):
         with evaluation(model), _progress() as progress:
             if compensator is not None:
                 task = progress.add_task("repairs of earlier steps", total=len(search.earlier), best="")
+                # In the order in which they were made: a repair sees the model that the ones before it left.
                 for plan in search.earlier:
                     compensator.refit(plan, plan.steps[-1].dimension)
                     progress.advance(task)
             for stage in stages:
+                # A scorer for each stage: outputs that it keeps belong to the stage's batches.
                 scorer = Scorer(
                     model,
                     stage.batches,

@@ -79,6 +79,7 @@ class PrefixCache:
         begin, blocks = len(known), range(len(known), len(self._blocks))
         logits, outputs = self._run(self._batches[number], known[-1] if known else None, begin, blocks)
         known.extend(outputs[block] for block in blocks)
+        # The stride only grows: what was thinned out once cannot come back.
         stride = self._stride[number] = max(self._stride[number], self._affordable_stride(number, _bytes(known[-1])))
         for candidate, single in self._single[number].items():
             kept = {block: output for block, output in single.items() if (block + 1) % stride == 0}
@@ -105,6 +106,7 @@ class PrefixCache:
         count, sequences = len(candidates), len(self._batches[number]["input_ids"])
         (begin,) = {self.begin(number, each) for each in candidates}
         whole, single = self._whole[number], self._single[number]
+        # Before a candidate's own block nothing differs from the whole model; behind it only its own pass will do.
         known = [
             single[each][begin - 1] if begin > self._block(each.dimension) else whole[begin - 1]
             for each in candidates
@@ -116,6 +118,7 @@ class PrefixCache:
                 name: torch.cat([value] * count) if len(value) == sequences else value for name, value in batch.items()
             }
         stride = self._stride[number]
+        # The last block's output is never kept: nothing begins behind it.
         kept = [block for block in range(begin, len(self._blocks) - 1) if (block + 1) % stride == 0]
         with self._masked(candidates, sequences):
             logits, outputs = self._run(batch, _joined(known) if known else None, begin, kept)
@@ -146,6 +149,7 @@ class PrefixCache:
         with ExitStack() as undo:
             for candidate, rows in zip(candidates, own, strict=True):
                 for name in candidate.dimensions:
+                    # A candidate that runs alone is left out for good: its branch does not run at all.
                     own_rows = None if rows.all() else rows
                     undo.callback(mask_dimension(self._model, self._dimensions[name], candidate.kept, own_rows))
             yield

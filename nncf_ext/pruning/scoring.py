@@ -125,10 +125,12 @@ class Scorer:
             sums = found.sum(dim=1)
             least = torch.inf
             new = torch.zeros(len(candidates), len(batch["input_ids"]), dtype=torch.float64)
+            # The dense logits first: within the mask the model is not dense.
             with masked(self._model, plan, self._dimensions):
                 base = torch.cat([base, self._losses(self._passes.whole(number), batch, dense).cpu()])
                 begins = [self._passes.begin(number, each) for each in candidates]
                 for group in self._groups(number, begins, racing, sums if early_stop else None):
+                    # Losses are never negative, so a sum that is behind already stays behind.
                     running = [index for index in group if not (early_stop and sums[index] > least)]
                     if running:
                         new[running] = self._losses_without(number, [candidates[index] for index in running], dense)

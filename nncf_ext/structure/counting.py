@@ -47,6 +47,7 @@ def lost_numbers(model: nn.Module, kept: Kept, dimensions: Dimensions) -> dict[i
     :return: How many numbers each parameter loses, by its id. One that is shared loses what all of its users lose.
     """
     lost = _lost_by_path(model, kept, dimensions)
+    # One user that keeps more of a shared weight than the others keeps it for all of them.
     return {key: min(lost.get(path, 0) for path in paths) for key, paths in names_of_parameters(model).items()}
 
 

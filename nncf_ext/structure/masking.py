@@ -66,6 +66,7 @@ def mask_dimension(
             if rows is None:
                 undo.callback(model.set_submodule, path, module)
                 model.set_submodule(path, stand_in.standing_for(module))
+            # For some rows only, the module has to run; what nobody reads then needs no replacement.
             elif not issubclass(stand_in, SkippedUnread):
                 undo.callback(_stand_in_for_rows(module, stand_in, rows).remove)
         for cut in () if stand_ins else dimension.readers:
@@ -80,6 +81,7 @@ def _mask_inputs(model: nn.Module, cut: Cut, kept: Sequence[int], rows: Tensor |
     if isinstance(reader, _CONVOLUTIONS):  # channels stand before the positions
         mask = mask.view(-1, *(1,) * len(reader.kernel_size))
 
+    # Where, not times: what a removed unit gives may be infinite or NaN, and zero times that is NaN.
     def zero_removed(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         stays = mask if rows is None else mask | ~_rows_of(rows, inputs[0])
         return (torch.where(stays, inputs[0], inputs[0].new_zeros(())), *inputs[1:])

@@ -71,7 +71,7 @@ def cut_tensors(model: nn.Module, kept: Kept, dimensions: Dimensions) -> None:
     :param kept: Units of each dimension that stay.
     :param dimensions: The model's dimensions.
     """
-    scissors = _Scissors(model)
+    scissors = _Scissors(model)  # one for all dimensions: a tensor may be cut by two of them
     for name, dimension in dimensions.items():
         units = kept[name]
         if tuple(units) == dimension.all_units:
@@ -80,8 +80,10 @@ def cut_tensors(model: nn.Module, kept: Kept, dimensions: Dimensions) -> None:
             for path, stand_in in stand_ins.items():
                 replaced = model.get_submodule(path)
                 replacement = stand_in.standing_for(replaced)
+                # A new module is in training mode; what it stands for may not be.
                 for module in {*replacement.modules()} - {*replaced.modules()}:
                     module.training = replaced.training
+                # Stand-ins look at slices of the weights; a copy lets the rest of the memory go.
                 for parameter in replacement.parameters():
                     parameter.data = parameter.data.clone()
                 model.set_submodule(path, replacement)

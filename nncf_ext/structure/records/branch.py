@@ -107,6 +107,7 @@ class PlacedBranch:
                 msg = f"{self.path} has no {path}, which the architecture's record names."
                 raise nncf.UnsupportedModelError(msg)
         replacements: dict[int, Mapping[str, StandIn]] = {0: self._at_place(branch.skip)}
+        # Keys and values of a key/value head, each of the head's size, for every token.
         numbers = 2 * self.heads.size if self.part == ATTENTION and self.uses_cache else 0
         if branch.inputs:
             size, cuts = self._cuts(modules)
@@ -166,9 +167,14 @@ class PlacedBranch:
         channels, width = sizes[0], modules[branch.output].in_features
         units = width // channels
         writers: list[tuple[str, tuple[tuple[int, int], ...]]]
+        # Rows of the layers that write into the units, u0, u1, .. being units and each letter some rows:
+        #   separate     q: q0 q1 ..   k: k0 k1 ..   v: v0 v1 ..      three layers, a segment each
+        #   stacked      q0 q1 .. k0 k1 .. v0 v1 ..                   one layer, three segments
+        #   interleaved  q0 k0 v0 q1 k1 v1 ..                         one layer, one segment of wider units
         if branch.layout == "interleaved":
             writers = [(branch.inputs[0], ((0, sum(sizes)),))]
         elif branch.layout == "stacked":
+            # An MLP's layer holds gates and ups, or ups alone: its rows tell.
             count = len(sizes) if channels > 1 else modules[branch.inputs[0]].out_features // width
             offsets = [units * sum(sizes[:part]) for part in range(count)]
             writers = [(branch.inputs[0], tuple(zip(offsets, sizes[:count], strict=True)))]
