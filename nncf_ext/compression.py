@@ -43,7 +43,7 @@ def compress(
     gone.
 
     :param model: Torch model with linear layers; a Hugging Face model, or any other. MULTIPRUNER and MAMBA_SHEDDER: a
-        causal language model of a known family.
+        causal language model of a known architecture.
     :param mode: The method.
     :param ratio: Fraction of each layer's weights to zero, ``0 <= ratio < 1``; with 0, only quantization changes them.
         MULTIPRUNER, MAMBA_SHEDDER: fraction of all parameters to remove; the last group removed may exceed it.

@@ -69,7 +69,8 @@ class Journal:
         try:
             return reader(path)
         except _UNREADABLE as error:
-            msg = f"{path} is damaged ({type(error).__name__}: {error}). Delete it: what it kept will be done again."
+            remedy = "Name a new folder" if name == _HEADER else "Delete it: what it kept will be done again"
+            msg = f"{path} is damaged ({type(error).__name__}: {error}). {remedy}."
             raise nncf.ValidationError(msg) from error
 
     def write(self, name: str, writer: Callable[[Path], Any]) -> None:

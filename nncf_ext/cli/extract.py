@@ -64,6 +64,12 @@ def extract_folder(
             msg = "Say what to extract: either --plan structure_plan.json, or --adapter FOLDER with --report FILE."
             raise nncf.ValidationError(msg)
         if plan is not None:
+            given = {"--point": point != "chosen", "--mode": mode is not None, "--grid": grid is not None}
+            if any(given.values()):
+                msg = (
+                    f"{', '.join(name for name, is_given in given.items() if is_given)}: for adapters only, not --plan."
+                )
+                raise nncf.ValidationError(msg)
             content = StructurePlan.load(plan)
             model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
             save_model(extract(model, content), tokenizer, out_dir, overwrite, content)
@@ -92,14 +98,15 @@ def _read(report: Path, point: str) -> tuple[list[Any], dict[str, int]]:
     try:
         content = json.loads(report.read_text())
         groups = [RankGroup(**each) for each in content["groups"]]
-        evaluations, chosen = content["evaluations"], content["chosen"]
+        points = [each["point"] for each in content["evaluations"]]
+        chosen = content["chosen"] and content["chosen"]["point"]
     except (ValueError, KeyError, TypeError) as error:
         msg = f"{report} is no report of nncf-ext search ({type(error).__name__}: {error})."
         raise nncf.ValidationError(msg) from error
     if point == "chosen" and chosen is None:
         msg = f"In {report} no point keeps the limits. Name one by its number: --point 0."
         raise nncf.ValidationError(msg)
-    if point != "chosen" and not (point.isdecimal() and int(point) < len(evaluations)):
-        msg = f"--point is 'chosen', or a number from 0 to {len(evaluations) - 1}; got {point!r}."
+    if point != "chosen" and not (point.isdecimal() and int(point) < len(points)):
+        msg = f"--point is 'chosen', or a number from 0 to {len(points) - 1}; got {point!r}."
         raise nncf.ValidationError(msg)
-    return groups, (chosen if point == "chosen" else evaluations[int(point)])["point"]
+    return groups, chosen if point == "chosen" else points[int(point)]

@@ -54,9 +54,14 @@ def merge_folder(
     --grid), OUT_DIR a new folder. For example: nncf-ext merge sparse_model merged --adapter adapter
     """
     with user_errors():
+        import nncf
+
         from nncf_ext.algorithms.sqft.merging import merge
 
         check_new(out_dir, overwrite)
+        if masked and mode is not Merging.SPARSE:
+            msg = f"--masked goes with --mode sparse; got --mode {mode.value}, which says how the adapter was trained."
+            raise nncf.ValidationError(msg)
         contract = None if mode is Merging.PLAIN else MergeMode(mode.value)
         # A delta that was trained without a mask is masked by merge(), and the report tells the error of that.
         trained = contract if masked or contract is MergeMode.QUANT_AWARE else None

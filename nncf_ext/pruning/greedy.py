@@ -13,13 +13,10 @@ from typing import Any
 
 import nncf
 import torch
-from torch import nn
 
 from nncf_ext.journal import Journal, read_json
 from nncf_ext.pruning.candidates import Removal
 from nncf_ext.pruning.scoring import Scorer
-from nncf_ext.structure.dimensions import Dimensions
-from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import Step, StructurePlan
 
 
@@ -125,19 +122,3 @@ def _scores_file(step: int) -> str:
 def _key(removal: Removal) -> str:
     """Names a place, not a width: what is known of a dimension's last candidate tells something about its next."""
     return f"{removal.dimension}.{'all' if not removal.kept else 'some'}"
-
-
-def prunable_dimensions(model: nn.Module) -> Dimensions:
-    """
-    :param model: The model to prune by the loss of what is left.
-    :return: Its dimensions.
-    :raises nncf.UnsupportedModelError: Its structure is unknown, or it does not generate text from a cache.
-    """
-    dimensions = dimensions_of(model)
-    if not dimensions.record.uses_cache(model):
-        msg = (
-            f"Asked to search {type(model).__name__}, which is no causal language model: candidates are scored by the "
-            "likelihood of the next token. A plan made by hand works on it."
-        )
-        raise nncf.UnsupportedModelError(msg)
-    return dimensions

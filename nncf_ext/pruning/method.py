@@ -26,12 +26,13 @@ from nncf_ext.importance.metrics import Metric, PerplexityMetric
 from nncf_ext.method import Request
 from nncf_ext.pruning.candidates import Removal
 from nncf_ext.pruning.compensation import Compensator
-from nncf_ext.pruning.greedy import Elimination, prunable_dimensions
+from nncf_ext.pruning.greedy import Elimination
 from nncf_ext.pruning.scoring import REUSE_BYTES, Scorer
 from nncf_ext.structure.blocks import IGNORED, Survey
 from nncf_ext.structure.checks import check_cache, check_plan, check_sharing
 from nncf_ext.structure.counting import count_costs
 from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.order import by_importance
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import cut_structure
@@ -124,7 +125,8 @@ class Stage:
 
 class StructuredPruning(ABC):
     """
-    One run. Parameters and data are checked on construction; :meth:`apply` does the work.
+    One run. Parameters and data are checked on construction; :meth:`check` looks at the model and finds its dimensions,
+    once; :meth:`apply`, called after it, does the work.
 
     :param request: Ratio of the cost to remove, calibration data (batches of token ids), and everything else.
     :raises nncf.ValidationError: A parameter is out of range, or data is missing, empty, short or of another kind.
@@ -212,7 +214,7 @@ class StructuredPruning(ABC):
         if is_wrapped(model):
             msg = "Asked to cut a model that carries NNCF hooks. Remove structure first, then compress the result."
             raise nncf.UnsupportedModelError(msg)
-        dimensions = self._dimensions = prunable_dimensions(model)
+        dimensions = self._dimensions = _prunable_dimensions(model)
         plan, ignored = StructurePlan.dense(model, dimensions), _ignored(model, dimensions, survey)
         whole = self.cost(model, dimensions, plan)
         # Which units go first does not matter here, only how many: no scores are computed before all is checked.
@@ -329,6 +331,22 @@ def mlp_group(dimensions: Dimensions, asked: int | None) -> int:
         msg = f"mlp_group={group}, but the MLP has {width} channels. A number well below that works."
         raise nncf.ValidationError(msg)
     return group
+
+
+def _prunable_dimensions(model: nn.Module) -> Dimensions:
+    """
+    :param model: The model to prune by the loss of what is left.
+    :return: Its dimensions.
+    :raises nncf.UnsupportedModelError: Its structure is unknown, or it does not generate text from a cache.
+    """
+    dimensions = dimensions_of(model)
+    if not dimensions.record.uses_cache(model):
+        msg = (
+            f"Asked to prune {type(model).__name__}, which is no causal language model: candidates are scored by the "
+            "likelihood of the next token. A plan made by hand works on it."
+        )
+        raise nncf.UnsupportedModelError(msg)
+    return dimensions
 
 
 def _ignored(model: nn.Module, dimensions: Dimensions, survey: Survey) -> set[str]:

@@ -1,11 +1,11 @@
 """What does a model cost, and what would it cost after a plan? From shapes alone: the meta device will do."""
 
-import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 
 from torch import nn
 
-from nncf_ext.structure.dimensions import Dimensions, Kept, tensor_at
+from nncf_ext.structure.dimensions import Dimensions, Kept, axis_length, tensor_at
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import Costs, StructurePlan
 from nncf_ext.weights.sharing import names_of_parameters
@@ -53,7 +53,7 @@ def lost_numbers(model: nn.Module, kept: Kept, dimensions: Dimensions) -> dict[i
 
 def _lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mapping[str, int]:
     lost: dict[str, int] = {}
-    shapes: dict[str, list[int]] = {}  # of tensors that are cut, on one axis or several
+    left: dict[str, Fraction] = {}  # of tensors that are cut, on one axis or several
     for name, dimension in dimensions.items():
         gone = dimension.size - len(kept[name])
         if not gone:
@@ -61,14 +61,16 @@ def _lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mappi
         stand_ins = dimension.replaced(kept[name])
         for path, stand_in in stand_ins.items():
             module = model.get_submodule(path)
-            left = {own: each.numel() for own, each in stand_in.standing_for(module).named_parameters()}
+            stays = {own: each.numel() for own, each in stand_in.standing_for(module).named_parameters()}
             every = module.named_parameters(remove_duplicate=False)
-            lost |= {f"{path}.{own}": each.numel() - left.get(own, 0) for own, each in every}
+            lost |= {f"{path}.{own}": each.numel() - stays.get(own, 0) for own, each in every}
         for cut in () if stand_ins else dimension.cuts:
-            shape = shapes.setdefault(cut.tensor, list(tensor_at(model, cut.tensor).shape))
-            shape[cut.axis] -= gone * cut.indices_per_unit
-    for tensor, shape in shapes.items():
-        lost[tensor] = tensor_at(model, tensor).numel() - math.prod(shape)
+            length = axis_length(model, cut)
+            share = Fraction(length - gone * cut.indices_per_unit, length)
+            left[cut.tensor] = left.get(cut.tensor, Fraction(1)) * share
+    for tensor, share in left.items():
+        numbers = tensor_at(model, tensor).numel()  # packed codes of a grid count as they are stored
+        lost[tensor] = numbers - int(numbers * share)
     return lost
 
 

@@ -150,7 +150,10 @@ class Dimension:
 
 
 class Architecture:
-    """What an architecture asks for beyond its dimensions. This one asks for nothing."""
+    """
+    What an architecture asks for beyond its dimensions. This one asks for nothing; that of a known architecture is its
+    record (:class:`nncf_ext.structure.records.record.Record`).
+    """
 
     def uses_cache(self, model: nn.Module) -> bool:
         """
@@ -182,7 +185,7 @@ class Architecture:
         :param dimension: One of its dimensions.
         :return: Numbers of units, the same in all blocks, that the architecture's configuration can express.
         """
-        return list(range(1, dimension.size + 1))
+        return list(range(1, dimension.size + 1)) if dimension.cuts else [dimension.size]
 
     def finish(self, model: nn.Module) -> None:
         """
@@ -196,6 +199,8 @@ class Architecture:
 class Dimensions(Mapping[str, Dimension]):
     """
     The dimensions of one model by name, in the order of its blocks.
+
+    Two dimensions may cut one tensor on different axes. They do not overlap otherwise: what one replaces, no other cuts.
 
     :param dimensions: The dimensions.
     :param blocks: Path of the list of repeated blocks, from the model.
@@ -268,6 +273,18 @@ class Dimensions(Mapping[str, Dimension]):
                 rows = weight[offset : offset + dimension.size * size]
                 found.append(rows.detach().reshape(dimension.size, size, -1))
         return found
+
+
+def axis_length(model: nn.Module, cut: Cut) -> int:
+    """
+    :param model: A model.
+    :param cut: One axis of one of its tensors.
+    :return: How long the axis is. Of a linear layer as the layer says: on a grid its weight is stored in another shape.
+    """
+    module = model.get_submodule(cut.module)
+    if isinstance(module, nn.Linear):
+        return module.in_features if cut.axis else module.out_features
+    return tensor_at(model, cut.tensor).shape[cut.axis]
 
 
 def tensor_at(model: nn.Module, path: str) -> Any:

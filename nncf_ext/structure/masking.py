@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import nncf
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nncf_ext.standalone.skipping import SkippedUnread
 from nncf_ext.structure.checks import check_plan
-from nncf_ext.structure.dimensions import Cut, Dimension, Dimensions, tensor_at
+from nncf_ext.structure.dimensions import Cut, Dimension, Dimensions, axis_length, tensor_at
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import StructurePlan
 
@@ -75,8 +76,11 @@ def mask_dimension(
 
 
 def _mask_inputs(model: nn.Module, cut: Cut, kept: Sequence[int], rows: Tensor | None) -> RemovableHandle:
-    reader, weight = model.get_submodule(cut.module), tensor_at(model, cut.tensor)
-    mask = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    reader: Any = model.get_submodule(cut.module)
+    if getattr(reader, "groups", 1) > 1:
+        msg = f"{cut.module} is a convolution in groups: no mask on its inputs takes single channels out."
+        raise nncf.UnsupportedModelError(msg)
+    mask = torch.zeros(axis_length(model, cut), dtype=torch.bool, device=tensor_at(model, cut.tensor).device)
     mask[cut.indices(kept, mask.device)] = True
     if isinstance(reader, _CONVOLUTIONS):  # channels stand before the positions
         mask = mask.view(-1, *(1,) * len(reader.kernel_size))

@@ -152,16 +152,23 @@ class StructurePlan:
         try:
             content = json.loads(Path(path).read_text())
             version = content["version"]
-            if not isinstance(version, int) or version > VERSION:
+            if type(version) is not int or version < 1:
+                msg = f"version {version!r}"
+                raise ValueError(msg)
+            if version > VERSION:
                 msg = (
                     f"{path} is a structure plan of version {version}; this release reads versions up to {VERSION}. "
                     "Upgrade nncf-ext."
                 )
                 raise nncf.ValidationError(msg)
             content = _from_version_1(content) if version == 1 else content
+            _check_runs(content["kept"])
             return cls(
                 model=Fingerprint(**content["model"]),
-                kept={name: _units(runs) for name, runs in content["kept"].items()},
+                kept={
+                    name: tuple(unit for first, end in runs for unit in range(first, end))
+                    for name, runs in content["kept"].items()
+                },
                 steps=tuple(Step(**step) for step in content["steps"]),
                 calibration=content["calibration"],
                 costs_before=Costs(**content["costs_before"]) if content["costs_before"] else None,
@@ -207,13 +214,13 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     )
 
 
-def _units(runs: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    # A file is untrusted: nothing is expanded that no model could have.
-    count = sum(end - first for first, end in runs)
-    if count > _MOST_UNITS or not all(0 <= first < end for first, end in runs):
-        msg = f"runs {list(runs)[:4]} are no units of a dimension"
+def _check_runs(kept: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """A file is untrusted: nothing is expanded that no model could have."""
+    runs = [run for each in kept.values() for run in each]
+    sound = all(type(number) is int for run in runs for number in run) and all(0 <= first < end for first, end in runs)
+    if not sound or sum(end - first for first, end in runs) > _MOST_UNITS:
+        msg = "it keeps what can be no units of a model's dimensions"
         raise ValueError(msg)
-    return tuple(unit for first, end in runs for unit in range(first, end))
 
 
 def _runs(kept: Sequence[int]) -> list[list[int]]:

@@ -41,8 +41,11 @@ def extract_structure(model: TModel, plan: StructurePlan, dimensions: Dimensions
     # Weights that will be cut or dropped are not copied whole: slicing makes new ones.
     replaced: dict[int, Any] = {}
     for name, dimension in dimensions.items():
-        for path in dimension.touched(plan.kept[name]):
+        units = plan.kept[name]
+        for path in dimension.replaced(units):
             replaced |= {id(each): each for each in model.get_submodule(path).parameters()}
+        for cut in dimension.cuts if 0 < len(units) and units != dimension.all_units else ():
+            replaced[id(tensor_at(model, cut.tensor))] = tensor_at(model, cut.tensor)
     small = copy.deepcopy(model, replaced)
     cut_structure(small, plan.kept, dimensions)
     return small
@@ -130,9 +133,9 @@ def fit_attributes(module: Any) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        depthwise = module.groups == module.in_channels
+        if module.groups == module.in_channels > 1:  # depthwise: a group for each channel that is left
+            module.groups = weight.shape[0] * module.groups // module.out_channels
         module.out_channels = weight.shape[0]
-        module.groups = weight.shape[0] if depthwise and module.groups > 1 else module.groups
         module.in_channels = weight.shape[1] * module.groups
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape

@@ -18,7 +18,7 @@ def snap_to_uniform(
 ) -> StructurePlan:
     """
     Spreads what a plan keeps evenly over the layers that stay. Layers without any branch stay away; one that has lost
-    one branch gets it back, as wide as everywhere. So the size is nearly that of the plan, and its choice among layers
+    one branch, or a part of a Mamba mixer, gets it back, as wide as everywhere. So the size is nearly that of the plan, and its choice among layers
     is lost: score the result again.
 
     :param model: The dense model.
@@ -32,6 +32,9 @@ def snap_to_uniform(
     dimensions = dimensions_of(model)
     check_plan(model, plan, dimensions)
     staying = {index for index, parts in enumerate(dimensions.by_block) if any(plan.kept[each.name] for each in parts)}
+    if not staying:
+        msg = "The plan keeps nothing of any layer, so there is nothing to spread. Keep a branch of one."
+        raise nncf.ValidationError(msg)
     sizes: dict[str, int] = {}
     order: dict[str, list[int]] = {}
     for part in dict.fromkeys(each.part for each in dimensions.values()):

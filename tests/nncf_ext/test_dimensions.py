@@ -21,7 +21,7 @@ from nncf_ext.structure.masking import mask_dimension
 from nncf_ext.structure.order import units_at
 from nncf_ext.structure.plan import Costs, Step, StructurePlan
 from nncf_ext.structure.surgery import cut_tensors
-from tests.structure_models import CAUSAL, ENCODERS, HYBRIDS, STATE_SPACE, make
+from tests.structure_models import CAUSAL, ENCODERS, HYBRIDS, STATE_SPACE, logits, make, tokens
 
 PLANS = Path(__file__).with_name("plans")
 ASSETS = Path(__file__).parents[2] / "samples" / "assets"
@@ -218,10 +218,97 @@ def test_files_of_version_1_still_load(tmp_path) -> None:
         assert StructurePlan.load(tmp_path / "plan.json") == plan
 
 
-@pytest.mark.parametrize("runs", [[[0, 10**12]], [[0, 2**24], [0, 2]], [[3, 1]], [[-1, 2]]])
+@pytest.mark.parametrize("runs", [[[0, 10**12]], [[0, 2**22]] * 3, [[3, 1]], [[-1, 2]], [[0, 1.5]], [[0, True]]])
 def test_files_that_name_absurd_units_are_refused_at_once(runs, tmp_path) -> None:
     content = json.loads((PLANS / "tiny_mamba2.version_1.json").read_text())
-    content["layers"][0]["mamba"] = runs
+    for layer in content["layers"]:
+        layer["mamba"] = runs
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(nncf.ValidationError, match="no structure plan .*units of a dimension"):
+    with pytest.raises(nncf.ValidationError, match="no structure plan .*no units"):
         StructurePlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("version", [0, -3, True, "2", None, 1.0])
+def test_files_of_no_version_are_no_plans(version, tmp_path) -> None:
+    content = json.loads((PLANS / "tiny_mamba2.version_1.json").read_text()) | {"version": version}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(nncf.ValidationError, match="no structure plan .*version"):
+        StructurePlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("mode", [nncf.CompressWeightsMode.INT4_SYM, nncf.CompressWeightsMode.INT8_SYM])
+def test_models_on_a_grid_are_masked_and_counted(mode) -> None:
+    """NNCF stores two codes in a byte, in one column; what a layer computes has the sizes that the layer says."""
+    model, ids = make("llama", head_dim=8), tokens()
+    plan = StructurePlan.dense(model).at({"layers.1.mlp": 17, "layers.2.attention": 1})
+    settings = {"group_size": 16} if mode is nncf.CompressWeightsMode.INT4_SYM else {}
+    packed = nncf.compress_weights(copy.deepcopy(model), mode=mode, dataset=nncf.Dataset([ids]), **settings)
+    stored = sum(each.numel() for each in packed.parameters())
+    with nncf_ext.masked(packed, StructurePlan(StructurePlan.dense(packed).model, plan.kept)):
+        tried = logits(packed, ids)
+    dense = logits(packed, ids)
+    assert not torch.equal(tried, dense)
+    down, attention = packed.model.layers[1].mlp.down_proj, packed.model.layers[2].self_attn.o_proj
+    hooks = [
+        each.register_forward_pre_hook(lambda _module, inputs, width=width: (inputs[0].index_fill(2, width, 0.0),))
+        for each, width in ((down, torch.arange(17, 40)), (attention, torch.arange(16, 64)))
+    ]
+    torch.testing.assert_close(logits(packed, ids), tried)
+    for each in hooks:
+        each.remove()
+    costs = nncf_ext.count_costs(packed, StructurePlan(StructurePlan.dense(packed).model, plan.kept))
+    share = 2 if mode is nncf.CompressWeightsMode.INT4_SYM else 1  # numbers in a byte
+    assert stored - costs.parameters == (23 * 3 * 32 + 3 * (2 * 16 + 2 * 8) * 32) // share
+
+
+@pytest.mark.parametrize("name", ["opt", "llama_biases", "bert", "mamba2", "zamba2"])
+def test_the_extracted_model_shares_no_tensor(name) -> None:
+    model = make(name)
+    dense = StructurePlan.dense(model)
+    halves = {
+        each: max(1, len(units) // 2)
+        for each, units in dense.kept.items()
+        if not each.startswith(("layers.2", "layers.4"))
+    }
+    small = nncf_ext.extract(model, dense.at(halves))
+    theirs = {each.data_ptr() for each in model.parameters() if each.numel()}
+    assert not theirs & {each.data_ptr() for each in small.parameters() if each.numel()}
+
+
+@pytest.mark.parametrize("name", [*STATE_SPACE, *HYBRIDS])
+def test_uniform_state_space_models_keep_their_state_spaces(name) -> None:
+    model = make(name)
+    plan = StructurePlan.dense(model).keep("layers.0.mamba", (0,)).keep("layers.1.mamba", (0,))
+    even = nncf_ext.snap_to_uniform(model, plan)
+    assert even == StructurePlan.dense(model)
+
+
+def test_nothing_cannot_be_made_uniform() -> None:
+    model = make("bert")
+    nothing = StructurePlan.dense(model).at(dict.fromkeys(dimensions_of(model), 0))
+    with pytest.raises(nncf.ValidationError, match="keeps nothing"):
+        nncf_ext.snap_to_uniform(model, nothing)
+
+
+def test_depthwise_with_a_multiplier() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Conv1d(4, 8, 3, groups=4), nn.Conv1d(8, 3, 1)).double()
+    x = torch.rand(1, 2, 7, dtype=torch.float64)
+    one = Dimension(
+        "one",
+        DimensionKind.WIDTH,
+        4,
+        cuts=(
+            *(Cut(f"0.{name}", 0) for name in ("weight", "bias")),
+            *(Cut(f"1.{name}", 0, ((0, 2),)) for name in ("weight", "bias")),
+            Cut("2.weight", 1, ((0, 2),)),
+        ),
+    )
+    undo = mask_dimension(model, one, (0, 3, 2))
+    tried = model(x)
+    undo()
+    cut_tensors(model, {"one": (0, 3, 2)}, Dimensions([one]))
+    torch.testing.assert_close(model(x), tried, rtol=1e-12, atol=1e-12)
+    grouped = Dimension("grouped", DimensionKind.WIDTH, 2, cuts=(Cut("1.weight", 1),))
+    with pytest.raises(nncf.UnsupportedModelError, match="convolution in groups"):
+        mask_dimension(model, grouped, (0,))
