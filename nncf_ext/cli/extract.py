@@ -65,10 +65,8 @@ def extract_folder(
             raise nncf.ValidationError(msg)
         if plan is not None:
             given = {"--point": point != "chosen", "--mode": mode is not None, "--grid": grid is not None}
-            if any(given.values()):
-                msg = (
-                    f"{', '.join(name for name, is_given in given.items() if is_given)}: for adapters only, not --plan."
-                )
+            if wrong := [name for name, is_given in given.items() if is_given]:
+                msg = f"{', '.join(wrong)}: for adapters only, not for a plan."
                 raise nncf.ValidationError(msg)
             content = StructurePlan.load(plan)
             model, tokenizer = load_model(model_dir, dtype, trust_remote_code)

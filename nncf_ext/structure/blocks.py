@@ -109,8 +109,8 @@ def survey(model: nn.Module, ignored_scope: nncf.IgnoredScope | None = None) -> 
 
 def find_block_lists(model: nn.Module) -> Iterator[BlockList]:
     """
-    Finds the outermost lists of blocks: by the architecture's record, else every ModuleList (or Sequential of modules of one
-    class) with at least two members that all hold linear layers.
+    Finds the outermost lists of blocks: by the architecture's record, else every ModuleList (or Sequential of modules
+    of one class) with at least two members that all hold linear layers.
 
     :param model: Any torch model.
     :return: Block lists, in the model's order.

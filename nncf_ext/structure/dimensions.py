@@ -200,7 +200,8 @@ class Dimensions(Mapping[str, Dimension]):
     """
     The dimensions of one model by name, in the order of its blocks.
 
-    Two dimensions may cut one tensor on different axes. They do not overlap otherwise: what one replaces, no other cuts.
+    Two dimensions may cut one tensor on different axes. They do not overlap in any other way: what one replaces, no
+    other cuts.
 
     :param dimensions: The dimensions.
     :param blocks: Path of the list of repeated blocks, from the model.

@@ -18,8 +18,8 @@ def snap_to_uniform(
 ) -> StructurePlan:
     """
     Spreads what a plan keeps evenly over the layers that stay. Layers without any branch stay away; one that has lost
-    one branch, or a part of a Mamba mixer, gets it back, as wide as everywhere. So the size is nearly that of the plan, and its choice among layers
-    is lost: score the result again.
+    one branch, or the state space of its mixer, gets it back, as wide as everywhere. So the size is nearly that of the
+    plan, and its choice among layers is lost: score the result again.
 
     :param model: The dense model.
     :param plan: A plan for it.
