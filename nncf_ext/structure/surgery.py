@@ -42,8 +42,10 @@ def extract_structure(model: TModel, plan: StructurePlan, dimensions: Dimensions
     replaced: dict[int, Any] = {}
     for name, dimension in dimensions.items():
         units = plan.kept[name]
-        for path in dimension.replaced(units):
-            replaced |= {id(each): each for each in model.get_submodule(path).parameters()}
+        for path, stand_in in dimension.replaced(units).items():
+            module = model.get_submodule(path)
+            stays = {id(each) for each in stand_in.standing_for(module).parameters()}
+            replaced |= {id(each): each for each in module.parameters() if id(each) not in stays}
         for cut in dimension.cuts if 0 < len(units) and units != dimension.all_units else ():
             replaced[id(tensor_at(model, cut.tensor))] = tensor_at(model, cut.tensor)
     small = copy.deepcopy(model, replaced)

@@ -239,7 +239,7 @@ def test_files_of_no_version_are_no_plans(version, tmp_path) -> None:
 @pytest.mark.parametrize("mode", [nncf.CompressWeightsMode.INT4_SYM, nncf.CompressWeightsMode.INT8_SYM])
 def test_models_on_a_grid_are_masked_and_counted(mode) -> None:
     """NNCF stores two codes in a byte, in one column; what a layer computes has the sizes that the layer says."""
-    model, ids = make("llama", head_dim=8), tokens()
+    model, ids = make("llama", head_dim=8, intermediate_size=48), tokens()
     plan = StructurePlan.dense(model).at({"layers.1.mlp": 17, "layers.2.attention": 1})
     settings = {"group_size": 16} if mode is nncf.CompressWeightsMode.INT4_SYM else {}
     packed = nncf.compress_weights(copy.deepcopy(model), mode=mode, dataset=nncf.Dataset([ids]), **settings)
@@ -251,14 +251,14 @@ def test_models_on_a_grid_are_masked_and_counted(mode) -> None:
     down, attention = packed.model.layers[1].mlp.down_proj, packed.model.layers[2].self_attn.o_proj
     hooks = [
         each.register_forward_pre_hook(lambda _module, inputs, width=width: (inputs[0].index_fill(2, width, 0.0),))
-        for each, width in ((down, torch.arange(17, 40)), (attention, torch.arange(16, 64)))
+        for each, width in ((down, torch.arange(17, 48)), (attention, torch.arange(16, 64)))
     ]
     torch.testing.assert_close(logits(packed, ids), tried)
     for each in hooks:
         each.remove()
     costs = nncf_ext.count_costs(packed, StructurePlan(StructurePlan.dense(packed).model, plan.kept))
     share = 2 if mode is nncf.CompressWeightsMode.INT4_SYM else 1  # numbers in a byte
-    assert stored - costs.parameters == (23 * 3 * 32 + 3 * (2 * 16 + 2 * 8) * 32) // share
+    assert stored - costs.parameters == (31 * 3 * 32 + 3 * (2 * 16 + 2 * 8) * 32) // share
 
 
 @pytest.mark.parametrize("name", ["opt", "llama_biases", "bert", "mamba2", "zamba2"])
