@@ -336,7 +336,8 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
 using Function = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, float*);
 constexpr uint64_t max_rows = 256;  // that share one expansion
 
-// A function for each small number of rows, because the sums of all rows are registers: their number must be a constant.
+// A function for each small number of rows, because the sums of all rows are registers: their number must be a constant. 4 is as many as
+// add_sparse_panel takes, whose assembly statement has no operand left for a fifth row.
 template <Kind kind, bool dense, Input input>
 Function by_rows(uint64_t rows) {
     switch (rows) {
