@@ -1,8 +1,11 @@
-// AMX: tiles of 16 tile rows of 64 bytes. One panel of one k tile of the format is one B tile (a slice is a tile row); 16 rows of activations
-// are one A tile.
+// AMX: tiles of 16 tile rows of 64 bytes. One panel of one k tile of the format is one B tile (a slice is a tile row); 16 rows of
+// activations are one A tile.
 //
 // The weights of a block are expanded, a chunk at a time, to B tiles on the stack, then multiplied with all rows of activations, 32 at a
 // time: 2x2 tiles of sums, so that each tile that is loaded is used twice.
+//
+// The lanes of the tiles (see multiply_tiles in amx_tiles.hpp) are the reason why a slice of the format is 16 outputs by 4 bytes of inputs:
+// an expanded slice is a tile row of B without any further shuffle.
 #include <immintrin.h>
 
 #include "../support/amx_tiles.hpp"
@@ -18,7 +21,10 @@ static_assert(panel_bytes == tile_bytes && slice_bytes == tile_row_bytes, "a pan
 // ------------------------------------------------------------------------------------------------- tile registers
 
 // Registers: 0 to 3 sums, 4 and 5 activations, 6 and 7 weights. upper, lower: rows of activations in the two halves of a step; sums 0 and 1
-// belong to the upper half, 2 and 3 to the lower one.
+// belong to the upper half, 2 and 3 to the lower one. With one half only, all four sums belong to it, so upper and lower are equal.
+//
+// Tiles of activations and sums get as many tile rows as there are rows of activations. Behind the last row the prepared memory holds
+// whatever was there before: it is never loaded.
 INLINE TileConfig tiles_for(uint64_t upper, uint64_t lower) {
     constexpr uint16_t all = tile_row_bytes;
     const auto u = uint8_t(upper), l = uint8_t(lower);
@@ -26,7 +32,11 @@ INLINE TileConfig tiles_for(uint64_t upper, uint64_t lower) {
 }
 
 // Adds the products of `count` k tiles to the sums: rows of activations x panels. Two halves: 32 rows x 2 panels from `b` on;
-// one half: 16 rows x 4 panels. The upper half's A tiles start at `a`, the lower half's at `a_lower`.
+// one half: 16 rows x 4 panels. The upper half's A tiles start at `a`, the lower half's at `a_lower`. A k tile of the blocked memory is one
+// A tile, and one B tile for each panel, so both pointers only step on.
+//
+// Two halves: 4 loads for 4 products. One half: 5, as the single A tile meets each B tile just once. In both cases the four products have
+// four different sums, so none waits for the one before it.
 //
 //     for each k tile, two halves:                     one half:
 //         sum0 += upper * panel 0                          sum0 += upper * panel 0
@@ -63,7 +73,8 @@ INLINE void zero_sums() {
 
 // ------------------------------------------------------------------------------------------------- weights
 
-// Expands `tiles` k tiles of all four panels to B tiles, or finds them in the blob: dense bf16 and int8 weights are stored as B tiles.
+// Expands `tiles` k tiles of all four panels to B tiles, or finds them in the blob: dense bf16 and int8 weights are stored as B tiles. The
+// blob may lie at any address, which tile loads allow. Dense int4 has to be taken out of its nibbles, like everything with a mask.
 template <Kind kind, bool dense>
 INLINE const uint8_t* b_tiles(Stream<kind, dense>& stream, uint64_t tiles, uint8_t* scratch) {
     if (dense && kind != Kind::int4) {
@@ -112,6 +123,10 @@ struct Place {
           panel(first_panel + (two_halves ? i % 2 : i)) {}
 };
 
+// A chunk of bf16 weights: its sums stay in the tiles through all k tiles, 2 or 4 panels at a time, since there are four sum registers.
+//
+// They start at 0 and join out afterwards, rather than start with out. A chunk's sum must not depend on whether the chunks before it were
+// added by the same call: with few blocks, dispatch gives each chunk to another thread.
 template <bool two_halves>
 void add_bf16(const Step& step, const uint8_t* b, uint64_t tiles) {
     alignas(64) float sums[4][tile_rows][panel_n];
@@ -136,6 +151,11 @@ struct Scales {
     __m512 w[8][block_panels];  // [segment][panel]: a chunk has up to 8 segments
 };
 
+// A chunk of integer weights. The sums leave the tiles after every segment, because the next one has other scales. They are exact: at most
+// 128 products of at most 128 * 127, below 2^21, which converts to f32 without rounding. s8 by s8 needs no compensation.
+//
+// The chunk's total has its own memory for the same reason as in add_bf16. Scaling is the order of format.md, and must stay that: the
+// product of the two scales is rounded, then one fused multiply-add for each segment, ascending.
 template <bool two_halves>
 void add_integers(const Step& step, const uint8_t* b, uint64_t segments, uint64_t tiles_per_segment, const Scales& scales) {
     alignas(64) int32_t sums[4][tile_rows][panel_n];
@@ -167,6 +187,8 @@ void add_integers(const Step& step, const uint8_t* b, uint64_t segments, uint64_
 
 // ------------------------------------------------------------------------------------------------- one block
 
+// One block of outputs: see Kernel::multiply. The loop over rows is inside that over chunks, so that all rows share one expansion, which
+// stays on the stack: 64 KiB for bf16, 32 KiB for integers. The scales of the weights are converted once for all rows, too.
 template <Kind kind, bool dense>
 void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
                     float* out) {
@@ -194,9 +216,11 @@ void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uin
             Step step;
             step.rows = rows - r < 2 * tile_rows ? rows - r : 2 * tile_rows;
             step.upper = static_cast<const uint8_t*>(a.data) + (row + r) * a.stride + tile * tile_bytes;
-            step.lower = step.upper + tile_rows * a.stride;
+            step.lower = step.upper + tile_rows * a.stride;  // not read unless there are two halves
             step.out = out + r * block_n;
             const bool two_halves = step.rows > tile_rows;
+            // Full steps share a configuration. The last step may be ragged: a new one, which zeroes the tiles, but nothing lives in them
+            // between two steps.
             if (configured != step.rows) {
                 registers.configure(tiles_for(two_halves ? tile_rows : step.rows, two_halves ? step.rows - tile_rows : step.rows));
                 configured = step.rows;
@@ -226,6 +250,11 @@ void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t 
 }
 
 // Sixteen rows form one A tile for each k tile; these tiles lie one after the other. tdpbssd multiplies s8 by s8: no offset.
+//
+//     rows 0..15     k tile 0: row 0 (64 bytes), row 1, ... row 15     k tile 1: row 0, ...
+//     rows 16..31    the same, 16 * stride bytes further on
+//
+// So a tile is loaded from 1024 bytes that lie together instead of 16 places a whole row apart.
 void prepare(const Activations& a, Kind, const void* x, bool x_is_bf16, uint64_t row) {
     uint8_t* const to = static_cast<uint8_t*>(a.data) + row / tile_rows * tile_rows * a.stride + row % tile_rows * tile_row_bytes;
     if (a.integer)

@@ -1,8 +1,8 @@
 // AVX2 with FMA and F16C (Haswell, Zen and later); compiled a second time with AVX-VNNI (Alder Lake, Sierra Forest, Zen 5 and later).
 //
-// One slice of the format is two registers, 8 outputs each. Up to `widest` rows of x are multiplied straight from the decoded registers; for
-// more, a segment is decoded once to memory that fits the first-level cache. Sums are kept in one order for any number of rows, so a row's
-// bits do not depend on its company.
+// One slice of the format is two registers, 8 outputs each. Up to `widest` rows of x are multiplied straight from the decoded registers;
+// for more, a segment is decoded once to memory that fits the first-level cache. Sums are kept in one order for any number of rows, so a
+// row's bits do not depend on its company.
 #include <immintrin.h>
 
 #include "../support/avx2_activations.hpp"
@@ -13,7 +13,7 @@ namespace ov_ext::sparse_matmul {
 namespace {
 
 // How a slice is multiplied. Every way is exact for integers: vpmaddubsw saturates a sum of two products at 16 bits, so it is only given
-// products that fit.
+// products that fit. Weights may be -128, whose magnitude fits a u8; activations lie in -127..127, so a change of sign cannot overflow.
 enum class Dot {
     f32,     // activations stay floating point
     vnni,    // u8 activations, offset by 128: vpdpbusd
@@ -31,20 +31,28 @@ constexpr Dot dot_of(Kind kind, bool integer) {
 
 constexpr bool offset_by_128(Dot dot) { return dot == Dot::vnni || dot == Dot::narrow; }
 
-// Cutting a nibble out is cheapest when it stays in the high half of its byte: 16 times the weight. Only narrow sums have no room.
+// Cutting a nibble out is cheapest when it stays in the high half of its byte: 16 times the weight. Only narrow sums have no room. The
+// others do: a segment's sum is at most 128 * 255 * 128 < 2^22. Its 4 low bits are 0, so the shift back at its end is exact.
 constexpr int extra_bits(Kind kind, Dot dot) { return kind == Kind::int4 && dot != Dot::narrow ? 4 : 0; }
 
-// Rows of x for which there are accumulators (two registers a row) beside the operands of the dot product, in 16 registers.
+// Rows of x for which there are accumulators (two registers a row) beside the operands of the dot product, in 16 registers. The two halves
+// of a slice and the activations take 3, the product of narrow one more. signs needs |w| too (2), activations with the sign of w, and ones.
 constexpr int widest_of(Dot dot) { return dot == Dot::signs ? 4 : 6; }
 
 // ------------------------------------------------------------------------------------------------- decoding slices
 
-// One slice: outputs 0..7 and 8..15 of a panel, slice_k inputs each.
+// One slice: outputs 0..7 and 8..15 of a panel, slice_k inputs each. A 32-bit lane is one output, so one broadcast of slice_k activations
+// meets all lanes, and each lane sums the products of its own output:
+//
+//     half[0]       lane 0                lane 1                ...   lane 7
+//     int8, int4    o0: k0 k1 k2 k3       o1: k0 k1 k2 k3             o7: k0 k1 k2 k3
+//     bf16          o0: k0    k1          o1: k0    k1                o7: k0    k1
 struct Slice {
     __m256i half[2];
 };
 
-// Input j of a slice as floats.
+// Input j of a slice as floats, one output a lane. A bf16 is the upper half of an f32. An integer goes to the top of its lane and comes
+// back with its sign; extra_bits falls off on the way.
 template <Kind kind, Dot dot>
 INLINE __m256 weights(__m256i half, int j) {
     if (kind == Kind::bf16)
@@ -61,13 +69,14 @@ struct Stream {
 
     static constexpr int mask_bytes = kind == Kind::bf16 ? 4 : 8;  // of a slice
 
-    // For the next panel.
+    // For the next panel. Its 16 masks are 64 or 128 bytes in a row: whole registers, and nothing is read behind them.
     INLINE void look_up(uint16_t* offsets) const {
         if (!dense)
             ov_ext::look_up<panel_slices * mask_bytes>(masks, offsets);
     }
 
-    // offsets: of this slice.
+    // offsets: of this slice. The cursor moves by the number of mask bits; validation has proven that it stays inside the run. Loads may go
+    // on behind the run: the next one follows, or the 64 zero bytes at the end of the blob.
     template <int parity>
     INLINE Slice next(const uint16_t* offsets) {
         const uint8_t*& at = kind == Kind::int4 && parity ? odd : values;
@@ -89,7 +98,13 @@ struct Stream {
         return slice;
     }
 
-    // The weights in packed values: int4 are cut out of their bytes.
+    // The weights in packed values: int4 are cut out of their bytes. This comes before the expansion, so that lanes without a value become
+    // a true zero. AVX2 shifts words, not bytes: the bits that cross into a neighbour are masked away.
+    //
+    //     byte of the run          H H H H L L L L      H: code of an odd slice, L: of an even one
+    //     odd                      H H H H 0 0 0 0      16 times the weight, with its sign
+    //     even                     L L L L 0 0 0 0
+    //     narrow, L for example    L3 L3 L3 L3 L3 L2 L1 L0    the weight; a table extends the sign
     template <int parity>
     static INLINE __m256i extended(__m256i packed) {
         if constexpr (kind != Kind::int4)
@@ -104,7 +119,7 @@ struct Stream {
     static INLINE __m256 weight(const Slice& slice, int half, int j) { return weights<kind, dot>(slice.half[half], j); }
 
     // Called every four slices, which consume four cache lines of values, half of that at half density or as int4. Hardware prefetching
-    // stops at every page.
+    // stops at every page. A prefetch never faults, so it may point behind the blob.
     INLINE void prefetch() const {
         constexpr int values_ahead = 2048, masks_ahead = 1024, line_bytes = 64;
         for (int line = 0; line < (dense ? 4 : 2) / (kind == Kind::int4 ? 2 : 1); line++)
@@ -114,7 +129,8 @@ struct Stream {
     }
 };
 
-// Slices that expand() has decoded: bytes as they come out of a Stream, or all inputs as floats.
+// Slices that expand() has decoded: bytes as they come out of a Stream, or all inputs as floats. They offer what a Stream offers, so that
+// one multiply_tiles serves all; masks are gone, and what was written a moment ago needs no prefetch.
 struct ExpandedBytes {
     const uint8_t* at;
 
@@ -129,6 +145,7 @@ struct ExpandedBytes {
     INLINE void prefetch() const {}
 };
 
+// A slice is [slice_k][panel_n] floats: 4 bytes for every weight, but the conversion is paid once for all rows of x.
 template <int slice_k>
 struct ExpandedFloats {
     const uint8_t* at;
@@ -156,7 +173,8 @@ struct ExpandedSlices<Dot::f32, slice_k> {
     using type = ExpandedFloats<slice_k>;
 };
 
-// Decodes `tiles` k tiles to memory.
+// Decodes `tiles` k tiles to memory, in the order of the stream. Slices go in pairs because the parity, which chooses the cursor of int4,
+// is a template argument.
 template <Kind kind, bool dense, Dot dot>
 void expand(Stream<kind, dense, dot>& source, uint64_t tiles, uint8_t* to) {
     using Slices = Stream<kind, dense, dot>;
@@ -204,7 +222,15 @@ struct Sum<Dot::f32> {
     static INLINE void store(Scalar* p, Register v) { _mm256_store_ps(p, v); }
 };
 
-// Adds the products of one decoded slice with M rows of x, `stride` bytes apart.
+// Adds the products of one decoded slice with M rows of x, `stride` bytes apart. What a 32-bit lane receives, with the activations a and
+// the weights w of its output:
+//
+//     f32       for each input j, in ascending order: sum = fma(a[j], w[j], sum)
+//     vnni      a0 w0 + a1 w1 + a2 w2 + a3 w3
+//     signs     pairs = {|w0| (a0 sgn w0) + |w1| (a1 sgn w1), the same of 2 and 3}; pairs have no room for more and are added up at once
+//     narrow    {a0 w0 + a1 w1, a2 w2 + a3 w3} to two 16-bit sums, which have room for 8 slices
+//
+// f32 keeps one chain of additions for each output. A second chain would be another order of additions: other bits.
 template <Dot dot, int slice_k, class Source, class AnySlice, int M>
 INLINE void add_slice(const AnySlice& slice, const uint8_t* x, uint64_t stride, typename Sum<dot>::Register (&sum)[M][2]) {
     if constexpr (dot == Dot::f32) {
@@ -242,7 +268,8 @@ INLINE void add_slice(const AnySlice& slice, const uint8_t* x, uint64_t stride, 
     }
 }
 
-// Adds the products of `tiles` k tiles with M rows of x to sums[M][block_n]. Not inlined: its loop needs all registers.
+// Adds the products of `tiles` k tiles with M rows of x to sums[M][block_n]. Not inlined: its loop needs all registers. The sums of one
+// panel fill them, and the stream changes the panel after 16 slices, so sums go to memory and back once for 16 slices.
 //
 //     for each k tile, for each of its 4 panels:
 //         sum = sums of the panel, in registers
@@ -255,7 +282,7 @@ __attribute__((noinline)) void multiply_tiles(Source& source, uint64_t tiles, co
     constexpr uint64_t x_slice = slice_k * (dot == Dot::f32 ? 4 : 1);  // bytes of a row of x that meet one slice
     constexpr int run = dot == Dot::narrow ? 8 : 16;                   // slices until the registers must be emptied
     Source slices = source;
-    alignas(32) uint16_t offsets[panel_slices * Source::mask_bytes + 1];
+    alignas(32) uint16_t offsets[panel_slices * Source::mask_bytes + 1];  // + 1: decoded slices have no masks, an array has elements
     for (uint64_t tile = 0; tile < tiles; tile++, x += panel_slices * x_slice)
         for (int panel = 0; panel < block_panels; panel++) {
             slices.look_up(offsets);
@@ -313,6 +340,9 @@ INLINE __m256 scales_of(const BlobView& w, uint64_t block, uint64_t segment, int
 }
 
 // Scales the sums of one segment, partial[rows][block_n], and adds them to those of the chunk. x_scales: of the first row and this segment.
+//
+// The operations and their order are those of format.md, or kernels would differ in their bits: the product of the two scales is rounded,
+// then one fused multiply-add. A sum without its offset is at most 128 * 127 * 128 < 2^21, so its conversion to float is exact.
 template <Kind kind, Dot dot>
 void add_segment(const BlobView& w, uint64_t block, uint64_t segment, const typename Sum<dot>::Scalar* partial, const float* x_scales,
                  uint64_t rows, float* sums) {
@@ -338,7 +368,14 @@ void add_segment(const BlobView& w, uint64_t block, uint64_t segment, const type
     }
 }
 
+// Rows that share one expansion. The sums of a chunk lie on the stack, 256 bytes for each row.
 constexpr uint64_t max_rows = 64;
+
+// One block of 64 outputs: see Kernel::multiply. Sums climb three steps, and each begins at 0:
+//
+//     segment (int8, int4): partial, int32 or f32       scaled and added to the chunk
+//     chunk of 512 inputs: sums, f32                    added to out
+//     all chunks of this call: out                      chunks of several calls are added by the caller, in the same order
 
 template <Kind kind, bool dense, bool integer>
 void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
@@ -349,10 +386,12 @@ void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uin
     using Scalar = typename Sum<dot>::Scalar;
     using Expanded = typename ExpandedSlices<dot, slice_k>::type;
     const bool direct = rows <= widest;
-    // What is decoded at a time: a segment; bf16 has none.
+    // Tiles that are multiplied at a time: a segment, whose sums are scaled then. bf16 has none, and its sums continue across steps: a step
+    // is the whole chunk, or, if it is decoded to memory first, one tile. It does not change the order of additions.
     const uint64_t step = kind != Kind::bf16 ? w.segment / (panel_slices * slice_k) : direct ? tiles_per_chunk : most_tiles;
     const uint64_t segments = kind == Kind::bf16 ? 0 : w.k_pad / w.segment;
     const float* x_scales = integer ? a.scales + row * segments : nullptr;
+    // 8 KiB, or 32 KiB for int8 and int4 as floats. Read again for every few rows of x, so it must not outgrow the level-1 cache.
     alignas(64) uint8_t expanded[most_tiles * k_tile_bytes * (dot == Dot::f32 ? slice_k : 1)];
     alignas(64) float sums[max_rows * block_n];  // of one chunk
 
@@ -368,6 +407,7 @@ void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uin
             if (!direct)
                 expand(stream, tiles, expanded);
             for (uint64_t m = 0, some; m < rows; m += some) {
+                // Equal passes: 7 rows go as 4 and 3, not as 6 and 1, whose last row would load every slice for itself.
                 const uint64_t left = rows - m, passes = (left + widest - 1) / widest;
                 some = (left + passes - 1) / passes;
                 const uint8_t* x =

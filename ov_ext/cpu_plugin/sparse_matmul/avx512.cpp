@@ -29,20 +29,24 @@ struct Register<Input::u8> {
     using type = __m512i;
 };
 
-// Accumulators of one output and row of x: integer sums need one, floating-point sums take even and odd inputs apart, which is enough to
-// hide the latency and little enough for the registers of every loop below.
+// Accumulators of one output and row of x: integer sums need one, floating-point sums take even and odd inputs apart (bf16: even and odd
+// slices), which is enough to hide the latency and little enough for the registers of every loop below. Every loop has to split them
+// in just this way: with another number of chains the same row of x would get other bits in other company.
 template <Input input>
 constexpr int lanes = input == Input::u8 ? 1 : 2;
 
-// Four bytes of activations from memory. Written as an instruction because compilers keep them in general registers across panels, and moving them
-// from there costs a cycle of port 5.
+// Four bytes of activations from memory. Written as an instruction because compilers keep them in general registers across panels, and
+// moving them from there costs a cycle of port 5.
 INLINE __m512i broadcast(const uint8_t* x) {
     __m512i value;
     __asm__ volatile("vpbroadcastd %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const int32_t (*)[1]>(x)));
     return value;
 }
 
-// Input j of a slice as f32.
+// Input j of a slice as f32. A 32-bit lane is one output and holds its slice_k inputs, the first one lowest; int4 are bytes by now:
+//
+//     int8, int4    lane c: k0 k1 k2 k3        to the top of the lane, and back with its sign
+//     bf16          lane c: k0    k1           a bf16 is the upper half of an f32
 template <Kind kind>
 INLINE __m512 as_float(__m512i slice, int j) {
     if constexpr (kind == Kind::bf16)
@@ -52,7 +56,8 @@ INLINE __m512 as_float(__m512i slice, int j) {
 }
 
 INLINE void multiply_add(__m512i& sum, __m512i activations, __m512i weights) { sum = _mm512_dpbusd_epi32(sum, activations, weights); }
-// Written as an instruction: this file is compiled for CPUs that have it and for others.
+// Written as an instruction: this file is compiled for CPUs that have it and for others. It takes and gives denormals as 0, one reason
+// why this kernel's bits are not those of f32.
 INLINE void multiply_add(__m512& sum, __m512i activations, __m512i weights) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(activations), "v"(weights));
 }
@@ -73,8 +78,9 @@ INLINE void each(const F& f) {
     each_of(std::make_integer_sequence<int, count>(), f);
 }
 
-// Up to 6 rows of activations, `stride` bytes apart, in three registers: addressing modes reach all of them. Left alone, compilers keep an
-// address for each element on the stack, so a new Rows is made wherever a loop begins.
+// Up to 6 rows of activations, `stride` bytes apart, in three registers: addressing modes reach all of them, since they add 0, 1 or 2
+// times `stride`, but not 3 or 5 times. Left alone, compilers keep an address for each element on the stack, so a new Rows is made wherever
+// a loop begins.
 struct Rows {
     const uint8_t *low, *high;  // rows 0 and 3
     uint64_t stride;
@@ -92,6 +98,7 @@ struct Rows {
 template <Kind kind, Input input>
 struct Part {
     static constexpr uint64_t slice_k = kind == Kind::bf16 ? 2 : 4;
+    // u8 and bf16: 4 bytes, one broadcast, whose parts the dot product sums inside a lane. f32: a broadcast for each input.
     static constexpr uint64_t x_slice = input == Input::f32 ? 4 * slice_k : 4;  // bytes of a row of x that meet a slice
     static constexpr uint64_t x_tile = panel_slices * x_slice;                  // and a k tile
     const BlobView& w;
@@ -112,7 +119,13 @@ struct Part {
           x_scales(input == Input::u8 ? a.scales + row * segments : nullptr),
           stride(a.stride) {}
 
-    // Adds the products of this chunk to out[M][block_n], for `panels` panels from `first` on. add(begin, end, sums) sums those of some tiles.
+    // Adds the products of this chunk to out[M][block_n], for `panels` panels from `first` on. add(begin, end, sums) sums those of some
+    // tiles.
+    //
+    // The order is that of format.md, whatever the number of rows and panels: the chunk's total starts at 0, takes the segments in
+    // ascending order, and only then joins out. Adding segments to out directly would give other bits when chunks are spread over threads.
+    // u8: the offset leaves while sums are integers. What remains is at most 128 * 127 * 128 < 2^21, so its conversion to f32 is exact; the
+    // product of the scales is rounded, then one fused multiply-add.
     template <int M, int panels, class Add>
     INLINE void multiply(int first, float* out, const Add& add) const {
         using R = typename Register<input>::type;
@@ -152,16 +165,19 @@ struct Part {
 
 // ------------------------------------------------------------------------------------------------- up to 4 rows of x
 
-// The slices of one panel, each multiplied the moment it is decoded. For dense weights and for f32 activations; add_sparse_panel does the rest.
+// The slices of one panel, each multiplied the moment it is decoded. For dense weights and for f32 activations; add_sparse_panel does the
+// rest.
 template <Kind kind, bool dense, Input input, int M>
 INLINE void add_panel(Stream<kind, dense>& stream, const Rows& x, typename Register<input>::type (&sums)[M][lanes<input>]) {
     constexpr uint64_t x_slice = Part<kind, input>::x_slice;
-    // As many accumulators as hide the latency. The order of integer additions does not matter.
+    // As many accumulators as hide the latency: one row of x alone has too few chains. The order of integer additions does not matter, so
+    // M may decide here; floating-point sums always have their two.
     constexpr int parts = input == Input::u8 && M == 1 ? 4 : 2;
     typename Register<input>::type sum[M][parts] = {};
     for (int m = 0; m < M; m++)
         for (int i = 0; i < lanes<input>; i++)
             sum[m][i] = sums[m][i];
+    // u8, bf16: slice s joins chain s % parts, 4 bytes of activations against 4 bytes of each output. f32: input j joins chain j % 2.
     const auto add = [&](__m512i slice, int s) INLINED {
         if constexpr (input != Input::f32) {
             for (int m = 0; m < M; m++)
@@ -193,6 +209,8 @@ INLINE void add_panel(Stream<kind, dense>& stream, const Rows& x, typename Regis
         }
 }
 
+// M <= 4 rows of x. Nothing decoded is stored. The stream visits the four panels in turn, 16 slices each, so there are sums for all of
+// them, which live through a segment.
 template <Kind kind, bool dense, Input input, int M>
 void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t,
                   float* out) {
@@ -201,12 +219,14 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
         const Part<kind, input> part(w, a, block, chunk, row);
         part.template multiply<M, block_panels>(0, out, [&](uint64_t tile, uint64_t end, auto& sums) INLINED {
             if constexpr (dense || input == Input::f32) {
+                // The loop over panels stays a loop: its body is straight code for 16 slices already.
                 std::memset(sums, 0, sizeof(sums));
                 for (; tile < end; tile++)
 #pragma GCC unroll 1
                     for (int p = 0; p < block_panels; p++)
                         add_panel<kind, dense, input, M>(stream, Rows(part.x + tile * part.x_tile, part.stride), sums[p]);
             } else {
+                // Panels are constants (each), not a loop: sums are then named registers, or places on the stack between two panels.
                 typename Register<input>::type sum[block_panels][M][2] = {};  // even and odd slices
                 for (; tile < end; tile++)
                     each<block_panels>([&](auto p) INLINED { add_sparse_panel(stream, part.x + tile * part.x_tile, part.stride, sum[p]); });
@@ -215,6 +235,8 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
                         if constexpr (input == Input::bf16) {
                             sums[p][m][0] = sum[p][m][0], sums[p][m][1] = sum[p][m][1];
                         } else {
+                            // The assembly leaves int4 codes in the upper nibbles. A segment's sum is then at most 128 * 255 * 128 < 2^22
+                            // and a multiple of 16: no overflow, and the shift is exact.
                             sums[p][m][0] = _mm512_add_epi32(sum[p][m][0], sum[p][m][1]);
                             if (kind == Kind::int4)
                                 sums[p][m][0] = _mm512_srai_epi32(sums[p][m][0], 4);
@@ -226,7 +248,8 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
 
 // ------------------------------------------------------------------------------------------------- more rows of x
 
-// sums[2][M][2] of some tiles with f32 activations: two panels, even and odd inputs.
+// sums[2][M][2] of some tiles with f32 activations: two panels, even and odd inputs. Per chain the inputs come in ascending order, as in
+// add_panel. An activation is broadcast once for two panels, a weight converted once for M rows.
 template <Kind kind, int M>
 INLINE void sum_floats(const uint8_t* slices, const uint8_t* x_rows, uint64_t stride, uint64_t tiles, __m512 (&sums)[2][M][2]) {
     constexpr int slice_k = kind == Kind::bf16 ? 2 : 4;
@@ -249,7 +272,8 @@ INLINE void sum_floats(const uint8_t* slices, const uint8_t* x_rows, uint64_t st
 }
 
 // M rows of x times a decoded chunk. A slice, once loaded, meets M rows of x, and an activation meets `panels` panels: as many
-// sums as fit the registers.
+// sums as fit the registers. A row has 4 sums, u8 of 4 panels, the others 2 chains of each of 2 panels. 6 rows have 24; with 4 registers
+// for slices and 2 for activations that is 30 of 32. Floating point therefore reads the activations twice, once for each pair of panels.
 template <Kind kind, Input input, int M>
 void multiply_decoded(const Part<kind, input>& part, const uint8_t* decoded, float* out) {
     constexpr int panels = input == Input::u8 ? block_panels : 2;
@@ -268,7 +292,8 @@ void multiply_decoded(const Part<kind, input>& part, const uint8_t* decoded, flo
 
 constexpr uint64_t most_rows = 6;  // that multiply_decoded takes: 4 sums for each, of 32 registers
 
-// Each chunk is decoded once for all rows.
+// Each chunk is decoded once for all rows: [tile][panel][slice][64 bytes], the order of the stream, zeros in place and int4 as bytes. That
+// takes 32 KiB of the stack, 64 KiB for bf16. It is a whole chunk because Part::multiply adds to out once, with the total of a chunk.
 template <Kind kind, bool dense, Input input>
 void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
                    float* out) {
@@ -291,7 +316,7 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
             }
         for (uint64_t done = 0; done < rows; done += most_rows) {
             float* to = out + done * block_n;
-            switch (rows - done) {
+            switch (rows - done) {  // the last rows: with fewer sums, added in the same order
                 case 1: multiply_decoded<kind, input, 1>(part, decoded, to); break;
                 case 2: multiply_decoded<kind, input, 2>(part, decoded, to); break;
                 case 3: multiply_decoded<kind, input, 3>(part, decoded, to); break;
@@ -309,8 +334,10 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
 // ------------------------------------------------------------------------------------------------- choice
 
 using Function = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, float*);
-constexpr uint64_t max_rows = 256;
+constexpr uint64_t max_rows = 256;  // that share one expansion
 
+// A function for each small number of rows, because the sums of all rows are registers: their number must be a constant. 4 is as many as
+// add_sparse_panel takes, whose assembly statement has no operand left for a fifth row.
 template <Kind kind, bool dense, Input input>
 Function by_rows(uint64_t rows) {
     switch (rows) {
@@ -328,6 +355,7 @@ Function choose(bool dense, uint64_t rows) {
 }
 
 Function choose(const BlobView& w, const Activations& a, uint64_t rows) {
+    // A bf16 weight has no segments, so its activations are never integers.
     if (w.kind == Kind::bf16)
         return choose<Kind::bf16, Input::f32>(w.dense, rows);
     if (w.kind == Kind::int8)
@@ -335,6 +363,7 @@ Function choose(const BlobView& w, const Activations& a, uint64_t rows) {
     return a.integer ? choose<Kind::int4, Input::u8>(w.dense, rows) : choose<Kind::int4, Input::f32>(w.dense, rows);
 }
 
+// out starts at 0 because chunks are added to it; a caller that splits the chunks adds its parts in the same order.
 void run(Function function, const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row,
          uint64_t rows, float* out) {
     for (uint64_t i = 0; i < block_panels * rows; i++)
@@ -354,7 +383,8 @@ void multiply_as_bf16(const BlobView& w, const Activations& a, uint64_t block, u
 
 // ------------------------------------------------------------------------------------------------- activations
 
-// vpdpbusd multiplies u8 by s8, so codes are offset by 128.
+// vpdpbusd multiplies u8 by s8, so codes are offset by 128; offset_of() is what this adds to a sum. Padding gets code 0, 128 here: its
+// weights are 0.
 void prepare(const Activations& a, Kind, const void* x, bool x_is_bf16, uint64_t row) {
     uint8_t* const to = static_cast<uint8_t*>(a.data) + row * a.stride;
     if (a.integer)
@@ -369,6 +399,7 @@ void prepare_as_bf16(const Activations& a, Kind, const void* x, bool x_is_bf16, 
 
 uint64_t row_bytes(const BlobView& w, int64_t activation_group) { return (w.segment && activation_group != 0 ? 1 : 4) * w.k_pad; }
 
+// 0, no code, for activations that are to stay as they are (group 0): bf16 would round them.
 uint64_t row_bytes_as_bf16(const BlobView& w, int64_t activation_group) { return w.segment || activation_group == 0 ? 0 : 2 * w.k_pad; }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The two innermost loops, in assembly. In the first, few rows of activations meet slices of weights the moment these are decoded: the order
-// in which compilers put its instructions costs a fifth to a half of its speed. In the second, up to 6 rows of activations meet decoded
-// slices: compilers spill sums that fit the 32 registers.
+// The two innermost loops, in assembly. In the first, few rows of activations meet slices of weights the moment these are decoded: the
+// order in which compilers put its instructions costs a fifth to a half of its speed. In the second, up to 6 rows of activations meet
+// decoded slices: compilers spill sums that fit the 32 registers.
 //
 // Numbers in the text of an instruction: %c[name] is a constant operand; ov_ext_s is a number of the assembler that counts slices within a
 // panel, in loops that it unrolls itself (.rept).

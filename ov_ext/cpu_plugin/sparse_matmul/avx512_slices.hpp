@@ -15,7 +15,8 @@
 namespace ov_ext::sparse_matmul {
 namespace {
 
-// What is prefetched, and how far ahead. Hardware prefetching stops at every page; what lies ahead of a chunk's end is the next chunk's run.
+// What is prefetched, and how far ahead. Hardware prefetching stops at every page; what lies ahead of a chunk's end is the next chunk's
+// run. Behind the last one a prefetch does nothing: it never faults.
 constexpr int line_bytes = 64;            // of a cache line
 constexpr int values_ahead = 2048;        // bytes, of sparse values, into L1
 constexpr int dense_values_ahead = 4096;  // bytes, of dense values, into L2
@@ -37,7 +38,9 @@ struct Stream {
           values(w.values + load<uint64_t>(w.directory + 8 * (block * w.chunks + chunk))),
           odd(values) {}
 
-    // Even and odd slices alternate.
+    // Even and odd slices alternate; the parity chooses the cursor and the nibble of int4. The load takes 64 bytes wherever the cursor
+    // stands. Fewer may be left in the run: what follows is the next run, or the 64 zero bytes at the end of the blob; expansion drops it.
+    // int4: the nibble becomes a byte before the expansion, so that pruned lanes are true zeros.
     template <int parity>
     INLINE __m512i next() {
         const uint8_t*& at = kind == Kind::int4 && parity ? odd : values;
@@ -69,6 +72,7 @@ struct Stream {
     }
 };
 
+// Of 16 outputs, one a lane, as the sums have them. Scales and compensation lie at any address, like the blob.
 INLINE __m512 scales_of(const BlobView& w, uint64_t block, uint64_t segment, int panel) {
     const uint64_t groups = w.group ? w.k_pad / w.group : 1, group = w.group ? segment : 0;
     const uint64_t i = (block * groups + group) * block_n + uint64_t(panel) * panel_n;
@@ -77,7 +81,7 @@ INLINE __m512 scales_of(const BlobView& w, uint64_t block, uint64_t segment, int
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.scales + 2 * i)));
 }
 
-// What the offset of 128 added to the sum of a segment.
+// What the offset of 128 added to the sum of a segment: 128 times the sum of its weights, which fits 32 bits easily (2^7 * 2^15).
 INLINE __m512i offset_of(const BlobView& w, uint64_t block, uint64_t segment, int panel) {
     const auto* at = w.compensation + 2 * ((block * (w.k_pad / w.segment) + segment) * block_n + uint64_t(panel) * panel_n);
     return _mm512_slli_epi32(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))), 7);

@@ -17,7 +17,8 @@ namespace {
 // weight.
 constexpr uint64_t strip_bytes = 1 << 20, min_strip_rows = 128, max_strip_rows = 512, strip_step = 32;
 constexpr uint64_t prepared_rows_step = 16;  // the memory of prepared activations holds a multiple of so many rows: those of an AMX tile
-// Up to this many rows, work is split along K as well when there are too few blocks to feed the threads.
+// Up to this many rows, work is split along K as well when there are too few blocks to feed the threads. Each chunk then has its own
+// partial sums, 256 bytes for each block and row, which are written and read once more: with many rows, rows are split instead.
 constexpr uint64_t split_k_max_rows = 16;
 constexpr uint64_t units_per_thread_wanted = 4;
 // A parallel region costs more than preparing fewer rows, or adding up their partial sums.
@@ -44,6 +45,7 @@ struct Block {
     uint64_t index;
 };
 
+// The weight is found by walking: an operation holds two or three.
 Block block_of(const std::vector<Product>& products, uint64_t number) {
     auto product = products.begin();
     for (; number >= product->w.blocks; product++)
@@ -51,7 +53,8 @@ Block block_of(const std::vector<Product>& products, uint64_t number) {
     return {product->w, product->y, number};
 }
 
-// Adds the bias to one row of a block's sums and stores the real columns.
+// Adds the bias to one row of a block's sums and stores the real columns: y and the bias end with output n, without padding. The bias comes
+// last, after all chunks, as format.md says; rounding to bf16 comes after it, once.
 void store(const Block& block, const float* sums, uint64_t row, bool is_bf16) {
     const BlobView& w = block.w;
     const uint64_t columns = std::min(block_n, w.n - block.index * block_n), at = row * w.n + block.index * block_n;
@@ -69,6 +72,8 @@ void store(const Block& block, const float* sums, uint64_t row, bool is_bf16) {
         std::memcpy(static_cast<float*>(block.y) + at, result, 4 * columns);
 }
 
+// y of the rows of a strip, in units that threads take in equal shares. Which units there are depends on the number of threads, the bits of
+// y do not: rows are independent, and chunk sums are added in ascending order, starting from 0, either by the kernel or here.
 void multiply_strip(const std::vector<Product>& products, const Kernel& kernel, const Strip& strip, bool is_bf16) {
     const uint64_t rows = strip.rows, max_rows = std::min(kernel.max_rows, rows), chunks = products[0].w.chunks;
     uint64_t blocks = 0;
@@ -76,7 +81,9 @@ void multiply_strip(const std::vector<Product>& products, const Kernel& kernel, 
         blocks += product.w.blocks;
     const uint64_t wanted = units_per_thread_wanted * uint64_t(max_threads());
     if (blocks >= wanted || chunks == 1 || rows > split_k_max_rows) {
-        // Units are (rows, block): rows are split further only when there are too few blocks.
+        // Units are (rows, block): rows are split further only when there are too few blocks, as every part expands the weights anew. The
+        // blocks of one part follow each other, so a thread reads the weights forward. strip_step keeps parts at rows where kernels can
+        // start, and is what AMX multiplies at a time.
         const uint64_t parts = std::min((wanted + blocks - 1) / blocks, (rows + strip_step - 1) / strip_step);
         const uint64_t part = round_up((rows + parts - 1) / parts, strip_step);
         parallel_ranges((rows + part - 1) / part * blocks, [&](uint64_t begin, uint64_t end) {
@@ -95,7 +102,10 @@ void multiply_strip(const std::vector<Product>& products, const Kernel& kernel, 
         });
         return;
     }
-    // Few blocks: (block, chunk) units, whose sums are then added in chunk order, as the kernel itself does.
+    // Few blocks: (block, chunk) units, whose sums are then added in chunk order, as the kernel itself does. One number of chunks for all
+    // weights: they have the same kind and the same inputs (same_activations).
+    //
+    // partial[block][chunk][row][block_n]. Chunk 0 becomes the total.
     Scratch partial(blocks * chunks * rows * block_n * 4);
     auto* sums = reinterpret_cast<float*>(partial.data());
     parallel_ranges(blocks * chunks, [&](uint64_t begin, uint64_t end) {
@@ -139,21 +149,25 @@ const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_
     if (!wanted)
         wanted = requested_instruction_set();
     auto kernel = std::find_if(available.begin(), available.end(), [&](const Kernel* k) { return k->isa == wanted; });
-    if (kernel == available.end()) {  // nobody insists
+    if (kernel == available.end()) {  // nobody insists; a CPU that runs one of these runs those behind it
         kernel = available.begin();
 #if defined(__x86_64__)
         if (*kernel == &amx_kernel && rows < amx_min_rows(w.kind))
             kernel++;
-        // Two multiply-adds instead of vdpbf16ps are twice as fast on Sapphire Rapids, half as fast on Zen 4.
+        // Two multiply-adds instead of vdpbf16ps are twice as fast on Sapphire Rapids, half as fast on Zen 4. Integer weights pass by this
+        // kernel below, which has no code for them.
         if (*kernel == &avx512_bf16_kernel && !cpu_features().amd)
             kernel++;
 #endif
     }
+    // Ends at the reference kernel, which has code for everything.
     while (!(*kernel)->row_bytes(w, activation_group))
         kernel++;
     return **kernel;
 }
 
+// Kernels scale the sum of a segment by one factor of the activations and one of the weights, so a group of activations must consist of
+// whole segments. -1 does: Kpad is a multiple of the segment.
 void check_activation_group(const BlobView& w, int64_t group) {
     if (group == 0 || group == -1 || ((group == 64 || group == 128) && (!w.segment || uint64_t(group) % w.segment == 0)))
         return;
@@ -176,6 +190,7 @@ void matmul(const std::vector<Product>& products, const Kernel& kernel, const vo
     a.rounded = !w.segment && activation_group != 0;
     a.row = {w.k, w.k_pad, w.segment, activation_group < 0 ? w.k_pad : uint64_t(activation_group)};
     a.stride = kernel.row_bytes(w, activation_group);
+    // A strip is prepared completely before it is multiplied: all threads read all of its rows.
     const uint64_t fitting = std::clamp(strip_bytes / a.stride / strip_step * strip_step, min_strip_rows, max_strip_rows);
     const uint64_t room = round_up(std::min(rows, fitting), prepared_rows_step);
     Scratch scratch(room * (a.stride + 4 * segments) + slice_bytes);

@@ -1,4 +1,7 @@
 // Reading a blob that nobody vouches for: the header in constant time, the content once.
+//
+// Whatever is checked here, kernels do not check again. The order matters: no byte is read before its address is known to lie in the blob,
+// and no number is multiplied before it is known to be small enough.
 #include <cmath>
 #include <vector>
 
@@ -12,7 +15,8 @@ void require_zero(const uint8_t* p, uint64_t bytes, const char* what) {
         require(p[i] == 0, what);
 }
 
-// Bits of a slice's mask that lie inside the matrix.
+// Bits of a slice's mask that lie inside the matrix. Bit c * slice_k + j is input j of output c, so at the last outputs the upper part of
+// the mask is cut off, and at the last inputs the upper part of every group of slice_k bits.
 uint64_t inside_mask(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t slice) {
     const uint64_t elements = panel_n * w.slice_k, all = elements == 64 ? ~0ull : (1ull << elements) - 1;
     const uint64_t column = block * block_n + panel * panel_n, input = (tile * panel_slices + slice) * w.slice_k;
@@ -26,7 +30,8 @@ uint64_t inside_mask(const BlobView& w, uint64_t block, uint64_t tile, uint64_t 
     return mask;
 }
 
-// Spreads the stored elements of one slice over its 64 places, without branches. Reads at most one byte past the run: the slack allows it.
+// Spreads the stored elements of one slice over its 64 places, without branches, which random masks would mislead. Reads at most one byte
+// past the run: the slack allows it.
 template <Kind kind>
 void expand_slice(const uint8_t* run, uint64_t& cursor, bool odd, uint64_t mask, int8_t values[slice_bytes]) {
     for (uint64_t e = 0; e < slice_bytes; e++) {
@@ -45,6 +50,7 @@ void validate_run(const BlobView& w, uint64_t block, uint64_t first, uint64_t la
         for (uint64_t panel = 0; panel < block_panels; panel++)
             for (uint64_t slice = 0; slice < panel_slices; slice++) {
                 const uint64_t mask = mask_of(w, block, tile, panel, slice), inside = inside_mask(w, block, tile, panel, slice);
+                // Dense slices have all mask bits, also in the padding: there the values are looked at, below.
                 require(w.dense || !(mask & ~inside), "padding holds an element");
                 if constexpr (kind == Kind::bf16) {
                     const uint8_t* at = run + 2 * cursor[0];
@@ -60,16 +66,20 @@ void validate_run(const BlobView& w, uint64_t block, uint64_t first, uint64_t la
                     require(w.dense || nonzero == __builtin_popcountll(mask), "a stored element is zero");
                     for (uint64_t outside = mask & ~inside; outside; outside &= outside - 1)
                         require(values[__builtin_ctzll(outside)] == 0, "padding holds an element");
+                    // For the compensation. Both integer kinds have 4 inputs in a slice, and a k tile never crosses a segment.
                     int32_t* sum = sums + tile * tile_inputs(kind) / w.segment * block_n + panel * panel_n;
                     for (int c = 0; c < panel_n; c++)
                         sum[c] += values[4 * c] + values[4 * c + 1] + values[4 * c + 2] + values[4 * c + 3];
                 }
             }
+    // Stored values lie one after the other, so this needs no masks. The sign does not count: -0.0 is a zero.
     if (kind == Kind::bf16 && !w.dense)
         for (uint64_t i = 0; i < cursor[0]; i++)
             require(load<uint16_t>(run + 2 * i) & 0x7FFF, "a stored element is zero");
 }
 
+// Wrong compensation could not make a kernel leave the blob, but results would depend on the CPU: only kernels with u8 activations use it.
+// A scale that is not finite would turn even a segment without elements, whose sum is 0, into NaN.
 void validate_scales(const BlobView& w, uint64_t block, const int32_t* sums) {
     const uint64_t columns = std::min(block_n, w.n - block * block_n), segments = w.k_pad / w.segment;
     for (uint64_t i = 0; i < segments * block_n; i++)
@@ -90,7 +100,8 @@ void validate_scales(const BlobView& w, uint64_t block, const int32_t* sums) {
         }
 }
 
-// Checks one block; returns its number of stored elements.
+// Checks one block; returns its number of stored elements. Blocks are checked in parallel, so each one proves the directory entries that it
+// uses, its end included, before it follows them. Masks need no such proof: where they lie follows from the sizes.
 uint64_t validate_block(const BlobView& w, uint64_t block) {
     uint64_t stored = 0;
     require(directory_entry(w, block * w.chunks) % alignment == 0, "a block of values does not start at a multiple of 64");
@@ -102,6 +113,7 @@ uint64_t validate_block(const BlobView& w, uint64_t block) {
         const auto counts = count_bits(w, block, first, last);
         const uint64_t used = run_bytes(w.kind, counts);
         require(used <= end - start, "the masks of a chunk count more values than its run holds");
+        // A run has exactly one legal length, so nothing can be hidden between two runs, and none can overlap another.
         const uint64_t expected = chunk + 1 == w.chunks ? round_up(start + used, alignment) : start + used;
         require(end == expected, "the run of a chunk has a wrong length");
         const uint8_t* run = w.values + start;
@@ -155,16 +167,20 @@ BlobView parse(const uint8_t* blob, size_t bytes) {
     else
         require((h.group == 0 || h.group == 64 || h.group == 128) && scale_flags == (h.group ? group_scales : column_scales),
                 "group and scale flags disagree");
+    // Before any formula: with n, k < 2^31 neither the rounding up below nor the products of layout_of overflow.
     require(h.n >= 1 && h.k >= 1 && !(h.n >> 31) && !(h.k >> 31), "N or K is not in 1..2^31-1");
     require(h.n_pad == round_up(h.n, block_n) && h.k_pad == padded_inputs(kind, h.k, h.group), "Npad or Kpad is wrong");
+    // Offsets are compared with what the sizes demand, not checked for plausibility: one legal layout cannot overlap itself.
     const Layout at = layout_of(kind, h.flags & dense_flag, h.flags & f32_scales, h.flags & bias_flag, h.n, h.n_pad, h.k_pad, h.group);
     require(h.off_dir == at.dir && h.off_mask == at.mask && h.off_val == at.val && h.off_scale == at.scale && h.off_bias == at.bias &&
                 h.off_comp == at.comp,
             "section offsets differ from the layout of this matrix");
     if (h.blob_bytes != bytes)
         fail("the header says " + number(h.blob_bytes) + " bytes, the tensor has " + number(bytes));
+    // From here on the directory and all sections before the values are known to lie inside, and 64 bytes behind the values.
     require(bytes >= at.val && bytes - at.val >= alignment, "the blob ends before its values");
     BlobView w = view_of(blob, h, at);
+    // The CRC is not compared: it guards transport, and would read the whole blob. Trust comes from validate_content.
     w.value_bytes = bytes - at.val - alignment;
     require(directory_entry(w, 0) == 0 && directory_entry(w, w.blocks * w.chunks) == w.value_bytes,
             "the directory does not span the value section");

@@ -28,6 +28,7 @@ inline uint64_t checked(unsigned __int128 v) {
     return uint64_t(v);
 }
 
+// Offsets from the first byte of the blob, in the order of the sections; 0 = absent, as in the header.
 struct Layout {
     uint64_t dir, mask = 0, scale = 0, comp = 0, bias = 0, val;
 };
@@ -56,6 +57,7 @@ inline Layout layout_of(Kind kind, bool dense, bool f32, bool has_bias, uint64_t
     return at;
 }
 
+// Of two's complement: 0..7 stay, 8..15 become -8..-1.
 inline int sign_extend(uint8_t nibble) { return (nibble ^ 8) - 8; }
 
 // Number of a slice in stream order.
@@ -63,6 +65,7 @@ inline uint64_t slice_index(const BlobView& w, uint64_t block, uint64_t tile, ui
     return ((block * w.tiles + tile) * block_panels + panel) * panel_slices + slice;
 }
 
+// A dense blob has no masks; full ones let it take the same path as a sparse one.
 inline uint64_t mask_of(const BlobView& w, uint64_t block, uint64_t tile, uint64_t panel, uint64_t slice) {
     if (w.dense)
         return w.kind == Kind::bf16 ? 0xFFFFFFFFull : ~0ull;
@@ -80,6 +83,7 @@ inline std::array<uint64_t, 2> count_bits(const BlobView& w, uint64_t block, uin
     return counts;
 }
 
+// The two streams of int4 share their bytes, a nibble each, so the longer one counts.
 inline uint64_t run_bytes(Kind kind, const std::array<uint64_t, 2>& counts) {
     if (kind == Kind::int4)
         return counts[0] > counts[1] ? counts[0] : counts[1];

@@ -39,6 +39,7 @@ void SparseMatMul::validate_and_infer_types() {
     const auto& type = get_input_element_type(0);
     NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == ov::element::f32 || type == ov::element::bf16,
                           "SparseMatMul takes f32 or bf16 activations, got ", type, ".");
+    // Attributes come from a file. The sizes are checked before they become a shape, which somebody will allocate.
     int64_t sum = 0;
     for (const int64_t each : n) {
         NODE_VALIDATION_CHECK(this, each >= 1 && m_k >= 1 && !(each >> 31) && !(m_k >> 31),
@@ -50,6 +51,8 @@ void SparseMatMul::validate_and_infer_types() {
     for (size_t i = 0; i < n.size(); i++) {
         NODE_VALIDATION_CHECK(this, get_input_element_type(1 + i) == ov::element::u8 && get_input_partial_shape(1 + i).rank().compatible(1),
                               "The blob must be a one-dimensional u8 tensor.");
+        // The header only, in constant time: shapes are inferred often, and reading the content would fetch a mapped blob from disk. A blob
+        // that arrives as data is not known yet: evaluate() looks at it.
         if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
             try {
                 const auto w = parse(static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size());
@@ -59,6 +62,7 @@ void SparseMatMul::validate_and_infer_types() {
             }
         }
     }
+    // From attributes and x's shape alone: plugins run an operation whose shapes depend on data, like a blob's header, on a slower path.
     ov::PartialShape shape = get_input_partial_shape(0);
     const bool ranked = shape.rank().is_static();
     NODE_VALIDATION_CHECK(this, !ranked || (shape.size() >= 1 && shape[shape.size() - 1].compatible(m_k)), "The last axis of x must be ",
@@ -93,7 +97,8 @@ bool SparseMatMul::visit_attributes(ov::AttributeVisitor& visitor) {
     return true;
 }
 
-// The blob of one weight, parsed and known to be valid.
+// The blob of one weight, parsed and known to be valid. Its header is read at every call; the content of a Constant, which cannot change,
+// is checked once, and that of any other input always.
 BlobView SparseMatMul::weight(size_t i, const ov::Tensor& blob, int64_t n) const {
     OPENVINO_ASSERT(blob.is_continuous(), get_friendly_name(), ": the blob must be contiguous");
     const auto* bytes = static_cast<const uint8_t*>(blob.data());
@@ -108,6 +113,8 @@ BlobView SparseMatMul::weight(size_t i, const ov::Tensor& blob, int64_t n) const
     return w;
 }
 
+// Several requests may run one operation at the same time. A call changes nothing in it but the cache of valid blobs, which has a lock;
+// whatever else it needs lies on its stack or in Scratch.
 bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     const ov::Tensor x = contiguous(inputs[0]);
     ov::Shape shape = x.get_shape();
@@ -119,6 +126,7 @@ bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
     const size_t rows = x.get_size() / shape.back();
     const auto n = widths();
     OPENVINO_ASSERT(inputs.size() == 1 + n.size() && outputs.size() == n.size(), get_friendly_name(), ": one output for each blob needed");
+    // All blobs are proven before the first output gets its size: a call that refuses one has changed nothing.
     try {
         std::vector<Product> products;
         for (size_t i = 0; i < n.size(); i++) {

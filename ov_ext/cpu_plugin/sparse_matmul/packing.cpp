@@ -1,4 +1,8 @@
 // Writing a blob from plain arrays, and reading it back.
+//
+// Packing goes over the weight twice: first every run is only counted, which gives the directory and the length of the blob, then it is
+// written in its place. So runs can be written in parallel, and no run has to be moved or to grow. Threads write disjoint bytes: masks,
+// runs, scales and compensation of different blocks do not share any.
 #include <vector>
 
 #include "layout.hpp"
@@ -74,7 +78,9 @@ void gather_slice(const PlainWeight& p, const BlobView& w, uint64_t n, uint64_t 
         std::memcpy(slice + 4 * c, values + ((n + c) * p.k + k) * width, inputs * width);
 }
 
-// Moves the stored elements of a slice to its front, without branches, and returns its mask. zero_bits: those that a zero may have (the sign).
+// Moves the stored elements of a slice to its front, without branches, and returns its mask. zero_bits: those that a zero may have (the
+// sign). Every element is written where the next stored one belongs, and stays if it is stored. What lies behind the stored elements has no
+// meaning and must not get into a blob.
 template <class T>
 uint64_t compress_slice(uint8_t slice[slice_bytes], bool dense, T zero_bits) {
     constexpr int elements = slice_bytes / sizeof(T);
@@ -105,6 +111,8 @@ uint64_t pack_run(const PlainWeight& p, const BlobView& w, uint64_t block, uint6
                 const uint64_t mask = bf16 ? compress_slice<uint16_t>(bytes, w.dense, 0x8000) : compress_slice<uint8_t>(bytes, w.dense, 0);
                 const uint64_t count = uint64_t(__builtin_popcountll(mask));
                 uint64_t& at = cursor[int4 ? slice & 1 : 0];
+                // int4: a byte belongs to an even and an odd slice, so nibbles are added to bytes that pack() has zeroed. Those that the
+                // shorter stream leaves over stay 0, as the format wants.
                 if (run && int4)
                     for (uint64_t i = 0; i < count; i++)
                         run[at + i] = uint8_t(run[at + i] | (bytes[i] & 15) << (slice & 1 ? 4 : 0));
@@ -118,7 +126,8 @@ uint64_t pack_run(const PlainWeight& p, const BlobView& w, uint64_t block, uint6
     return run_bytes(w.kind, cursor);
 }
 
-// Length of every run and the directory that follows from them.
+// Length of every run and the directory that follows from them. Entry i + 1 is the end of run i and the start of the next; only behind the
+// last chunk of a block is there a fill, so that blocks start at multiples of 64.
 std::vector<uint64_t> directory_of(const PlainWeight& p, const BlobView& w) {
     std::vector<uint64_t> directory(w.blocks * w.chunks + 1);
     parallel_ranges(w.blocks, [&](uint64_t begin, uint64_t end) {
@@ -148,7 +157,7 @@ void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
     const auto directory = directory_of(p, w);
     if (bytes != at.val + directory.back() + alignment)
         fail("pack needs a buffer of " + number(at.val + directory.back() + alignment) + " bytes, got " + number(bytes));
-    std::memset(blob, 0, bytes);
+    std::memset(blob, 0, bytes);  // padding, fills, slack and the unused nibbles of int4 are zero from here on
     std::memcpy(blob + at.dir, directory.data(), 8 * directory.size());
     if (p.bias)
         std::memcpy(blob + at.bias, p.bias, 4 * p.n);
@@ -167,7 +176,7 @@ void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
         for (uint64_t c = 0; c < block_n && block * block_n + c < p.n; c++) {
             const uint64_t n = block * block_n + c;
             for (uint64_t s = 0; s < segments; s++) {
-                int16_t sum = 0;
+                int16_t sum = 0;  // of at most 128 codes, each at least -128: it fits
                 for (uint64_t k = s * w.segment; k < std::min(p.k, (s + 1) * w.segment); k++)
                     sum = int16_t(sum + static_cast<const int8_t*>(p.values)[n * p.k + k]);
                 std::memcpy(blob + at.comp + 2 * ((block * segments + s) * block_n + c), &sum, 2);
@@ -177,9 +186,11 @@ void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
                             static_cast<const uint8_t*>(p.scales) + width * (n * real_groups + g), width);
         }
     });
+    // Padding is no element: of a dense blob the mask bits would count it.
     h.nnz = p.dense ? p.n * p.k : nnz.load();
     h.off_dir = at.dir, h.off_mask = at.mask, h.off_val = at.val, h.off_scale = at.scale, h.off_bias = at.bias, h.off_comp = at.comp;
     h.blob_bytes = bytes;
+    // Last, over everything but the header, which holds it.
     h.crc = crc32(blob + sizeof(Header), bytes - sizeof(Header));
     std::memcpy(blob, &h, sizeof(Header));
 }
@@ -201,6 +212,7 @@ void unpack(const BlobView& w, void* values, void* scales, float* bias) {
                             const auto [column, input] = position(w, tile, panel, slice, __builtin_ctzll(mask));
                             uint64_t& at = cursor[w.kind == Kind::int4 ? slice & 1 : 0];
                             const uint64_t t = at++;
+                            // Padding of a dense blob is stored, so its cursor moves, but it has no place in the matrix.
                             if (column >= columns || input >= w.k)
                                 continue;
                             uint8_t* to = out + ((block * block_n + column) * w.k + input) * width;

@@ -1,7 +1,9 @@
 // The tile registers of AMX: eight, of up to 16 tile rows of 64 bytes. Everything is in an anonymous namespace; no compiler flag is needed.
 //
 // The instructions are written in assembly: GCC's intrinsics lack what tells the compiler which memory they read (_tile_loadd in 12 to 16,
-// _tile_loadconfig in 12 and 13), so that it deletes or delays stores to a tile's memory.
+// _tile_loadconfig in 12 and 13), so that it deletes or delays stores to a tile's memory. All are volatile, which keeps their order among
+// each other: the compiler cannot see that they read and write tile registers. A register's number is a template parameter because it is
+// part of the instruction.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +35,8 @@ class TileRegisters {
     INLINE void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }  // zeroes all tiles
 };
 
-// stride: bytes from tile row to tile row in memory.
+// stride: bytes from tile row to tile row in memory. Any address will do, aligned or not. Only the tile rows that the configuration gives
+// the register are read or written.
 template <int tile>
 INLINE void load_tile(const void* from, uint64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
@@ -46,7 +49,14 @@ template <int tile>
 INLINE void zero_tile() {
     __asm__ volatile("tilezero %%tmm%c0" ::"i"(tile));
 }
-// sum += a * b: s8 by s8 to s32, or bf16 to f32. The three are different registers.
+// sum += a * b: s8 by s8 to s32, or bf16 to f32. The three are different registers. What the lanes (4 bytes) of the three tiles hold, for
+// integers (bf16: 2 inputs in a lane instead of 4):
+//
+//     a: tile row m, lane r      inputs 4r ... 4r + 3 of row m of activations
+//     b: tile row r, lane c      the same inputs of output c
+//     sum: tile row m, lane c    += sum over r and over the inputs of a lane
+//
+// a and sum need as many tile rows as there are rows of activations, b one for each lane of a.
 template <bool integer, int sum, int a, int b>
 INLINE void multiply_tiles() {
     if (integer)

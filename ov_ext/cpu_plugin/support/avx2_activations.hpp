@@ -18,6 +18,7 @@ INLINE __m256 load_x(const void* x, bool x_is_bf16, uint64_t i, uint64_t end) {
     return _mm256_load_ps(tail);
 }
 
+// The largest of eight unsigned numbers: halves against each other, then pairs, then neighbours.
 INLINE uint32_t largest_of(__m256i v) {
     const __m128i four = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     const __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
@@ -36,8 +37,10 @@ inline void quantize(const RowShape& row, const void* x, bool x_is_bf16, bool of
     const auto encode = [&](uint64_t begin, uint64_t end, uint64_t padded_end, float inverse) INLINED {
         for (uint64_t i = begin; i < padded_end; i += 8) {
             __m256i q = _mm256_setzero_si256();
+            // Not x * 0 for a group that becomes zero: x may be NaN or infinity there, and the product NaN.
             if (i < end && inverse != 0.0f)
                 q = _mm256_cvtps_epi32(_mm256_mul_ps(load_x(x, x_is_bf16, i, end), _mm256_set1_ps(inverse)));
+            // Codes lie in -127..127, so packing does not saturate. Adding 128 to a byte is turning its top bit.
             const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
             const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(offset_by_128 ? int8_t(0x80) : int8_t(0)));
             _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), bytes);
@@ -46,7 +49,8 @@ inline void quantize(const RowShape& row, const void* x, bool x_is_bf16, bool of
     quantize_groups(row, scales, largest, encode);
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// To nearest, ties to even: adds one half of the last bit that stays, less one if that bit is even. NaN stays NaN: the addition could carry
+// its mantissa into the exponent and beyond.
 INLINE __m256 round_to_bf16(__m256 value) {
     const __m256i bits = _mm256_castps_si256(value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -11,6 +11,14 @@ namespace {
 
 // Shuffles for 16 lanes from 16 packed values on. Bytes need two mask bytes: the lanes of the second one start where the values of the
 // first one end, so shuffle = low[first] + high[second]. A clear bit gives a lane with its top bit set, which a shuffle makes zero.
+//
+//     first = 0b00000101, second = 0b00000011 (z: top bit set)
+//     lane              0  1  2  3 ...  7     8  9 10 ... 15
+//     low[first]        0  z  1  z ...  z     2  2  2 ...  2       two values are taken
+//     high[second]      0  0  0  0 ...  0     0  1  z ...  z
+//     sum               0  z  1  z ...  z     2  3  z ...  z
+//
+// The sum never carries out of a lane: 8 + 7 at most, and a set top bit stays set. Words need no sum: 8 lanes have one mask byte.
 struct ShuffleTables {
     uint8_t low[256][16];   // shuffle of lanes 0..7 | number of set bits, eight times
     uint8_t high[256][16];  // zeros | the same shuffle for lanes 8..15
@@ -48,6 +56,9 @@ INLINE void look_up(const uint8_t* masks, uint16_t* offsets) {
 
 // Spreads the packed 16-bit values over the lanes whose mask bits are set, zero elsewhere; lanes 0..15 to half[0]. offsets: of the four
 // mask bytes. May read 32 bytes from any packed value on, the one behind the last included.
+//
+// A byte shuffle does not cross the middle of a register. So each half of 16 bytes loads its own packed values, from where those of the
+// lanes before it end: popcounts of the mask's lower part say where.
 INLINE void expand_words(const uint8_t* values, uint32_t mask, const uint16_t* offsets, __m256i (&half)[2]) {
     for (int h = 0; h < 2; h++) {
         const uint8_t* from = values + (h ? 2 * __builtin_popcount(mask & 0xFFFF) : 0);

@@ -36,6 +36,7 @@ inline void quantize(const RowShape& row, const void* x, bool x_is_bf16, int off
     const auto encode = [&](uint64_t begin, uint64_t end, uint64_t padded_end, float inverse) INLINED {
         for (uint64_t i = begin; i < padded_end; i += 16) {
             __m512i q = _mm512_setzero_si512();
+            // Not x * 0 for a group that becomes zero: x may be NaN or infinity there, and the product NaN.
             if (i < end && inverse != 0.0f)
                 q = _mm512_cvtps_epi32(_mm512_mul_ps(load_x(x, x_is_bf16, i, end), _mm512_set1_ps(inverse)));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(byte_at(to, i, distance)),
@@ -45,7 +46,8 @@ inline void quantize(const RowShape& row, const void* x, bool x_is_bf16, int off
     quantize_groups(row, scales, largest, encode);
 }
 
-// To nearest, ties to even, as integers: denormals survive, NaN stays NaN. The upper halves of the lanes hold the result.
+// To nearest, ties to even, as integers: denormals survive, NaN stays NaN. The upper halves of the lanes hold the result. A NaN is not
+// rounded, since the addition could carry out of its mantissa; its quiet bit is set, or the upper half alone might be an infinity.
 INLINE __m512i round_to_bf16(__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -15,7 +15,8 @@ namespace ov_ext {
 
 inline int max_threads() { return tbb::this_task_arena::max_concurrency(); }
 
-// Calls body(first, last) on disjoint ranges that cover [0, count), in equal shares when there is enough work.
+// Calls body(first, last) on disjoint ranges that cover [0, count), in equal shares when there is enough work. A body must not rely on how
+// the ranges are cut: one thread takes all of it in one call, several in any order.
 template <class Body>
 void parallel_ranges(uint64_t count, const Body& body) {
     if (count <= 1 || max_threads() == 1) {

@@ -24,6 +24,7 @@ inline void quantize(const RowShape& row, const void* x, bool x_is_bf16, int32_t
     };
     const auto encode = [&](uint64_t begin, uint64_t end, uint64_t padded_end, float inverse) {
         for (uint64_t i = begin; i < padded_end; i++)
+            // nearbyintf rounds in the current mode, to nearest even unless somebody changed it: just as the vector conversions do.
             to[i] = i < end && inverse != 0.0f ? int32_t(std::nearbyintf(load_x(x, x_is_bf16, i) * inverse)) : 0;
     };
     quantize_groups(row, scales, largest, encode);
