@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 
@@ -28,6 +30,9 @@ def whole_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterat
     out.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     draft, old = (out.with_name(f".{out.name}.{purpose}-{mark}") for purpose in ("new", "old"))
+    # Ctrl-C may fall between here and the caller's block, where no frame of ours is left that could clean up.
+    clean = partial(shutil.rmtree, draft, ignore_errors=True)
+    atexit.register(clean)
     try:
         draft.mkdir()
         yield draft
@@ -40,6 +45,7 @@ def whole_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterat
             old.rename(out)
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
+        atexit.unregister(clean)
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
