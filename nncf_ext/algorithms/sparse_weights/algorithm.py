@@ -136,13 +136,14 @@ class SparseWeights:
         done = 0
         with evaluation(model), _progress() as progress:
             units: Iterator[Unit]
-            if self._items:
-                stream = CalibrationStream(model, self._items, survey.block_lists, targets)
-                units, total = stream.units(), len(stream)
-            else:
-                units, total = _single_layers(targets), len(targets)
-            task = progress.add_task(f"Applying {self._mode.value}", total=total)
+            task = progress.add_task(f"Applying {self._mode.value}", total=None)
             try:
+                if self._items:
+                    stream = CalibrationStream(model, self._items, survey.block_lists, targets)
+                    units, total = stream.units(), len(stream)
+                else:
+                    units, total = _single_layers(targets), len(targets)
+                progress.update(task, total=total)
                 for unit in units:
                     self._compress_unit(model, unit, finished)
                     done += len(unit.layers)
