@@ -29,8 +29,8 @@ from nncf_ext.algorithms.sparse_weights.solver import (
     solve,
 )
 from nncf_ext.algorithms.sparse_weights.units import FinishedUnits, LayerResult
-from nncf_ext.calibration.statistics import InputStatistics
-from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, observe_inputs, read_items
+from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
+from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, read_items
 from nncf_ext.files import digest
 from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
 from nncf_ext.journal import Journal
