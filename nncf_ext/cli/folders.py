@@ -27,8 +27,7 @@ Start = Annotated[str, typer.Option(help="With quant_aware: grid or nearest, as 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _EXTRAS = {
-    **dict.fromkeys(("torch", "nncf", "safetensors"), "compress"),
-    **dict.fromkeys(("transformers", "peft"), "llm"),
+    **dict.fromkeys(("torch", "nncf", "safetensors", "transformers", "peft"), "llm"),
     "optuna": "search",
     "matplotlib": "plots",
 }
