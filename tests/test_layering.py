@@ -68,6 +68,7 @@ OV_EXT_LAYERS = (
     "cpu_plugin.*",
     "runtime",
     "sparse_*",
+    "stand_in",
     "convert",
     "state_space",
     "optimum",
