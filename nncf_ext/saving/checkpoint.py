@@ -13,9 +13,9 @@ of code beside it read it where this package is not installed, by ``trust_remote
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,19 +24,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nncf_ext.files import write_whole
+from nncf_ext.drafts import whole_folder
+from nncf_ext.files import let_others_read
 from nncf_ext.saving.layers import apply_overrides, edits_from_config, layer_overrides
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped
 from nncf_ext.weights.sharing import names_of_parameters
 
 GRID_WEIGHTS = "nncf_model.safetensors"
 GRID_CONFIG = "nncf_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 STRUCTURED = "nncf_structured"
 STRUCTURE_VERSION = 1
 REMOTE_CODE = Path(__file__).parent.parent / "standalone" / "modeling_nncf_structured.py"
 REMOTE_FILES = (REMOTE_CODE, *(REMOTE_CODE.with_name(f"{name}.py") for name in ("gated_convolution", "skipping")))
 
 _AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
+
+# Names of files that transformers, or this module, takes for a part of a model: all shards, indexes and variants.
+_OF_A_MODEL = re.compile(
+    r"(model|pytorch_model|tf_model|flax_model|nncf_model)([.-].*)?\.(safetensors|bin|h5|msgpack)"
+    r"|(model|pytorch_model|tf_model|flax_model)\..*index.*\.json"
+    rf"|(generation_)?config\.json|{re.escape(GRID_CONFIG)}|" + "|".join(re.escape(file.name) for file in REMOTE_FILES)
+)
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -47,9 +56,15 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     Writes a compressed Hugging Face model. Weights go into safetensors files only.
 
+    A folder that is there already is the old one until the new one is complete, and needs the disk space of both. Of
+    its files, those of another model (weights of any format and name that transformers reads, their indexes,
+    configurations) go; the others stay: a tokenizer, notes, logs.
+
     :param model: A Hugging Face model, with zeros, on the INT4 grid, with layers of different sizes, or plain.
-    :param folder: Where to; made if it does not exist. Files in it may be replaced.
+    :param folder: Where to; made if it does not exist.
     :raises nncf.UnsupportedModelError: The model is not a Hugging Face model.
+    :raises nncf.ValidationError: The folder holds an adapter, which loaders would put on the model.
+    :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
     if not callable(getattr(model, "save_pretrained", None)):
         msg = (
@@ -57,17 +72,23 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "nncf.torch.get_config(model) instead, and put them together again with nncf_ext.load_compressed()."
         )
         raise nncf.UnsupportedModelError(msg)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    is_adapter = hasattr(model, "peft_config")
+    if not is_adapter and (Path(folder) / ADAPTER_CONFIG).exists():
+        msg = (
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}), which transformers would put on a model that is saved "
+            "there. Name another folder."
+        )
+        raise nncf.ValidationError(msg)
+    with whole_folder(folder, keeps=lambda name: is_adapter or not _OF_A_MODEL.fullmatch(name)) as draft:
+        _save(model, draft)
+        let_others_read(draft)
+
+
+def _save(model: Any, target: Path) -> None:
     overrides = _overrides(model)
-    if not is_wrapped(model):
-        (target / GRID_CONFIG).unlink(missing_ok=True)
-        if not overrides:
-            for file in REMOTE_FILES:
-                (target / file.name).unlink(missing_ok=True)
-            (target / GRID_WEIGHTS).unlink(missing_ok=True)
-            model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
-            return
+    if not is_wrapped(model) and not overrides:
+        model.save_pretrained(target, safe_serialization=True)
+        return
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -76,14 +97,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             tensors[name] = tensor.contiguous()
         stored.add(tensor.untyped_storage().data_ptr())
     _save_config(model, target, overrides)
-    write_whole(target / GRID_WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
-    if overrides:
-        # Stock classes that are named explicitly would read weights that were here before.
-        for name in ("model.safetensors", "model.safetensors.index.json"):
-            (target / name).unlink(missing_ok=True)
+    save_file(tensors, target / GRID_WEIGHTS, metadata={"format": "pt"})
     if is_wrapped(model):
-        config = json.dumps(nncf.torch.get_config(model), indent=1)
-        write_whole(target / GRID_CONFIG, lambda aside: aside.write_text(config))
+        (target / GRID_CONFIG).write_text(json.dumps(nncf.torch.get_config(model), indent=1))
 
 
 def _overrides(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -121,8 +137,8 @@ def _save_config(model: nn.Module, target: Path, overrides: Mapping[str, Any]) -
             **dict.fromkeys(_AUTO_CLASSES, f"{REMOTE_CODE.stem}.StructuredModel"),
         }
         for file in REMOTE_FILES:
-            write_whole(target / file.name, partial(shutil.copyfile, file))
-    write_whole(target / "config.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
+            shutil.copyfile(file, target / file.name)
+    (target / "config.json").write_text(json.dumps(content, indent=2))
 
 
 def check_weight_files(folder: Path) -> None:
