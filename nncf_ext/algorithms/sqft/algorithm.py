@@ -139,9 +139,9 @@ def check_unshared(base: nn.Module, layers: Mapping[str, LoraLinear]) -> None:
         users = [name.replace(".base_layer.", ".") for name in names[id(weight)]]
         if len({id(base.get_submodule(name.rpartition(".")[0])) for name in names[id(weight)]}) > 1:
             msg = (
-                f"The weight of {path} is shared ({', '.join(users)}): merging would change both. Leave the layer out of "
-                "the adapter's target modules, or give it a weight of its own before the adapter is made (a tied head "
-                "needs config.tie_word_embeddings=False as well)."
+                f"The weight of {path} is shared ({', '.join(users)}): merging would change both. Leave the layer "
+                "out of the adapter's target modules, or give it a weight of its own before the adapter is made (a "
+                "tied head needs config.tie_word_embeddings=False as well)."
             )
             raise nncf.ValidationError(msg)
 

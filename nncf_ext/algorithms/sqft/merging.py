@@ -40,8 +40,8 @@ def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
     :param mode: SPARSE or QUANT_AWARE; the latter needs an adapter made mergeable in this mode.
     :return: A new model of the base's class, without adapters.
     :raises nncf.UnsupportedModelError: Not a PEFT model, or an adapter of another kind.
-    :raises nncf.ValidationError: The adapter was not made for this mode, is merged already, adapts a weight that another
-        layer uses, too (a tied head), or a layer would break the contract; the first such layer is named.
+    :raises nncf.ValidationError: The adapter was not made for this mode, is merged already, adapts a weight that
+        another layer uses, too (a tied head), or a layer would break the contract; the first such layer is named.
     :raises nncf.ParameterNotSupportedError: The mode is unknown.
     """
     mode = parse_choice(mode, MergeMode)
