@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import openvino as ov
 from openvino import Node
+
+from ov_ext import drafts
 
 if TYPE_CHECKING:
     import torch
@@ -81,12 +82,14 @@ def save_model(model: ov.Model, path: str | os.PathLike[str]) -> None:
     :param model: The model.
     :param path: The .xml file. The .bin file is written beside it.
     :raises ValueError: The path does not end in .xml.
+    :raises OSError: The files cannot be written; of a full disk the message says what to do.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if target.suffix != ".xml":
         raise ValueError(f"An IR is saved as NAME.xml, got {target.name}.")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as aside:
-        draft = Path(aside) / target.name
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    with drafts.aside(target, size=sum(node.get_byte_size() for node in constants)) as place:
+        draft = place / target.name
         ov.save_model(model, draft, compress_to_fp16=False)
         os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
         os.replace(draft, target)

@@ -110,13 +110,15 @@ def export(
     :return: The folder.
     :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or a layer without attention
         leaves a gap in the cache.
+    :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         msg = f"The tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}: they do not belong together."
         raise ValueError(msg)
     out = Path(out)
-    with whole_folder(out, overwrite) as draft:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with whole_folder(out, overwrite, size) as draft:
         if model.config.model_type in state_space.MODEL_TYPES:
             # Optimum cannot export these models with the releases of transformers that it supports.
             save_model(state_space.convert_state_space_model(model.eval()), draft / MODEL)

@@ -14,9 +14,9 @@ of code beside it read it where this package is not installed, by ``trust_remote
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Hashable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nncf_ext.files import write_whole
-from nncf_ext.saving.folder import GRID_CONFIG, GRID_WEIGHTS, STRUCTURE_VERSION, STRUCTURED, passing_buffers
+from nncf_ext.drafts import whole_folder
+from nncf_ext.files import let_others_read
+from nncf_ext.saving.folder import (
+    ADAPTER_CONFIG,
+    GRID_CONFIG,
+    GRID_WEIGHTS,
+    STRUCTURE_VERSION,
+    STRUCTURED,
+    passing_buffers,
+)
 from nncf_ext.saving.layers import edits_from_config, layer_overrides
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.sharing import place_of
@@ -36,14 +44,27 @@ REMOTE_FILES = (REMOTE_CODE, *(REMOTE_CODE.with_name(f"{name}.py") for name in (
 
 _AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
 
+# Names of files that transformers, or this module, takes for a part of a model: all shards, indexes and variants.
+_OF_A_MODEL = re.compile(
+    r"(model|pytorch_model|tf_model|flax_model|nncf_model)([.-].*)?\.(safetensors|bin|h5|msgpack)"
+    r"|(model|pytorch_model|tf_model|flax_model)\..*index.*\.json"
+    rf"|(generation_)?config\.json|{re.escape(GRID_CONFIG)}|" + "|".join(re.escape(file.name) for file in REMOTE_FILES)
+)
+
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     Writes a compressed Hugging Face model. Weights go into safetensors files only.
 
+    A folder that is there already is the old one until the new one is complete, and needs the disk space of both. Of
+    its files, those of another model (weights of any format and name that transformers reads, their indexes,
+    configurations) go; the others stay: a tokenizer, notes, logs.
+
     :param model: A Hugging Face model, with zeros, on the INT4 grid, with layers of different sizes, or plain.
-    :param folder: Where to; made if it does not exist. Files in it may be replaced.
+    :param folder: Where to; made if it does not exist.
     :raises nncf.UnsupportedModelError: The model is not a Hugging Face model.
+    :raises nncf.ValidationError: The folder holds an adapter, which loaders would put on the model.
+    :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
     if not callable(getattr(model, "save_pretrained", None)):
         msg = (
@@ -51,27 +72,28 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "nncf.torch.get_config(model) instead, and put them together again with nncf_ext.load_compressed()."
         )
         raise nncf.UnsupportedModelError(msg)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    is_adapter = hasattr(model, "peft_config")
+    if not is_adapter and (Path(folder) / ADAPTER_CONFIG).exists():
+        msg = (
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}), which transformers would put on a model that is saved "
+            "there. Name another folder."
+        )
+        raise nncf.ValidationError(msg)
+    with whole_folder(folder, keeps=lambda name: is_adapter or not _OF_A_MODEL.fullmatch(name)) as draft:
+        _save(model, draft)
+        let_others_read(draft)
+
+
+def _save(model: Any, target: Path) -> None:
     overrides = _overrides(model)
-    if not is_wrapped(model):
-        (target / GRID_CONFIG).unlink(missing_ok=True)
-        if not overrides:
-            for file in REMOTE_FILES:
-                (target / file.name).unlink(missing_ok=True)
-            (target / GRID_WEIGHTS).unlink(missing_ok=True)
-            model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
-            return
+    if not is_wrapped(model) and not overrides:
+        model.save_pretrained(target, safe_serialization=True)
+        return
     tensors, shared = _each_once(model)
     _save_config(model, target, overrides)
-    write_whole(target / GRID_WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"format": "pt", **shared}))
-    if overrides:
-        # Stock classes that are named explicitly would read weights that were here before.
-        for name in ("model.safetensors", "model.safetensors.index.json"):
-            (target / name).unlink(missing_ok=True)
+    save_file(tensors, target / GRID_WEIGHTS, metadata={"format": "pt", **shared})
     if is_wrapped(model):
-        config = json.dumps(nncf.torch.get_config(model), indent=1)
-        write_whole(target / GRID_CONFIG, lambda aside: aside.write_text(config))
+        (target / GRID_CONFIG).write_text(json.dumps(nncf.torch.get_config(model), indent=1))
 
 
 def _each_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -136,5 +158,5 @@ def _save_config(model: nn.Module, target: Path, overrides: Mapping[str, Any]) -
             **dict.fromkeys(_AUTO_CLASSES, f"{REMOTE_CODE.stem}.StructuredModel"),
         }
         for file in REMOTE_FILES:
-            write_whole(target / file.name, partial(shutil.copyfile, file))
-    write_whole(target / "config.json", lambda aside: aside.write_text(json.dumps(content, indent=2)))
+            shutil.copyfile(file, target / file.name)
+    (target / "config.json").write_text(json.dumps(content, indent=2))

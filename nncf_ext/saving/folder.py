@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 GRID_WEIGHTS = "nncf_model.safetensors"
 GRID_CONFIG = "nncf_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 STRUCTURED = "nncf_structured"
 STRUCTURE_VERSION = 1
 
@@ -77,9 +78,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         msg = f"{folder} holds no config.json, so it is not a Hugging Face model folder."
         raise nncf.ValidationError(msg)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         msg = (
-            f"{folder} holds adapter_config.json beside config.json, so it is not clear which model is meant. Move the "
+            f"{folder} holds {ADAPTER_CONFIG} beside config.json, so it is not clear which model is meant. Move the "
             "files of the adapter to a folder of their own; nncf_ext.merge puts it into the model."
         )
         raise nncf.ValidationError(msg)
