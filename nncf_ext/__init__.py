@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from nncf_ext.parameters import SearchSampler as SearchSampler
     from nncf_ext.report import CompressionReport as CompressionReport
     from nncf_ext.report import compression_report as compression_report
-    from nncf_ext.saving.checkpoint import load_compressed as load_compressed
-    from nncf_ext.saving.checkpoint import load_pretrained as load_pretrained
     from nncf_ext.saving.checkpoint import save_pretrained as save_pretrained
+    from nncf_ext.saving.loading import load_compressed as load_compressed
+    from nncf_ext.saving.loading import load_pretrained as load_pretrained
     from nncf_ext.structure.counting import count_costs as count_costs
     from nncf_ext.structure.masking import masked as masked
     from nncf_ext.structure.plan import StructurePlan as StructurePlan

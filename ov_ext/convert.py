@@ -12,6 +12,7 @@ import openvino as ov
 from openvino import Node
 
 from ov_ext import drafts
+from ov_ext.stand_in import stand_in
 
 if TYPE_CHECKING:
     import torch
@@ -63,12 +64,13 @@ def convert_model(
         raise ValueError(msg)
     if method == "trace" or (method == "auto" and dynamic_shapes is None):
         try:
-            return ov.convert_model(model, example_input=example_input)
+            own = model if isinstance(model, torch.jit.ScriptModule) else stand_in(model)
+            return ov.convert_model(own, example_input=example_input)
         except Exception as error:  # tracing runs the user's code: any type may come out of it
             if method == "trace":
                 raise
             logger.info("Tracing failed (%s); exporting instead.", str(error).strip().splitlines()[0])
-    return _convert_exported(_export(model, example_input, dynamic_shapes))
+    return _convert_exported(_export(stand_in(model), example_input, dynamic_shapes))
 
 
 def save_model(model: ov.Model, path: str | os.PathLike[str]) -> None:

@@ -70,6 +70,7 @@ OV_EXT_LAYERS = (
     "cpu_plugin.*",
     "runtime",
     "sparse_*",
+    "stand_in",
     "convert",
     "state_space",
     "optimum",

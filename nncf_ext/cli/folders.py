@@ -166,7 +166,7 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
     import torch
     from transformers import AutoTokenizer
 
-    from nncf_ext.saving.checkpoint import load_pretrained
+    from nncf_ext.saving.loading import load_pretrained
 
     try:
         model: Any = load_pretrained(
@@ -223,7 +223,7 @@ def load_adapted(
 
     from nncf_ext.algorithms.sqft.algorithm import make_mergeable
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
-    from nncf_ext.saving.checkpoint import load_pretrained
+    from nncf_ext.saving.loading import load_pretrained
 
     try:
         model = PeftModel.from_pretrained(base, adapter)
