@@ -73,6 +73,9 @@ void SparseMatMul::validate_and_infer_types() {
         // The header only, in constant time: shapes are inferred often, and reading the content would fetch a mapped blob from disk. A blob
         // that arrives as data is not known yet: evaluate() looks at it.
         if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
+            // OpenVINO compares shape and bytes modulo 2^61 when it reads a file.
+            NODE_VALIDATION_CHECK(this, constant->get_shape()[0] == constant->get_byte_size(), "The blob holds ", constant->get_byte_size(),
+                                  " bytes, its shape says ", constant->get_shape()[0], ".");
             try {
                 const auto w = parse(static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size());
                 check_against_attributes(w, n[i], m_k, m_kind, m_activation_group);
