@@ -54,7 +54,7 @@ console = Console()
 SourceFolder = Annotated[Path, typer.Argument(help="Model folder with *.xml and *.bin.", metavar="IN")]
 OutFolder = Annotated[Path, typer.Argument(help="Model folder to write.", metavar="OUT")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT; the old one stays until the new one is complete.")
+    bool, typer.Option("--overwrite", help="Replace all of OUT, a model folder, once the new one is complete.")
 ]
 _TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # reading them needs another extension
 

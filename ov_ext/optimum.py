@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import openvino as ov
 from ov_ext import runtime, state_space
 from ov_ext.convert import save_model
 from ov_ext.folder import whole_folder
+from ov_ext.stand_in import computing_in_float32, stand_in
 
 if TYPE_CHECKING:
     from optimum.intel import OVModelForCausalLM
@@ -110,38 +112,46 @@ def export(
     :return: The folder.
     :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or a layer without attention
         leaves a gap in the cache.
+    :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         msg = f"The tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}: they do not belong together."
         raise ValueError(msg)
     out = Path(out)
-    with whole_folder(out, overwrite) as draft:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with whole_folder(out, overwrite, size) as draft:
         if model.config.model_type in state_space.MODEL_TYPES:
             # Optimum cannot export these models with the releases of transformers that it supports.
-            save_model(state_space.convert_state_space_model(model.eval()), draft / MODEL)
+            save_model(state_space.convert_state_space_model(model), draft / MODEL)
             model.config.save_pretrained(draft)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(draft)
         else:
-            _export_by_optimum(model.eval(), draft, task)
+            _export_by_optimum(model, draft, task)
         tokenizer.save_pretrained(draft)
         save_tokenizer_ir(tokenizer, draft)
     return out
 
 
 def _export_by_optimum(model: PreTrainedModel, draft: Path, task: str) -> None:
-    import torch
     from optimum.exporters.openvino import export_from_model
 
-    export_from_model(
-        model,
-        output=draft,
-        task=task,
-        stateful=True,
-        patch_16bit_model=next(model.parameters()).dtype in (torch.float16, torch.bfloat16),
-        custom_export_configs=_export_configs(model, task),
-    )
+    model = stand_in(model)
+    configs = _export_configs(model, task)
+    quiet = logging.root.manager.disable
+    try:
+        with computing_in_float32(model) as half:
+            export_from_model(
+                model,
+                output=draft,
+                task=task,
+                stateful=True,
+                patch_16bit_model=half,
+                custom_export_configs=configs,
+            )
+    finally:
+        logging.disable(quiet)  # Optimum switches it
 
 
 def _export_configs(model: PreTrainedModel, task: str) -> dict[str, Any] | None:
@@ -158,7 +168,7 @@ def _export_configs(model: PreTrainedModel, task: str) -> dict[str, Any] | None:
     # After one token the cache shows which layers write to it, and with how many heads.
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        cache = model.eval()(input_ids=token, use_cache=True).get("past_key_values")
+        cache = model(input_ids=token, use_cache=True).get("past_key_values")
     layers = getattr(cache, "layers", None)
     if layers is None or not all(hasattr(layer, "keys") for layer in layers):
         return None

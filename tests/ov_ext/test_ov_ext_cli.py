@@ -15,6 +15,7 @@ import ov_ext
 from ov_ext import cli, extension
 from ov_ext.decode import measure
 from ov_ext.folder import FolderExistsError, whole_folder
+from tests.killing import largest_file
 from tests.ov_ext.ir_forms import Form, build, signature
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -147,6 +148,23 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(folder: Pa
         (tmp_path / "new" / "b").write_text("b")
     assert files(tmp_path / "new") == {"b": b"b"}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_said_with_the_path_and_what_to_do(folder: Path, tmp_path: Path) -> None:
+    """OpenVINO says "iostream error" only, and leaves nothing to look at."""
+    out = tmp_path / "out"
+    assert run("pack", folder, out).exit_code == 0
+    old = files(out)
+    with largest_file(4096):
+        result = run("pack", folder, out, "--overwrite")
+    text = " ".join(result.output.split())
+    assert result.exit_code == 1 and "File too large. Nothing was written. Free some space" in text, text
+    assert str(out) in result.output.replace("\n", "") and "iostream" not in text and files(out) == old
+    model = ov.Core().read_model(folder / "openvino_model.xml")
+    with pytest.raises(OSError, match="Free some space") as caught, largest_file(4096):
+        ov_ext.save_model(model, tmp_path / "again.xml")
+    assert caught.value.filename == str(tmp_path / "again.xml")
+    assert [path for path in tmp_path.iterdir() if path not in (folder, out)] == []
 
 
 def test_in_place(folder: Path) -> None:
