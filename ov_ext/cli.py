@@ -28,18 +28,23 @@ from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
 
 
 class _PlainErrors(typer.core.TyperGroup):
-    """A user's mistake becomes one line instead of a traceback."""
+    """A user's mistake becomes one line instead of a traceback, and so does an error that nobody expected."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's Context is typer's base class
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         try:
             return super().invoke(ctx)
-        except typer.Exit:  # derived from RuntimeError
+        except (typer.Exit, typer.Abort):  # derived from RuntimeError
             raise
         except ImportError as error:
             typer.secho(f"Error: {error}. This command needs: pip install 'nncf-ext[llm]'", err=True, fg="red")
         except (ValueError, RuntimeError, OSError) as error:
             typer.secho(f"Error: {error}", err=True, fg="red")
+        except Exception as error:
+            if hasattr(error, "exit_code"):  # typer's own, for wrong options
+                raise
+            typer.secho(f"Error: {type(error).__name__}: {error}", err=True, fg="red")
+            logging.getLogger("ov_ext").debug("Where it came from:", exc_info=True)
         raise typer.Exit(1)
 
 
