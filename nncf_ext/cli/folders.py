@@ -94,11 +94,11 @@ def check_new_folder(out: Path, overwrite: bool) -> None:
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not overwrite:
-        msg = f"{out} exists. Name a new folder, or pass --overwrite."
-        raise nncf.ValidationError(msg)
     if not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
         msg = f"{out} exists and holds no model, so it is not overwritten. Remove it first, or name a new folder."
+        raise nncf.ValidationError(msg)
+    if not overwrite:
+        msg = f"{out} exists. Name a new folder, or pass --overwrite."
         raise nncf.ValidationError(msg)
 
 
@@ -166,7 +166,7 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
     import torch
     from transformers import AutoTokenizer
 
-    from nncf_ext.saving.checkpoint import load_pretrained
+    from nncf_ext.saving.loading import load_pretrained
 
     try:
         model: Any = load_pretrained(
@@ -223,7 +223,7 @@ def load_adapted(
 
     from nncf_ext.algorithms.sqft.algorithm import make_mergeable
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
-    from nncf_ext.saving.checkpoint import load_pretrained
+    from nncf_ext.saving.loading import load_pretrained
 
     try:
         model = PeftModel.from_pretrained(base, adapter)

@@ -141,7 +141,7 @@ def other_tokenizer(folder):
         (lambda folder: change_index(folder, "/etc/secret.safetensors"), "Shards must be"),
         (lambda folder: change_index(folder, "pytorch_model.bin"), "Shards must be"),
         (lambda folder: change_index(folder, "model-00002.safetensors"), "which is missing"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "is no index"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "A JSON object is needed"),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (other_tokenizer, "has 500 tokens and the embedding has 320 rows"),
     ],

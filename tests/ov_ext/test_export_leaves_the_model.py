@@ -151,7 +151,7 @@ def test_convert_state_space_model(dtype: torch.dtype) -> None:
 
 def exported(model: Any, tokenizer: Any, folder: Path) -> tuple[np.ndarray, list[Any]]:
     """Logits of the exported model, and the element types and shapes of its large constants."""
-    ir = ov.Core().read_model(ov_ext.optimum.export(model, tokenizer, folder) / "openvino_model.xml")
+    ir = ov.Core().read_model(ov_ext.optimum.export(model, tokenizer, folder, rest=None) / "openvino_model.xml")
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "position_ids": torch.arange(7)[None]}
     inputs = {name: value.numpy() for name, value in inputs.items()} | {"beam_idx": np.zeros(1, np.int32)}
     large = [op for op in ir.get_ops() if op.get_type_name() == "Constant" and np.prod(op.get_output_shape(0)) >= 128]
