@@ -165,7 +165,7 @@ def test_int4_in_16_bits_is_int4_in_32(tokenizer: Any, tmp_path: Path) -> None:
     assert [entry[0] for entry in grid].count("i4") == 6 * 2  # all layers of the blocks but down_proj
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
         found, types = exported(int4(dtype), tokenizer, tmp_path / short)
-        assert types == sorted((short if entry == ("f32", 64, 64) else entry[0], *entry[1:]) for entry in grid)
+        assert types == sorted((short if entry == ("bf16", 64, 64) else entry[0], *entry[1:]) for entry in grid)
         np.testing.assert_array_equal(found, expected)
 
 
