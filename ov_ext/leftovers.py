@@ -97,7 +97,7 @@ def _is_dense(node: Node) -> bool:
     if weight is None or element_name(weight) not in FLOATS or np.prod(weight.shape) < MIN_WEIGHTS:
         return False
     values = elements(weight)
-    return 1.0 - np.count_nonzero(values) / values.size < SPARSE
+    return bool(1.0 - np.count_nonzero(values) / values.size < SPARSE)
 
 
 def _embeddings_and_head(model: ov.Model) -> Iterator[Node]:

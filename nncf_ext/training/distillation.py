@@ -34,6 +34,7 @@ class DistillationTrainer(Trainer):
             msg = f"label_weight is a fraction from 0 to 1; got {label_weight}."
             raise nncf.ValidationError(msg)
         super().__init__(*args, **kwargs)
+        assert self.model is not None  # the Trainer refuses to be made without
         student = {parameter.data_ptr() for parameter in self.model.parameters() if parameter.requires_grad}
         if any(parameter.data_ptr() in student for parameter in teacher.parameters()):
             msg = (
@@ -66,7 +67,7 @@ class DistillationTrainer(Trainer):
             msg = f"label_weight is {self._label_weight}, but the inputs have no labels: {list(inputs)}."
             raise nncf.ValidationError(msg)
         unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-        loss, outputs = 0.0, None
+        loss: Any = 0.0
         if self._label_weight:
             label_loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
             loss = self._label_weight * label_loss
