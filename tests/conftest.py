@@ -1,11 +1,31 @@
-"""A skip names the hardware that is missing; any other skip is a failure: a test that never runs says nothing."""
+"""
+Skips, and the real models that tests of several folders use.
+
+A skip names the hardware that is missing, or the real model that cannot be downloaded. Any other skip is a failure: a
+test that never runs says nothing.
+"""
 
 import re
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
-_HARDWARE = re.compile(r"Skipped: .*(\bCPU has no\b|no AVX-512 code on|no GPU)")
+_HARDWARE = re.compile(r"Skipped: .*(\bCPU has no\b|no AVX-512 code on|no GPU|cannot be downloaded)")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SmolLM2-135M-Instruct in bfloat16. Tests that ask for it are marked ``real``."""
+    from samples.real_models import smollm2
+    from samples.real_models.packages import UnavailableError
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    try:
+        smollm2.write(folder)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    return folder
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,7 +6,7 @@ hidden state (masks, position embeddings, flags) is kept and given to it again.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,18 +44,18 @@ class BlockCall:
 
     :param block: Path of the block.
     :param inputs: What it was given.
-    :param versions: For each input tensor (by id) how often it had been written to before the call.
+    :param read: Its input tensors, and how often each had been written to when the call began.
     :param outputs: What it returned; one entry if that was a tensor.
+    :param returned: Its output tensors, and how often each had been written to when the call ended.
     :param returns_tensor: Whether it returned a tensor rather than a tuple.
-    :param overwrites: Input tensors (by id) that the block wrote to.
     """
 
     block: str
     inputs: Inputs
-    versions: dict[int, int]
+    read: list[tuple[Tensor, int]]
     outputs: Sequence[Any] = ()
+    returned: list[tuple[Tensor, int]] = field(default_factory=list)
     returns_tensor: bool = True
-    overwrites: set[int] = field(default_factory=set)
 
 
 @contextmanager
@@ -71,9 +71,7 @@ def trace_calls(lists: Sequence[BlockList]) -> Iterator[list[BlockCall]]:
     def begin(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = joined(args, kwargs)
-            # Torch counts how often a tensor was written to in place: another count after the call tells a write.
-            versions = {id(value): value._version for value in inputs.values() if isinstance(value, Tensor)}
-            calls.append(BlockCall(name, inputs, versions))
+            calls.append(BlockCall(name, inputs, _versions(inputs)))
 
         return hook
 
@@ -82,8 +80,7 @@ def trace_calls(lists: Sequence[BlockList]) -> Iterator[list[BlockCall]]:
             call = next(call for call in reversed(calls) if call.block == name)
             call.returns_tensor = isinstance(output, Tensor)
             call.outputs = output if isinstance(output, tuple | list) else [output]
-            tensors = [value for value in call.inputs.values() if isinstance(value, Tensor)]
-            call.overwrites = {id(value) for value in tensors if value._version != call.versions[id(value)]}
+            call.returned = _versions(call.outputs)
 
         return hook
 
@@ -100,7 +97,7 @@ def find_chain(each: BlockList, calls: Sequence[BlockCall]) -> Chain | None:
     :param each: A list of blocks.
     :param calls: Their calls in one forward.
     :return: How they hand over; None unless every block was called once, in order, on the previous one's output, on
-        nothing else that a block had computed, and without writing to its input.
+        nothing else that a block had computed, and none of these was written to in place.
     """
     calls = [call for call in calls if call.block in each.blocks]
     if len(calls) < 2 or [call.block for call in calls] != list(each.blocks):
@@ -116,16 +113,45 @@ def find_chain(each: BlockList, calls: Sequence[BlockCall]) -> Chain | None:
             if isinstance(value, Tensor) and value is output
         ]
         links.update(found)
-        if len(found) != 1 or len(links) != 1:
+        if len(found) != 1 or len(links) != 1 or _written(previous.returned):
             return None
     entry, index = links.pop()
     further = [{key: value for key, value in call.inputs.items() if key != entry} for call in calls]
     for call, inputs in zip(calls, further, strict=True):
-        # A block that writes to its input would find it changed when it is run a second time.
-        if entry not in call.inputs or id(call.inputs[entry]) in call.overwrites or not _replayable(inputs, computed):
+        # A block that writes to an input would find it changed when it is run a second time.
+        if entry not in call.inputs or _written(call.read) or not _replayable(inputs, computed):
             return None
     uniform = all(_agree(inputs, further[0], operator.is_) for inputs in further[1:])
     return Chain(entry, None if calls[0].returns_tensor else index, uniform)
+
+
+def agreed(chains: Iterable[Chain | None]) -> Chain | None:
+    """
+    :param chains: How the blocks hand over on each calibration item.
+    :return: How they do on all of them; None if that differs, or is no chain on one of them.
+    """
+    links = set()
+    uniform = True
+    for chain in chains:
+        if chain is None:
+            return None
+        links.add((chain.entry, chain.exit))
+        uniform &= chain.uniform
+    return Chain(*links.pop(), uniform) if len(links) == 1 else None
+
+
+def kind_of(value: Any) -> Any:
+    """
+    :param value: Inputs of a block, or a part of them.
+    :return: The same without the numbers in tensors: equal for inputs that differ in nothing else.
+    """
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape)
+    if isinstance(value, tuple | list):
+        return tuple(kind_of(part) for part in value)
+    if isinstance(value, Mapping):
+        return tuple((key, kind_of(part)) for key, part in value.items())
+    return value
 
 
 @contextmanager
@@ -200,6 +226,19 @@ def shared(value: Any, known: Sequence[Any]) -> Any:
 
 def _equal(left: Tensor, right: Tensor) -> bool:
     return left is right or (left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right))
+
+
+def _versions(value: Any) -> list[tuple[Tensor, int]]:
+    """All tensors in a value, each with torch's count of how often it was written to in place."""
+    if isinstance(value, Tensor):
+        # Torch forbids writing to tensors of inference mode, and does not count.
+        return [] if value.is_inference() else [(value, value._version)]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [each for part in parts for each in _versions(part)]
+
+
+def _written(versions: Sequence[tuple[Tensor, int]]) -> bool:
+    return any(value._version != version for value, version in versions)
 
 
 def _replayable(value: Any, computed: set[int]) -> bool:

@@ -1,10 +1,15 @@
-"""What is accumulated from the inputs of a linear layer."""
+"""What is accumulated from the inputs of linear layers."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from nncf_ext.calibration.stream import Unit
 
 _SAMPLED_TOKENS_PER_CALL = 16
 _SAMPLED_TOKENS = 1024
@@ -102,3 +107,64 @@ class InputStatistics:
         exact = torch.linalg.norm(tokens @ weight.float().T)
         error = torch.linalg.norm(tokens @ (weight.float() - replacement.float()).T)
         return float(error / exact) if exact > 0 else 0.0
+
+
+def observe_inputs(unit: Unit, *, full: bool) -> dict[str, InputStatistics]:
+    """
+    Runs a unit once and accumulates the second moments of its layers' inputs.
+
+    Layers that are fed the very same tensor (query, key and value; gate and up) share one accumulator.
+
+    :param unit: The unit, as it is now.
+    :param full: Accumulate Hessians, not only squares.
+    :return: Statistics by the path of the layer; a layer that no token reached is missing.
+    """
+    apart: set[str] = set()
+    while True:
+        statistics, parted = _observe(unit, full, apart)
+        if not parted:
+            return {name: statistic for name, statistic in statistics.items() if statistic.tokens}
+        apart |= parted
+
+
+def _observe(unit: Unit, full: bool, apart: set[str]) -> tuple[dict[str, InputStatistics], set[str]]:
+    """
+    :param unit: The unit.
+    :param full: Accumulate Hessians.
+    :param apart: Layers that need an accumulator of their own.
+    :return: Statistics by the path of the layer, and the layers that shared an input when first called and not always:
+        the statistics are of no use then.
+    """
+    statistics: dict[str, InputStatistics] = {}
+    leader_of: dict[str, str] = {}
+    # Of each layer's last call: its number, the input, and how often that had been written to.
+    latest: dict[str, tuple[int, Tensor, int]] = {}
+    parted: set[str] = set()
+
+    def observe(name: str, module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs["input"]
+        version = 0 if inputs.is_inference() else inputs._version
+        number = latest[name][0] + 1 if name in latest else 1
+        same = (number, inputs, version)
+        if name not in leader_of:
+            found = () if name in apart else (other for other in leader_of.values() if _same_call(latest[other], same))
+            leader_of[name] = next(iter(found), name)
+        leader = leader_of[name]
+        latest[name] = same
+        if leader == name:
+            if name not in statistics:
+                statistics[name] = InputStatistics(module.in_features, full, inputs.device)
+            statistics[name].update(inputs)
+        elif not _same_call(latest[leader], same):
+            parted.add(name)
+
+    with ExitStack() as hooks:
+        for name, layer in unit.layers.items():
+            hooks.callback(layer.register_forward_pre_hook(partial(observe, name), with_kwargs=True).remove)
+        unit.run()
+    parted |= {name for name, leader in leader_of.items() if latest[name][0] != latest[leader][0]}
+    return {name: statistics[leader] for name, leader in leader_of.items()}, parted
+
+
+def _same_call(left: tuple[int, Tensor, int], right: tuple[int, Tensor, int]) -> bool:
+    return left[1] is right[1] and (left[0], left[2]) == (right[0], right[2])

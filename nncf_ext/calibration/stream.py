@@ -10,7 +10,7 @@ or there are none, the whole model is run for each unit: right for any model, an
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,15 +25,16 @@ from nncf_ext.calibration.chain import (
     BlockCall,
     Chain,
     Inputs,
+    agreed,
     disturbed_outputs,
     find_chain,
     joined,
+    kind_of,
     same_further_inputs,
     shared,
     split,
     trace_calls,
 )
-from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.structure.blocks import BlockList
 
 logger = logging.getLogger("nncf_ext")
@@ -97,7 +98,7 @@ class CalibrationStream:
     :param items: Model inputs.
     :param block_lists: Repeated blocks found in the model.
     :param layers: The layers to visit, by path. Layers in no block are grouped by shared input.
-    :raises nncf.ValidationError: The model cannot be run on the first item.
+    :raises nncf.ValidationError: The model cannot be run on an item.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class CalibrationStream:
                 yield from self._walk(segment, segment.chain)
 
     def _call(self, item: Any) -> None:
-        item = _to_device(item, self._device)
+        item = _copied(item, self._device)
         if isinstance(item, Mapping):
             self._model(**{**item, **self._options})
         elif isinstance(item, Tensor):
@@ -144,7 +145,10 @@ class CalibrationStream:
             self._call(item)
 
     def _plan(self, block_lists: Sequence[BlockList], layers: Mapping[str, nn.Linear]) -> list[_Segment]:
-        """Traces one forward and decides how each list of blocks, and each layer outside, will be visited."""
+        """
+        Traces one forward of every item and decides how each list of blocks, and each layer outside, will be visited.
+        One item is not enough: what blocks are given (masks of some kind, or none) may differ between items.
+        """
         members = {
             block_name: {id(part) for part in block.modules()}
             for each in block_lists
@@ -155,32 +159,25 @@ class CalibrationStream:
             for name, layer in layers.items()
         }
         order: list[str] = []
-        inputs: dict[str, Tensor] = {}
-
-        def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            if name not in order:
-                order.append(name)
-                if block_of[name] is None and args:
-                    inputs[name] = args[0]
-
-        with ExitStack() as hooks:
-            calls = hooks.enter_context(trace_calls(block_lists))
-            for name, layer in layers.items():
-                hooks.callback(layer.register_forward_pre_hook(partial(note, name)).remove)
-            try:
-                self._call(self._items[0])
-            except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-                msg = (
-                    f"The model cannot be run on the first calibration item ({type(error).__name__}: {error}). Items "
-                    "must be what model(...) takes; a transform_func of nncf.Dataset can make them so."
-                )
-                raise nncf.ValidationError(msg) from error
+        # For each layer outside blocks and each item: the first layer that read the very same tensor.
+        leaders: dict[str, list[str | None]] = {name: [] for name in layers if block_of[name] is None}
+        chains: dict[str, list[Chain | None]] = {each.name: [] for each in block_lists}
+        independent: set[Any] = set()
+        for index in range(len(self._items)):
+            calls, inputs = self._trace(index, block_lists, layers)
+            _merge_order(order, inputs)
+            for name, own in leaders.items():
+                read = inputs.get(name)
+                own.append(None if read is None else next(each for each in leaders if inputs.get(each) is read))
+            for each in block_lists:
+                chains[each.name].append(self._chain(each, index, calls, independent))
+            del calls, inputs  # activations at all block boundaries: of one item at a time
         order += [name for name in layers if name not in order]
 
         segments = []
         for each in block_lists:
             units = {block: {name: layers[name] for name in order if block_of[name] == block} for block in each.blocks}
-            chain = self._chain(each, calls)
+            chain = agreed(chains[each.name])
             if chain is None:
                 logger.warning(
                     "The blocks %s cannot be run one by one on each other's outputs; the whole model is run for each.",
@@ -189,27 +186,57 @@ class CalibrationStream:
                 units = {block: own for block, own in units.items() if own}
             if any(units.values()):
                 segments.append(_Segment(chain, units, each.blocks))
-        # Layers that read the very same tensor are one unit. `inputs` keeps the tensors alive, so no id is used twice.
-        groups: dict[int, dict[str, nn.Linear]] = {}
+        groups: dict[Any, dict[str, nn.Linear]] = {}
         for name in order:
             if block_of[name] is None:
-                groups.setdefault(id(inputs.get(name, layers[name])), {})[name] = layers[name]
+                key = tuple(leaders[name]) if any(leaders[name]) else name
+                groups.setdefault(key, {})[name] = layers[name]
         segments += [_Segment(None, {next(iter(group)): group}) for group in groups.values()]
         first = {
             id(segment): min(order.index(n) for own in segment.units.values() for n in own) for segment in segments
         }
         return sorted(segments, key=lambda segment: first[id(segment)])
 
-    def _chain(self, each: BlockList, calls: Sequence[BlockCall]) -> Chain | None:
+    def _trace(
+        self, index: int, block_lists: Sequence[BlockList], layers: Mapping[str, nn.Linear]
+    ) -> tuple[list[BlockCall], dict[str, Any]]:
+        """Runs the model on one item: the calls of its blocks, and what each layer read first, in running order."""
+        inputs: dict[str, Any] = {}
+
+        def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.setdefault(name, args[0] if args else kwargs.get("input"))
+
+        with ExitStack() as hooks:
+            calls = hooks.enter_context(trace_calls(block_lists))
+            for name, layer in layers.items():
+                hooks.callback(layer.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
+            try:
+                self._call(self._items[index])
+            except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+                msg = (
+                    f"The model cannot be run on item {index} of the calibration dataset ({type(error).__name__}: "
+                    f"{error}). Items must be what model(...) takes; a transform_func of nncf.Dataset can make them so."
+                )
+                raise nncf.ValidationError(msg) from error
+        return calls, inputs
+
+    def _chain(self, each: BlockList, index: int, calls: Sequence[BlockCall], independent: set[Any]) -> Chain | None:
+        """How blocks hand over on one item. `independent` collects the kinds of further inputs that were checked."""
         chain = find_chain(each, calls)
         if chain is None or chain.uniform:
             return chain
         # Blocks differ in their inputs besides the hidden state. Keeping these is right only if they do not depend on
         # hidden states, which compression changes: so the hidden states are disturbed, and the inputs compared.
-        with disturbed_outputs(each, chain), trace_calls([each]) as again:
-            self._call(self._items[0])
         before = [call for call in calls if call.block in each.blocks]
-        return chain if same_further_inputs(chain, before, again) else None
+        kind = each.name, kind_of([call.inputs for call in before])
+        if kind in independent:
+            return chain
+        with disturbed_outputs(each, chain), trace_calls([each]) as again:
+            self._call(self._items[index])
+        if not same_further_inputs(chain, before, again):
+            return None
+        independent.add(kind)
+        return chain
 
     def _walk(self, segment: _Segment, chain: Chain) -> Iterator[Unit]:
         """Visits a chain of blocks, holding the hidden states at one block boundary."""
@@ -284,48 +311,21 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def observe_inputs(unit: Unit, *, full: bool) -> dict[str, InputStatistics]:
-    """
-    Runs a unit once and accumulates the second moments of its layers' inputs.
-
-    Layers that are fed the very same tensor (query, key and value; gate and up) share one accumulator.
-
-    :param unit: The unit, as it is now.
-    :param full: Accumulate Hessians, not only squares.
-    :return: Statistics by the path of the layer; a layer that no token reached is missing.
-    """
-    statistics: dict[str, InputStatistics] = {}
-    # Which layers share an input is found on the first sample, by identity, and checked on every further one.
-    latest: dict[str, Tensor] = {}
-    leader_of: dict[str, str] = {}
-
-    def observe(name: str, module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else kwargs["input"]
-        if name not in leader_of:
-            leader_of[name] = next((other for other, seen in latest.items() if seen is inputs), name)
-        leader = leader_of[name]
-        if leader == name:
-            latest[name] = inputs
-            if name not in statistics:
-                statistics[name] = InputStatistics(module.in_features, full, inputs.device)
-            statistics[name].update(inputs)
-        elif latest[leader] is not inputs:
-            msg = f"{name} and {leader} shared one input on the first sample and not on a later one."
-            raise nncf.UnsupportedModelError(msg)
-
-    with ExitStack() as hooks:
-        for name, layer in unit.layers.items():
-            hooks.callback(layer.register_forward_pre_hook(partial(observe, name), with_kwargs=True).remove)
-        unit.run()
-    by_layer = {name: statistics[leader] for name, leader in leader_of.items()}
-    return {name: statistic for name, statistic in by_layer.items() if statistic.tokens}
+def _merge_order(order: list[str], seen: Iterable[str]) -> None:
+    """Puts names that are new in a sequence right behind those that stood before them there."""
+    place = 0
+    for name in seen:
+        if name not in order:
+            order.insert(place, name)
+        place = order.index(name) + 1
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def _copied(value: Any, device: torch.device) -> Any:
+    """A model may write to its inputs, and what was made in inference mode can hardly be used outside: so a copy."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, copy=True)
     if isinstance(value, Mapping):
-        return {key: _to_device(part, device) for key, part in value.items()}
+        return {key: _copied(part, device) for key, part in value.items()}
     if isinstance(value, tuple | list):
-        return [_to_device(part, device) for part in value]
+        return [_copied(part, device) for part in value]
     return value

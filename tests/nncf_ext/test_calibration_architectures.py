@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from nncf_ext.calibration.stream import CalibrationStream, evaluation, observe_inputs
+from nncf_ext.calibration.statistics import observe_inputs
+from nncf_ext.calibration.stream import CalibrationStream, evaluation
 from nncf_ext.structure.blocks import survey
 
 SIZES = {

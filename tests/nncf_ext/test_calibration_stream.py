@@ -11,8 +11,8 @@ import nncf_ext
 from nncf_ext import CompressMode
 from nncf_ext.algorithms.sparse_weights.algorithm import MODES
 from nncf_ext.calibration.chain import shared
-from nncf_ext.calibration.statistics import InputStatistics
-from nncf_ext.calibration.stream import CalibrationStream, evaluation, observe_inputs
+from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
+from nncf_ext.calibration.stream import CalibrationStream, evaluation
 from nncf_ext.structure.blocks import survey
 
 WIDTH = 12
@@ -106,7 +106,7 @@ def test_every_layer_sees_what_the_whole_model_would_give_it(kind):
     ("kind", "planning", "passes"), [("plain", 1, 1), ("own mask", 2, 1), ("skip", 1, 5), ("twice", 1, 5)]
 )
 def test_chains_run_each_block_alone(kind, planning, passes):
-    """In a chain, the embedding before the blocks runs once per sample (and for planning), not for every block."""
+    """In a chain, the embedding before the blocks runs once per item (and for planning), not for every block."""
     model, samples = Stack(kind, blocks=5), items()
     runs = []
     model.embed.register_forward_hook(lambda *_: runs.append(1))
@@ -115,7 +115,7 @@ def test_chains_run_each_block_alone(kind, planning, passes):
         for unit in CalibrationStream(model, samples, found.block_lists, found.targets).units():
             unit.run()
             unit.advance()
-    assert len(runs) == planning + len(samples) * passes
+    assert len(runs) == len(samples) * (planning + passes)
 
 
 def living_activations():

@@ -35,7 +35,7 @@ CASES = [
     BadCase("no dataset", nncf.ValidationError, "sparse_wanda .*needs a dataset", {"dataset": None}),
     BadCase("bare list", nncf.ValidationError, r"must be an nncf\.Dataset; got list", {"dataset": [1]}),
     BadCase("items of text", nncf.ValidationError, "Item 0 .* is a str", {"dataset": nncf.Dataset(["text"])}),
-    BadCase("items the model cannot take", nncf.ValidationError, "cannot be run on the first",
+    BadCase("items the model cannot take", nncf.ValidationError, "cannot be run on item 0",
             {"dataset": nncf.Dataset([{"pixels": torch.zeros(1)}])}),
     BadCase("no items wanted", nncf.ValidationError, "at least 1; got 0", {"subset_size": 0}),
     BadCase("unknown mode", nncf.ParameterNotSupportedError, "Unknown mode.*SPARSE_GPT", {"mode": "sparse_magic"}),

@@ -29,8 +29,8 @@ from nncf_ext.algorithms.sparse_weights.solver import (
     solve,
 )
 from nncf_ext.algorithms.sparse_weights.units import FinishedUnits, LayerResult
-from nncf_ext.calibration.statistics import InputStatistics
-from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, observe_inputs, read_items
+from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
+from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, read_items
 from nncf_ext.files import digest
 from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
 from nncf_ext.journal import Journal
@@ -136,13 +136,14 @@ class SparseWeights:
         done = 0
         with evaluation(model), _progress() as progress:
             units: Iterator[Unit]
-            if self._items:
-                stream = CalibrationStream(model, self._items, survey.block_lists, targets)
-                units, total = stream.units(), len(stream)
-            else:
-                units, total = _single_layers(targets), len(targets)
-            task = progress.add_task(f"Applying {self._mode.value}", total=total)
+            task = progress.add_task(f"Applying {self._mode.value}", total=None)
             try:
+                if self._items:
+                    stream = CalibrationStream(model, self._items, survey.block_lists, targets)
+                    units, total = stream.units(), len(stream)
+                else:
+                    units, total = _single_layers(targets), len(targets)
+                progress.update(task, total=total)
                 for unit in units:
                     self._compress_unit(model, unit, finished)
                     done += len(unit.layers)
