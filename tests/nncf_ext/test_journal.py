@@ -89,7 +89,9 @@ def test_journals_without_seals_are_refused(tmp_path):
 
 
 def test_a_kill_before_the_header_leaves_a_folder_that_can_be_used(tmp_path):
-    (tmp_path / f".journal.json.{os.getpid()}").write_text('{"vers')
+    draft = tmp_path / ".journal.json.draft-0123abcd"
+    draft.mkdir()
+    (draft / "journal.json").write_text('{"vers')
     Journal(tmp_path, "search", HEADER).write("a.txt", lambda aside: aside.write_text("a"))
     assert Journal(tmp_path, "search", HEADER).names("*.txt") == ["a.txt"]
 
@@ -177,7 +179,7 @@ def test_killed_at_any_file_it_continues_to_the_same_end(tmp_path, request, run,
             states.append(shutil.copytree(tmp_path / "run", tmp_path / f"killed-{len(states)}"))
 
     with monkeypatch.context() as patch:
-        patch.setattr("nncf_ext.files.os.replace", copying)
+        patch.setattr("nncf_ext.drafts.os.replace", copying)
         expected = run(tmp_path / "run")
     assert len(states) >= 10
     for state in states:
