@@ -38,6 +38,7 @@ LAYERS = (
     "journal",
     "standalone",
     "weights",
+    "structure.wrappers",
     "structure.dimensions",
     "structure.records",  # know architectures; what stands above them takes dimensions
     "structure.blocks",

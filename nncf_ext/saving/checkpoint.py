@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from nncf_ext.files import write_whole
 from nncf_ext.saving.layers import apply_overrides, edits_from_config, layer_overrides
+from nncf_ext.structure.wrappers import unwrapped
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped
 from nncf_ext.weights.sharing import names_of_parameters
 
@@ -51,6 +52,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     :param folder: Where to; made if it does not exist. Files in it may be replaced.
     :raises nncf.UnsupportedModelError: The model is not a Hugging Face model.
     """
+    model = unwrapped(model)
     if not callable(getattr(model, "save_pretrained", None)):
         msg = (
             f"{type(model).__name__} is not a Hugging Face model. Keep its state_dict() and "
