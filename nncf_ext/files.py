@@ -1,7 +1,6 @@
 """Files that are whole whenever they exist, and digests of what they are about."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nncf_ext.drafts import whole_file
+
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """
     Writes a file aside and renames it, so that an interruption leaves the old file or the new one.
 
     :param path: The file.
-    :param write: Writes all of it to the path it is given, in the same folder.
+    :param write: Writes all of it to the path it is given, which has the same name.
+    :raises OSError: The file cannot be written; of a full disk the message says what to do.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(path) as draft:
+        write(draft)
+
+
+def let_others_read(folder: Path) -> None:
+    """
+    Gives safetensors files the permissions of other new files. They are made so that only their owner reads them.
+
+    :param folder: A folder that was made with the permissions that the user chose for new ones.
+    """
+    for file in folder.glob("*.safetensors"):
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def digest(values: Iterable[Any]) -> str:

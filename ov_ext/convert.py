@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import openvino as ov
 from openvino import Node
+
+from ov_ext import drafts
+from ov_ext.stand_in import stand_in
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +64,13 @@ def convert_model(
         raise ValueError(msg)
     if method == "trace" or (method == "auto" and dynamic_shapes is None):
         try:
-            return ov.convert_model(model, example_input=example_input)
+            own = model if isinstance(model, torch.jit.ScriptModule) else stand_in(model)
+            return ov.convert_model(own, example_input=example_input)
         except Exception as error:  # tracing runs the user's code: any type may come out of it
             if method == "trace":
                 raise
             logger.info("Tracing failed (%s); exporting instead.", str(error).strip().splitlines()[0])
-    return _convert_exported(_export(model, example_input, dynamic_shapes))
+    return _convert_exported(_export(stand_in(model), example_input, dynamic_shapes))
 
 
 def save_model(model: ov.Model, path: str | os.PathLike[str]) -> None:
@@ -81,12 +84,14 @@ def save_model(model: ov.Model, path: str | os.PathLike[str]) -> None:
     :param model: The model.
     :param path: The .xml file. The .bin file is written beside it.
     :raises ValueError: The path does not end in .xml.
+    :raises OSError: The files cannot be written; of a full disk the message says what to do.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if target.suffix != ".xml":
         raise ValueError(f"An IR is saved as NAME.xml, got {target.name}.")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as aside:
-        draft = Path(aside) / target.name
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    with drafts.aside(target, size=sum(node.get_byte_size() for node in constants)) as place:
+        draft = place / target.name
         ov.save_model(model, draft, compress_to_fp16=False)
         os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
         os.replace(draft, target)

@@ -1,15 +1,13 @@
-"""Atomic writes: a folder or a file appears complete or not at all."""
+"""Model folders and reports: complete or not there, and never in the place of something else."""
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+
+from ov_ext import drafts
 
 
 class FolderExistsError(ValueError):
@@ -17,35 +15,21 @@ class FolderExistsError(ValueError):
 
 
 @contextmanager
-def whole_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Build a folder under another name and rename it when it is complete.
+def whole_folder(out: str | os.PathLike[str], overwrite: bool = False, size: int = 0) -> Iterator[Path]:
+    """Build a folder under another name and give it its own when it is complete.
 
     :param out: The folder to make.
     :param overwrite: Replace an existing model folder. The old one stays until the new one is complete.
+    :param size: About how many bytes OpenVINO will write, to tell a full disk from its other errors.
     :return: Context manager. It gives an empty folder to fill, beside ``out`` on the same file system.
     :raises FolderExistsError: ``out`` exists and may not be replaced: see :func:`refuse_existing`.
+    :raises OSError: It cannot be written; of a full disk the message says what to do.
     """
     out = Path(out).resolve()
     refuse_existing(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    draft, old = (out.with_name(f".{out.name}.{purpose}-{mark}") for purpose in ("new", "old"))
-    # Ctrl-C may fall between here and the caller's block, where no frame of ours is left that could clean up.
-    clean = partial(shutil.rmtree, draft, ignore_errors=True)
-    atexit.register(clean)
-    try:
-        draft.mkdir()
+    with drafts.whole_folder(out, size=size) as draft:
         yield draft
         refuse_existing(out, overwrite)  # it may have appeared meanwhile
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
-    finally:
-        if old.exists() and not out.exists():  # an error or an interrupt between the two
-            old.rename(out)
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        atexit.unregister(clean)
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
@@ -69,10 +53,7 @@ def write_whole(path: Path, text: str) -> None:
 
     :param path: The file.
     :param text: Its whole content.
+    :raises OSError: It cannot be written; of a full disk the message says what to do.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with drafts.whole_file(path) as draft:
+        draft.write_text(text)

@@ -15,6 +15,8 @@ import openvino as ov
 from openvino import Node
 from openvino import opset15 as opset
 
+from ov_ext.stand_in import computing_in_float32, patch_16bit, stand_in
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -40,8 +42,8 @@ def convert_state_space_model(model: torch.nn.Module) -> ov.Model:
         raise ValueError(f"{type(model).__name__} has no Mamba mixers. Models of {', '.join(MODEL_TYPES)} have.")
     import torch
     from openvino.frontend.pytorch import ConversionExtension
-    from openvino.frontend.pytorch.patch_model import __make_16bit_traceable, unpatch_model
 
+    model = stand_in(model)
     backbone: Any = model.backbone
     mixers = [block.mixer for block in backbone.layers]
     shapes = {f"conv.{index}": _conv_shape(mixer) for index, mixer in enumerate(mixers)}
@@ -52,15 +54,10 @@ def convert_state_space_model(model: torch.nn.Module) -> ov.Model:
     _operations()
     extensions = [ConversionExtension(f"ov_ext::{name}", rule) for name, rule in _RULES.items()]
     decoder = _decoder(model)
-    half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-    try:
+    with torch.no_grad(), computing_in_float32(model) as half:
         if half:
-            __make_16bit_traceable(decoder)
-        with torch.no_grad():
-            ir = ov.convert_model(decoder, example_input=example, extension=extensions)
-    finally:
-        if half:
-            unpatch_model(decoder, "_openvino_module_extension_patch_orig_forward")
+            patch_16bit(decoder)
+        ir = ov.convert_model(decoder, example_input=example, extension=extensions)
     past, present = ([f"cache_params.{when}.{name}" for name in shapes] for when in ("past", "present"))
     for port, name in zip(ir.inputs, ("input_ids", "attention_mask", *past), strict=True):
         port.get_tensor().set_names({name})

@@ -34,6 +34,7 @@ NNCF_EXT = {name: path for name, path in FILES.items() if name.split(".")[0] == 
 LAYERS = (
     "parameters",
     "upstream",
+    "drafts",
     "files",
     "journal",
     "standalone",
@@ -62,6 +63,7 @@ LAYERS = (
     "cli",
 )
 OV_EXT_LAYERS = (
+    "drafts",
     "folder",
     "_build_info",
     "extension",
@@ -69,6 +71,7 @@ OV_EXT_LAYERS = (
     "cpu_plugin.*",
     "runtime",
     "sparse_*",
+    "stand_in",
     "convert",
     "state_space",
     "optimum",
@@ -101,6 +104,10 @@ def tree(tmp_path: Path) -> Tree:
 def test_the_packages_do_not_import_each_other(files: dict[str, Path], other: str) -> None:
     names = {module: [found.name.split(".")[0] for found in imports(module, path)] for module, path in files.items()}
     assert not [module for module in names if other in names[module]]
+
+
+def test_what_both_packages_need_is_the_same_file_in_both() -> None:
+    assert (ROOT / "nncf_ext" / "drafts.py").read_bytes() == (ROOT / "ov_ext" / "drafts.py").read_bytes()
 
 
 def test_imports_point_downward() -> None:

@@ -12,7 +12,7 @@ from nncf_ext.cli.folders import (
     OutDir,
     Overwrite,
     TrustRemoteCode,
-    check_new,
+    check_new_folder,
     load_model,
     save_model,
     user_errors,
@@ -60,7 +60,7 @@ def compress_folder(
         from nncf_ext.compression import compress
         from nncf_ext.weights.records import plan_of
 
-        check_new(out_dir, overwrite)
+        check_new_folder(out_dir, overwrite)
         parameters = _parameters(mode, pattern=pattern, quantization=quantization, group_size=group_size)
         model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
         items = None if dataset is None else read_windows(dataset, tokenizer, samples, window, model)

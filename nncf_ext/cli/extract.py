@@ -15,7 +15,7 @@ from nncf_ext.cli.folders import (
     Start,
     TrainedAs,
     TrustRemoteCode,
-    check_new,
+    check_new_folder,
     load_adapted,
     load_model,
     new_folder,
@@ -59,7 +59,7 @@ def extract_folder(
         from nncf_ext.extraction import extract
         from nncf_ext.structure.plan import StructurePlan
 
-        check_new(out_dir, overwrite)
+        check_new_folder(out_dir, overwrite)
         if (plan is None) == (adapter is None) or (adapter is None) != (report is None):
             msg = "Say what to extract: either --plan structure_plan.json, or --adapter FOLDER with --report FILE."
             raise nncf.ValidationError(msg)

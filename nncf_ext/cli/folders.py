@@ -1,8 +1,6 @@
 """What all commands share: folders in, a folder out that is whole or not there, and errors in one line."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +11,10 @@ import typer
 from nncf_ext.parameters import MergeMode
 
 ModelDir = Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors weights and a tokenizer.")]
-OutDir = Annotated[Path, typer.Argument(help="Folder to write; must not exist.")]
+OutDir = Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from MODEL_DIR.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the whole model folder, or file, that is there.")]
 Adapter = Annotated[Path, typer.Option(help="Folder of the LoRA adapter, as PEFT saves it.")]
 TrainedAs = Annotated[
     MergeMode | None,
@@ -72,8 +70,8 @@ def _refuse(text: str, error: Exception) -> None:
 
 def check_new(out: Path, overwrite: bool) -> None:
     """
-    :param out: What a command will write.
-    :param overwrite: Whether it may replace what is there.
+    :param out: The file that a command will write.
+    :param overwrite: Whether it may replace one that is there.
     :raises nncf.ValidationError: Something is there.
     """
     import nncf
@@ -81,23 +79,45 @@ def check_new(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         msg = f"{out} exists. Name a new {'folder' if out.is_dir() else 'file'}, or pass --overwrite."
         raise nncf.ValidationError(msg)
+    if out.is_dir():
+        msg = f"{out} is a folder. Name a file."
+        raise nncf.ValidationError(msg)
+
+
+def check_new_folder(out: Path, overwrite: bool) -> None:
+    """
+    :param out: The folder that a command will write.
+    :param overwrite: Whether it may replace a model, or an adapter, that is there.
+    :raises nncf.ValidationError: Something is there, and may not be replaced, or is none of these.
+    """
+    import nncf
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
+        msg = f"{out} exists and holds no model, so it is not overwritten. Remove it first, or name a new folder."
+        raise nncf.ValidationError(msg)
+    if not overwrite:
+        msg = f"{out} exists. Name a new folder, or pass --overwrite."
+        raise nncf.ValidationError(msg)
 
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """
     :param out: The folder to write.
-    :param overwrite: Whether to replace one that is there.
-    :return: An empty folder beside it, which gets its name when the block has ended without an error.
+    :param overwrite: Whether to replace a model that is there.
+    :return: An empty folder, which gets this name when the block has ended without an error.
+    :raises nncf.ValidationError: See :func:`check_new_folder`.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
-        folder = Path(aside) / "folder"
-        folder.mkdir()
-        yield folder
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+    from nncf_ext.drafts import whole_folder
+    from nncf_ext.files import let_others_read
+
+    check_new_folder(out, overwrite)
+    with whole_folder(out) as draft:
+        yield draft
+        let_others_read(draft)
+        check_new_folder(out, overwrite)  # it may have appeared meanwhile
 
 
 def save_model(model: Any, tokenizer: Any, out: Path, overwrite: bool, plan: Any = None) -> None:
@@ -107,7 +127,7 @@ def save_model(model: Any, tokenizer: Any, out: Path, overwrite: bool, plan: Any
     :param model: A Hugging Face model.
     :param tokenizer: Its tokenizer.
     :param out: The folder to write.
-    :param overwrite: Whether to replace one that is there.
+    :param overwrite: Whether to replace a model that is there.
     :param plan: The :class:`nncf_ext.StructurePlan` by which the model was cut, kept as ``structure_plan.json``.
     """
     import sys
@@ -146,7 +166,7 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
     import torch
     from transformers import AutoTokenizer
 
-    from nncf_ext.saving.checkpoint import load_pretrained
+    from nncf_ext.saving.loading import load_pretrained
 
     try:
         model: Any = load_pretrained(
@@ -203,7 +223,7 @@ def load_adapted(
 
     from nncf_ext.algorithms.sqft.algorithm import make_mergeable
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
-    from nncf_ext.saving.checkpoint import load_pretrained
+    from nncf_ext.saving.loading import load_pretrained
 
     try:
         model = PeftModel.from_pretrained(base, adapter)

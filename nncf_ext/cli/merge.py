@@ -14,7 +14,7 @@ from nncf_ext.cli.folders import (
     Overwrite,
     Start,
     TrustRemoteCode,
-    check_new,
+    check_new_folder,
     load_adapted,
     save_model,
     user_errors,
@@ -58,7 +58,7 @@ def merge_folder(
 
         from nncf_ext.algorithms.sqft.merging import merge
 
-        check_new(out_dir, overwrite)
+        check_new_folder(out_dir, overwrite)
         if masked and mode is not Merging.SPARSE:
             msg = f"--masked goes with --mode sparse; got --mode {mode.value}, which says how the adapter was trained."
             raise nncf.ValidationError(msg)

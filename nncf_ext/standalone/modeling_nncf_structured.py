@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file
 
@@ -20,6 +20,8 @@ from .skipping import Skipped, keep_ties, tied_names
 
 WEIGHTS = "nncf_model.safetensors"
 _OWN = ("model_type", "base_model_type", "per_layer_config", "structure_version", "structure_edits", "auto_map")
+
+_OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 class StructuredConfig(transformers.PretrainedConfig):
@@ -56,22 +58,36 @@ class StructuredModel:
             if options.get(name) is not None:
                 raise ValueError(f"{name} is not supported for a model whose layers differ. Load it, then move it.")
         names = ("cache_dir", "revision", "token", "local_files_only", "subfolder", "force_download")
-        path: Any = cached_file(folder, WEIGHTS, **{name: options[name] for name in names if name in options})
-        state = load_file(path)
+        settings = {name: options[name] for name in names if name in options}
+        path: Any = cached_file(folder, WEIGHTS, **settings)
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            shared = {name: first for name, first in (file.metadata() or {}).items() if first in state}
+        state |= {name: state[first] for name, first in shared.items()}
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
-        if isinstance(dtype, torch.dtype):
-            state = {name: each.to(dtype) if each.is_floating_point() else each for name, each in state.items()}
         architecture: str = config.architectures[0]  # type: ignore[index]
         model = getattr(transformers, architecture)(config.base())
         edit(model, config.structure_edits)
+        # Frequencies of position embeddings, as they were saved: no part of a state dict, and never made shorter.
+        buffers = {name: state.pop(name) for name, _ in model.named_non_persistent_buffers() if name in state}
+        if isinstance(dtype, torch.dtype):
+            state = {name: each.to(dtype) if each.is_floating_point() else each for name, each in state.items()}
+            buffers = {name: each.to(torch.promote_types(each.dtype, dtype)) for name, each in buffers.items()}
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        model.tie_weights()
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        ties = {name: parameters[first] for name, first in shared.items() if name in parameters and first in parameters}
+        for name, each in (ties | buffers).items():
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], each)
         loaded = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in state}
         tied = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in loaded}
         missing = [name for name in missing if name not in tied]
         if missing or unexpected:
             raise ValueError(f"The weights do not fit: missing {missing[:4]}, unexpected {unexpected[:4]}.")
+        if model.can_generate() and cached_file(folder, "generation_config.json", **_OPTIONAL, **settings) is not None:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **settings)
         return model.eval()
 
 

@@ -55,8 +55,8 @@ class PackedInt4Weight(INT4SymmetricWeightsDecompressor, StatefulModuleInterface
     def from_config(cls, state: dict[str, Any]) -> "PackedInt4Weight":
         rows, groups, group_size = state["compressed_weight_shape"]
         dtype = getattr(torch, state["result_dtype"], None)
-        if not isinstance(dtype, torch.dtype):
-            msg = f"The decompressor's result type {state['result_dtype']!r} is no torch type."
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            msg = f"The decompressor's result type {state['result_dtype']!r} is no floating type of torch."
             raise nncf.ValidationError(msg)
         return cls(
             torch.ones(rows, groups, 1, dtype=torch.float16),

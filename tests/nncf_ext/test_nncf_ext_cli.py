@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import nncf_ext
 from nncf_ext.cli import app
+from tests.killing import contents, largest_file
 
 
 def run(*arguments):
@@ -76,6 +77,36 @@ def test_quantized_model_reloads(folder, tmp_path):
     assert (out / "nncf_model.safetensors").read_bytes() == before
 
 
+def test_only_a_model_is_overwritten(folder, tmp_path):
+    out, arguments = tmp_path / "out", ["--mode", "sparse_magnitude"]
+    out.mkdir()
+    assert run(folder, out, *arguments)[0] == 0  # an empty folder is as good as none
+    (out / "notes.txt").write_text("of the old model")
+    assert run(folder, out, *arguments, "--overwrite")[0] == 0
+    assert not (out / "notes.txt").exists() and (out / "config.json").is_file()
+    letters = tmp_path / "letters"
+    letters.mkdir()
+    (letters / "letter.txt").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    for place in (letters, tmp_path / "file"):
+        refusal = f"Error: {place} exists and holds no model, so it is not overwritten. Remove it first, or name a new"
+        code, output = run(folder, place, *arguments, "--overwrite")
+        assert code == 2 and output.startswith(refusal), output
+    assert contents(letters) == {"letter.txt": b"dear"} and contents(tmp_path / "file") == b"dear"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_folder(folder, tmp_path):
+    out, arguments = tmp_path / "out", ["--mode", "sparse_magnitude"]
+    assert run(folder, out, *arguments)[0] == 0
+    before = contents(out)
+    for size in (3000, 100_000):  # the tokenizer's library says it in its own way
+        with largest_file(size):
+            code, output = run(folder, out, *arguments, "--overwrite", "--ratio", "0.25")
+        assert code == 2 and "File too large. Nothing was written. Free some space" in output, output
+        assert "Traceback" not in output and contents(out) == before
+
+
 def change_index(folder, shard):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
@@ -110,7 +141,7 @@ def other_tokenizer(folder):
         (lambda folder: change_index(folder, "/etc/secret.safetensors"), "Shards must be"),
         (lambda folder: change_index(folder, "pytorch_model.bin"), "Shards must be"),
         (lambda folder: change_index(folder, "model-00002.safetensors"), "which is missing"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "is no index"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "A JSON object is needed"),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (other_tokenizer, "has 500 tokens and the embedding has 320 rows"),
     ],

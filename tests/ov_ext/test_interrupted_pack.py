@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ov_ext
-from ov_ext import cli
+from ov_ext import cli, drafts
 from ov_ext.folder import whole_folder, write_whole
 from tests.ov_ext.ir_forms import Form, build
 
@@ -25,7 +25,7 @@ PACK = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);
 
 
 def draft(out: Path) -> Path | None:
-    return next(iter(out.parent.glob(f".{out.name}.new-*")), None)
+    return next(iter(out.parent.glob(f".{out.name}.draft-*/{out.name}")), None)
 
 
 def files_in(folder: Path | None) -> list[str]:
@@ -48,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupted") / "in"
     folder.mkdir()
     ov_ext.save_model(build(Form("f32"), n=512).model, folder / "openvino_model.xml")
-    for i in range(4000):
+    for i in range(1000):
         (folder / f"note{i}.txt").write_text("kept")
     return folder
 
@@ -92,25 +92,28 @@ def test_no_half_folder(
     litter = [path.name for path in tmp_path.iterdir() if path != out]
     if number == signal.SIGINT:
         assert not litter and "Traceback" not in errors
-    else:  # what stays is hidden, so no tool takes it for a model folder
+    else:  # what stays is hidden, so no tool takes it for a model folder, and the next run removes it
         assert all(name.startswith(".out.") for name in litter)
         again = ["pack", str(source), str(out), *(["--overwrite"] if overwrite else [])]
         assert CliRunner().invoke(cli.app, again).exit_code == 0 and contents(out) == complete
+        assert [*tmp_path.iterdir()] == [out]
 
 
-def test_an_interrupt_between_the_two_renames_puts_the_old_folder_back(
+def test_an_interrupt_between_two_renames_puts_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the system cannot exchange two folders in one step."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.xml").write_text("old")
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
-        if ".new-" in self.name:
+        if target == out and (self / "model.xml").read_text() == "new":
             raise KeyboardInterrupt
         return rename(self, target)
 
+    monkeypatch.setattr(drafts, "_exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), whole_folder(out, overwrite=True) as folder:
         (folder / "model.xml").write_text("new")

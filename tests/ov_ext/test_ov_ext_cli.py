@@ -15,6 +15,7 @@ import ov_ext
 from ov_ext import cli, extension
 from ov_ext.decode import measure
 from ov_ext.folder import FolderExistsError, whole_folder
+from tests.killing import largest_file
 from tests.ov_ext.ir_forms import Form, build, signature
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -115,6 +116,21 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no drafts left
 
 
+@pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError, MemoryError, RecursionError, AssertionError])
+def test_an_error_of_any_kind_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("of all things")
+
+    monkeypatch.setattr(cli, "pack_sparse_weights", fail)
+    result = run("pack", folder, tmp_path / "out")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "of all things" in result.stderr and error.__name__.replace("Recursion", "") in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert run("pack", folder).exit_code == 2  # typer's own errors stay as they are
+
+
 def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("pack", folder, out).exit_code == 0
@@ -134,6 +150,23 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(folder: Pa
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_full_disk_is_said_with_the_path_and_what_to_do(folder: Path, tmp_path: Path) -> None:
+    """OpenVINO says "iostream error" only, and leaves nothing to look at."""
+    out = tmp_path / "out"
+    assert run("pack", folder, out).exit_code == 0
+    old = files(out)
+    with largest_file(4096):
+        result = run("pack", folder, out, "--overwrite")
+    text = " ".join(result.output.split())
+    assert result.exit_code == 1 and "File too large. Nothing was written. Free some space" in text, text
+    assert str(out) in result.output.replace("\n", "") and "iostream" not in text and files(out) == old
+    model = ov.Core().read_model(folder / "openvino_model.xml")
+    with pytest.raises(OSError, match="Free some space") as caught, largest_file(4096):
+        ov_ext.save_model(model, tmp_path / "again.xml")
+    assert caught.value.filename == str(tmp_path / "again.xml")
+    assert [path for path in tmp_path.iterdir() if path not in (folder, out)] == []
+
+
 def test_in_place(folder: Path) -> None:
     """IN may be OUT: the IR is mapped while it is read, and replaced only at the end."""
     assert run("pack", folder, folder, "--overwrite").exit_code == 0
@@ -147,7 +180,8 @@ def test_a_tokenizer_that_cannot_be_converted_is_a_warning(folder: Path, tmp_pat
     (folder / "tokenizer.json").write_text(text)
     result = run("pack", folder, tmp_path / "packed")
     assert result.exit_code == 0 and "1 of 1 weights packed" in result.stdout
-    assert "Warning: no tokenizer IR was written" in result.stderr and "Traceback" not in result.output
+    assert "cannot be read" in result.stderr and "OpenVINO GenAI cannot read it" in result.stderr
+    assert "Traceback" not in result.output
     assert files(tmp_path / "packed").keys() == files(folder).keys()
 
 

@@ -1,5 +1,6 @@
 """Makes the adapters of a PEFT model mergeable: masked by the zeros of their base, on request rounded to its grid."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import nncf
@@ -67,9 +68,9 @@ def make_mergeable(
         msg = "grid and AdvancedSqftParameters belong to MergeMode.QUANT_AWARE; the mode is SPARSE."
         raise nncf.ParameterNotSupportedError(msg)
     base: nn.Module = model.get_base_model()  # type: ignore[operator]  # find_layers has made sure
-    names = names_of_parameters(base)
     for path, layer in layers.items():
-        _check_layer(path, layer, names)
+        _check_layer(path, layer)
+    check_unshared(base, layers)
     weights: dict[str, Any] = {path: layer.get_base_layer().weight for path, layer in layers.items()}
     if not quantized and not any(bool((weight == 0).any()) for weight in weights.values()):
         msg = (
@@ -128,7 +129,27 @@ def find_layers(model: nn.Module) -> tuple[str, dict[str, LoraLinear]]:
     return adapter, layers
 
 
-def _check_layer(path: str, layer: LoraLinear, names: dict[int, list[str]]) -> None:
+def check_unshared(base: nn.Module, layers: Mapping[str, LoraLinear]) -> None:
+    """
+    :param base: The base model of an adapter.
+    :param layers: Layers with the adapter, by path.
+    :raises nncf.ValidationError: A weight is used by another layer, too, which would be changed with it. One layer that
+        the model runs in several places is fine.
+    """
+    names = names_of_parameters(base)
+    for path, layer in layers.items():
+        weight: Any = layer.get_base_layer().weight
+        users = [name.replace(".base_layer.", ".") for name in names[id(weight)]]
+        if len({id(base.get_submodule(name.rpartition(".")[0])) for name in names[id(weight)]}) > 1:
+            msg = (
+                f"The weight of {path} is shared ({', '.join(users)}): merging would change both. Leave the layer "
+                "out of the adapter's target modules, or give it a weight of its own before the adapter is made (a "
+                "tied head needs config.tie_word_embeddings=False as well)."
+            )
+            raise nncf.ValidationError(msg)
+
+
+def _check_layer(path: str, layer: LoraLinear) -> None:
     base: Any = layer.get_base_layer()
     if isinstance(layer, MaskedLoraLinear):
         raise nncf.ValidationError(f"The adapter of {path} is mergeable already.")
@@ -138,9 +159,6 @@ def _check_layer(path: str, layer: LoraLinear, names: dict[int, list[str]]) -> N
         raise nncf.ValidationError(_packed_base(path))
     if base.weight.is_meta:
         raise nncf.ValidationError(f"{path} has no values (meta device). Load the weights first.")
-    if len(names[id(base.weight)]) > 1:
-        msg = f"The weight of {path} is shared ({', '.join(names[id(base.weight)])}): merging would change both."
-        raise nncf.ValidationError(msg)
     if not bool(base.weight.isfinite().all()):
         raise nncf.ValidationError(f"The base weight of {path} holds values that are not finite.")
     empty = int((base.weight == 0).all(dim=1).sum())

@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from nncf_ext.algorithms.elastic_lora.inspection import active_factors, factors
-from nncf_ext.algorithms.sqft.algorithm import find_layers
+from nncf_ext.algorithms.sqft.algorithm import check_unshared, find_layers
 from nncf_ext.algorithms.sqft.delta import MergedWeight, pack_mask
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales, scales_on
 from nncf_ext.parameters import MergeMode, parse_choice
@@ -42,8 +42,8 @@ def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
     :param mode: SPARSE or QUANT_AWARE; the latter needs an adapter made mergeable in this mode.
     :return: A new model of the base's class, without adapters.
     :raises nncf.UnsupportedModelError: Not a PEFT model, or an adapter of another kind.
-    :raises nncf.ValidationError: The adapter was not made for this mode, is merged already, or a layer would break the
-        contract; the first such layer is named.
+    :raises nncf.ValidationError: The adapter was not made for this mode, is merged already, adapts a weight that
+        another layer uses, too (a tied head), or a layer would break the contract; the first such layer is named.
     :raises nncf.ParameterNotSupportedError: The mode is unknown.
     """
     mode = parse_choice(mode, MergeMode)
@@ -58,8 +58,9 @@ def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
             raise nncf.ValidationError(msg)
         if layer.merged:
             raise nncf.ValidationError(f"The adapter of {path} is merged already. Call unmerge_adapter() first.")
+    check_unshared(model.get_base_model(), layers)  # type: ignore[operator]  # a PeftModel: find_layers has made sure
     if quantized:
-        check_hookable(model.get_base_model())  # type: ignore[operator]  # a PeftModel: find_layers has made sure
+        check_hookable(model.get_base_model())  # type: ignore[operator]
     copied = copy.deepcopy(model)
     # A trainer in mixed precision wraps the forward of the one model object; its wrapper would run the original.
     copied.__dict__.pop("forward", None)
