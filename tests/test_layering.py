@@ -39,6 +39,7 @@ LAYERS = (
     "journal",
     "standalone",
     "weights",
+    "structure.wrappers",
     "structure.dimensions",
     "structure.records",  # know architectures; what stands above them takes dimensions
     "structure.blocks",
