@@ -73,7 +73,7 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
     for graph in graphs:
         layers += _pack_graph(graph, policy, factory)
         group(graph, factory)
-    report = PackReport(tuple(layers), policy.target)
+    report = PackReport(tuple(layers), policy.target, policy.activation_group)
     if report.replaced:
         model.validate_nodes_and_infer_types()
         entries = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import io
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +32,8 @@ class SparsePolicy:
     :param activation_group: Number of inputs that share one dynamic quantization scale at run time, for int8 and int4
         weights: 128, 64, -1 (one scale per token) or 0 (activations stay in floating point: slower, but exact). A value
         smaller than the group of the weight is raised to that group. For bf16 weights, 0 keeps f32 activations and any
-        other value rounds them to bf16.
+        other value rounds them to bf16. It is fixed in the packed model: OpenVINO shows its settings to built-in
+        layers only, so ``EXECUTION_MODE_HINT=ACCURACY`` and ``DYNAMIC_QUANTIZATION_GROUP_SIZE=0`` do not change it.
     :param min_weights: Matrices with fewer elements stay. A call of our operation costs 1 to 7 microseconds more than a
         call of a built-in layer. A matrix of half a million weights at 50 % zeros makes up for that. Smaller ones are
         slower and only save memory; below this number of elements they do not save enough to be worth it.
@@ -123,10 +125,12 @@ class PackReport:
 
     :param layers: One entry per MatMul.
     :param target: Instruction set recorded in the model.
+    :param activation_group: That of the policy: how packed layers treat activations, whatever OpenVINO is told.
     """
 
     layers: tuple[LayerReport, ...]
     target: str
+    activation_group: int
 
     @property
     def replaced(self) -> tuple[LayerReport, ...]:
@@ -146,6 +150,36 @@ class PackReport:
     def to_dict(self) -> dict[str, Any]:
         """:return: Plain data for JSON."""
         return asdict(self)
+
+    def summary(self) -> Group:
+        """:return: For rich: a table with a row for each kind of weight and form, and the sum."""
+        groups: dict[tuple[str, str], list[LayerReport]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.kind, layer.form), []).append(layer)
+        table = Table(title=f"Packed weights (target {self.target})")
+        left = ("kind", "form", "note")
+        for heading in ("kind", "form", "MatMuls", "zeros", "MiB before", "MiB after", "x stock", "note"):
+            table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
+        for (kind, form), layers in sorted(groups.items()):
+            zeros = [layer.sparsity for layer in layers if layer.sparsity is not None]
+            speedups = [layer.speedup for layer in layers if layer.speedup is not None]
+            notes = Counter(layer.note for layer in layers if layer.note)
+            most = "".join(note for note, _ in notes.most_common(1))
+            table.add_row(
+                kind,
+                form,
+                str(len(layers)),
+                _range(zeros, ".0%"),
+                _mib(sum(layer.bytes_before for layer in layers)),
+                _mib(sum(layer.bytes_after for layer in layers)),
+                _range(speedups, ".2f"),
+                Text(most + (f" (and {len(notes) - 1} other notes)" if len(notes) > 1 else "")),
+            )
+        return Group(table, self._sum())
+
+    def _sum(self) -> Text:
+        sizes = f"{_mib(self.bytes_before)} MiB -> {_mib(self.bytes_after)} MiB"
+        return Text(f"{len(self.replaced)} of {len(self.layers)} weights packed, {sizes}")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"Packed weights (target {self.target})")
@@ -169,14 +203,25 @@ class PackReport:
                 Text(note),
             )
         yield table
-        yield Text(
-            f"{len(self.replaced)} of {len(self.layers)} weights packed, "
-            f"{self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB"
-        )
+        yield self._sum()
         for note, number in remarks.items():
             yield Text(f"[{number}] {note}")
+        if self.replaced and self.activation_group:
+            yield Text(
+                "Packed layers round activations to 8 bits (bf16 weights: to bf16), also under "
+                "EXECUTION_MODE_HINT=ACCURACY and DYNAMIC_QUANTIZATION_GROUP_SIZE=0. activation_group=0 keeps them."
+            )
 
     def __str__(self) -> str:
         text = io.StringIO()
         Console(file=text, width=200).print(self)
         return text.getvalue().rstrip()
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+def _range(values: list[float], form: str) -> str:
+    """:return: The lowest and the highest value; one of them where they read the same, "" where there is none."""
+    return " - ".join(dict.fromkeys(format(end(values), form) for end in (min, max))) if values else ""
