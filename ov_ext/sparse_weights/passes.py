@@ -229,6 +229,11 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
     if found.problem:
         return replace(stays, sparsity=sparsity(found), note=found.problem)
 
+    reader = "" if policy.store_twice else _other_reader(found)
+    if reader:
+        note = f"{reader} reads it too: packed, it would be stored twice (SparsePolicy(store_twice=True) allows that)"
+        return replace(stays, sparsity=sparsity(found), note=note)
+
     bias = _foldable_bias(found)
     weight_path = found.matmul.input_value(1).get_node().get_name()
     bias_path = bias_constant(bias).get_name() if bias else None  # type: ignore[union-attr]  # foldable: it has one
@@ -263,6 +268,22 @@ def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blo
         if node is not None:
             detach(node)
     return replace(report, sparsity=blob.sparsity, form=blob.choice.form, speedup=blob.choice.speedup)
+
+
+def _other_reader(found: ConstantWeight) -> str:
+    """:return: Name of an operation that keeps a weight's constant alive when its MatMuls are packed; "" if none does.
+
+    Such as the Gather of an embedding whose table is also the head.
+    """
+    pending = [found.constant]
+    while pending:
+        for port in pending.pop().output(0).get_target_inputs():
+            user = port.get_node()
+            if user.get_type_name() in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
+                pending.append(user)
+            elif user.get_type_name() != "MatMul" or (other := find(user)) is None or other.problem:
+                return str(user.get_friendly_name())
+    return ""
 
 
 def _read(found: ConstantWeight, requantizing: bool) -> tuple[Weight, str, str]:

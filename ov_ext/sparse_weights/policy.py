@@ -39,6 +39,8 @@ class SparsePolicy:
         slower and only save memory; below this number of elements they do not save enough to be worth it.
     :param requantize: Round asymmetric weights that cannot be packed losslessly to a symmetric grid; the report shows
         the relative error of each. Otherwise they stay.
+    :param store_twice: Also pack weights that another operation reads too, such as an embedding that is also the head:
+        the model grows by their packed form. Otherwise they stay.
     :param ignored_names: Friendly names of MatMul operations, or of their weights, that stay.
     :param ignored_patterns: The same as shell patterns, such as ``*lm_head*``.
     :raises ValueError: A value outside its range.
@@ -49,6 +51,7 @@ class SparsePolicy:
     activation_group: int = 128
     min_weights: int = 1 << 14
     requantize: bool = False
+    store_twice: bool = False
     ignored_names: tuple[str, ...] = ()
     ignored_patterns: tuple[str, ...] = ()
 

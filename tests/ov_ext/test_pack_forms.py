@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,8 @@ def shared_model(kind: str) -> ov.Model:
 def test_shared_weights(core: ov.Core, kind: str, tmp_path: Path) -> None:
     x = np.arange(5) if kind == "tied" else np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
     stock, expected = signature(shared_model(kind)), infer(core, shared_model(kind), x)
-    model, report = ov_ext.pack_sparse_weights(shared_model(kind), ALL)
+    policy = replace(ALL, store_twice=kind == "tied")
+    model, report = ov_ext.pack_sparse_weights(shared_model(kind), policy)
     notes = [layer.note for layer in report.replaced]
     blobs = {node.input_value(1).get_node().get_name() for node in model.get_ops() if "Sparse" in node.get_type_name()}
     assert len(blobs) == 1  # two readers, one blob
@@ -195,6 +197,15 @@ def test_shared_weights(core: ov.Core, kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(infer(core, model, x), expected, rtol=2e-5, atol=2e-5)
     ov_ext.save_model(model, tmp_path / "m.xml")
     assert signature(ov_ext.unpack_sparse_weights(core.read_model(tmp_path / "m.xml"))) == stock  # one constant again
+
+
+def test_a_weight_that_stays_for_another_use_is_not_packed() -> None:
+    """An embedding that is also the head: the model would grow by the packed head."""
+    stock = signature(shared_model("tied"))
+    model, report = ov_ext.pack_sparse_weights(shared_model("tied"), ALL)
+    assert signature(model) == stock and report.bytes_after == report.bytes_before == 64 * 64 * 2
+    (layer,) = report.layers
+    assert layer.note.startswith("embedded reads it too") and layer.sparsity == pytest.approx(0.5, abs=0.05)
 
 
 def square_model(*transposed: bool) -> ov.Model:
