@@ -49,13 +49,13 @@ LAYERS = (
     "structure.checks",
     "structure",
     "method",
+    "report",
     "saving",
     "training",
     "calibration",
     "importance",
     "pruning",
     "exploration",
-    "report",
     "algorithms.*",
     "algorithms.sqft",  # adapters that merge build on elastic ones
     "compression",
@@ -64,6 +64,7 @@ LAYERS = (
     "cli",
 )
 OV_EXT_LAYERS = (
+    "card",
     "drafts",
     "folder",
     "_build_info",

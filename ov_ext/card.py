@@ -1,0 +1,67 @@
+"""Model cards (README.md in the hub's format) of OpenVINO folders: a section of ours at the end of what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CARD = "README.md"
+_NEW = """---
+library_name: openvino
+tags:
+- nncf-ext
+- openvino
+---
+
+# A model for OpenVINO
+"""
+EXPORTED = (
+    "In OpenVINO",
+    """The folder holds an OpenVINO IR with its tokenizer, exported by [nncf-ext](https://pypi.org/project/nncf-ext/).
+It loads in OpenVINO, Optimum-Intel (`OVModelForCausalLM.from_pretrained(FOLDER)`) and OpenVINO GenAI
+(`openvino_genai.LLMPipeline(FOLDER, "CPU")`). `ov-ext pack FOLDER OUT` packs its sparse weights.
+""",
+)
+PACKED = (
+    "Packed weights",
+    """The weights are packed: zeros are neither stored nor read. OpenVINO reads them with the extension of
+[nncf-ext](https://pypi.org/project/nncf-ext/) (`pip install 'nncf-ext[genai]'` or `'nncf-ext[optimum]'`). Without it,
+the message is "unsupported opset: ov_ext".
+
+```python
+import ov_ext, ov_ext.genai, ov_ext.optimum
+
+pipeline = ov_ext.genai.pipeline("FOLDER")          # OpenVINO GenAI
+model = ov_ext.optimum.load("FOLDER")               # Optimum-Intel
+core = ov_ext.add_extension(openvino.Core())        # OpenVINO
+```
+
+`ov-ext unpack FOLDER OUT` restores the stock model, for other tools and devices.
+""",
+)
+
+
+def write_card(folder: Path, section: tuple[str, str], source: Path | None = None) -> None:
+    """Add a section to the card of a folder, in place of an older one with its heading.
+
+    :param folder: The folder that is written.
+    :param section: Heading and text.
+    :param source: Folder of the model it is made from, whose card is carried on where `folder` has none: licence, base
+        model and all.
+    """
+    text = next((text for text in map(_read, filter(None, (folder, source))) if text), _NEW)
+    heading, body = section
+    (folder / CARD).write_text(f"{without_section(text, heading).rstrip()}\n\n## {heading}\n\n{body}", encoding="utf-8")
+
+
+def without_section(text: str, heading: str) -> str:
+    """:return: A card without the section of that heading."""
+    before, found, after = text.partition(f"\n## {heading}\n")
+    following = after.find("\n## ")
+    return text if not found else before + (after[following:] if following >= 0 else "")
+
+
+def _read(folder: Path) -> str:
+    try:
+        return (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
