@@ -36,6 +36,7 @@ LAYERS = (
     "upstream",
     "drafts",
     "files",
+    "progress",
     "journal",
     "standalone",
     "weights",

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -14,8 +13,6 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
-from rich.progress import Progress
 
 from nncf_ext.exploration.objectives import Objective
 from nncf_ext.exploration.report import Evaluation, SearchReport
@@ -23,6 +20,7 @@ from nncf_ext.exploration.samplers import HillClimbingSampler, OrderedNSGAIISamp
 from nncf_ext.exploration.space import Elastic, Point, SearchSpace
 from nncf_ext.exploration.storage import open_storage
 from nncf_ext.parameters import SearchSampler, parse_choice
+from nncf_ext.progress import Progress
 
 logger = logging.getLogger("nncf_ext")
 
@@ -172,7 +170,7 @@ def _run(
         budget = 1
     elif sampler is SearchSampler.HILL_CLIMBING:
         sampler = HillClimbingSampler(seed=seed)
-    with _progress() as progress:
+    with Progress() as progress:
         task = progress.add_task("Searching", total=budget)
 
         def measure(trial: optuna.Trial | FrozenTrial) -> bool:
@@ -244,8 +242,3 @@ def _best(known: Mapping[Places, tuple[float, ...]], objectives: tuple[Objective
         for objective, values in zip(objectives, zip(*known.values(), strict=True), strict=True)
     )
     return "best so far: " + ", ".join(f"{each.name} {best:.4g}" for each, best in zip(objectives, bests, strict=True))
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(console=console, disable=not sys.stderr.isatty())

@@ -6,7 +6,6 @@ A method says what a stage may remove, in the order that breaks ties, and when t
 """
 
 import logging
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,8 +14,7 @@ from functools import partial
 from typing import Any
 
 import nncf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from nncf_ext.calibration.stream import evaluation, read_items
@@ -24,6 +22,7 @@ from nncf_ext.files import digest
 from nncf_ext.importance.blocks import l1_norm
 from nncf_ext.importance.metrics import Metric, PerplexityMetric
 from nncf_ext.method import Request
+from nncf_ext.progress import Progress
 from nncf_ext.pruning.candidates import Removal
 from nncf_ext.pruning.compensation import Compensator
 from nncf_ext.pruning.greedy import Elimination
@@ -394,4 +393,4 @@ def _progress() -> Progress:
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
         TextColumn("{task.fields[best]}"),
     )
-    return Progress(*columns, console=Console(file=sys.stderr))
+    return Progress(*columns)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nncf_ext.progress import Progress
 
 
 class ProgressBar(TrainerCallback):
@@ -14,8 +15,7 @@ class ProgressBar(TrainerCallback):
     """
 
     def __init__(self, description: str = "training") -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, transient=True)
+        self._progress = Progress()
         self._task = self._progress.add_task(description, total=None)
 
     def on_train_begin(

@@ -7,7 +7,6 @@ all, so an interrupted run leaves a model of which the first units are compresse
 """
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -15,8 +14,6 @@ from typing import Any
 
 import nncf
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
@@ -36,6 +33,7 @@ from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_
 from nncf_ext.journal import Journal
 from nncf_ext.method import Request
 from nncf_ext.parameters import CompressMode
+from nncf_ext.progress import Progress
 from nncf_ext.structure.blocks import Survey
 from nncf_ext.upstream import HOOKS_PREFIX
 from nncf_ext.weights.int4 import check_hookable, decompressors, dequantize, pack, unpack, weight_hooks
@@ -140,7 +138,7 @@ class SparseWeights:
         for name in packed:
             unpack(model, f"{name}.weight")
         done = 0
-        with evaluation(model), _progress() as progress:
+        with evaluation(model), Progress() as progress:
             units: Iterator[Unit]
             task = progress.add_task(f"Applying {self._mode.value}", total=None)
             try:
@@ -335,11 +333,6 @@ def _single_layers(targets: Mapping[str, nn.Linear]) -> Iterator[Unit]:
 def _weight_error(old: torch.Tensor, new: torch.Tensor) -> float:
     exact = torch.linalg.norm(old.float())
     return float(torch.linalg.norm(old.float() - new.float()) / exact) if exact > 0 else 0.0
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(console=console, disable=not sys.stderr.isatty())
 
 
 def _some(names: list[str]) -> str:
