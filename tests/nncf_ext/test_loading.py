@@ -388,3 +388,59 @@ def test_ties_are_those_of_the_model_whatever_its_configuration_says(kind, said,
         del state["model.embed_tokens.weight"]
         save_file(state, tmp_path / WEIGHTS[kind])
         assert torch.equal(logits(nncf_ext.load_pretrained(tmp_path), tokens()), logits(model, tokens()))
+
+
+# Code that lies in the folder, and code of ours that travels with weights
+
+CODE = """
+import transformers
+
+class OwnConfig(transformers.LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(transformers.LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_folder_goes_with_the_model(tiny_llama, tmp_path) -> None:
+    source, model = tmp_path / "source", tiny_llama()
+    nncf_ext.save_pretrained(model, source)
+    (source / "modeling_own.py").write_text(CODE)
+    places = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit(source / "config.json", model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=places)
+    refused(source, "config.json", "trust_remote_code=True")
+    own = nncf_ext.load_pretrained(source, trust_remote_code=True)
+    assert type(own).__name__ == "OwnForCausalLM"
+    assert torch.equal(logits(own, tokens()), logits(model, tokens()))
+    nncf_ext.save_pretrained(on_grid(own), tmp_path / "int4")
+    assert (tmp_path / "int4" / "modeling_own.py").is_file()
+    loaded = nncf_ext.load_pretrained(tmp_path / "int4", trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
+    assert torch.equal(logits(loaded, tokens()), logits(own, tokens()))
+    (source / "model.safetensors").unlink()
+    refused(source, "no weights")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_our_code_in_a_folder_brings_back_ties_buffers_and_settings(dtype, tiny_llama, tmp_path) -> None:
+    dense = tiny_llama()
+    dense.generation_config = transformers.GenerationConfig(eos_token_id=[5, 7], pad_token_id=3)
+    dense.lm_head.weight = dense.model.embed_tokens.weight  # its configuration says that they are not tied
+    model = saved("cut", dense.to(dtype), tmp_path)
+    own = nncf_ext.load_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    for loaded in (own, theirs):
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert loaded.generation_config.eos_token_id == [5, 7] and loaded.generation_config.pad_token_id == 3
+        assert loaded.model.rotary_emb.inv_freq.dtype is dtype
+        assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+        assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize("kind", ["cut", "int4"])
+def test_another_type_never_shortens_position_embeddings(kind, tiny_llama, tmp_path) -> None:
+    model = saved(kind, tiny_llama(), tmp_path)
+    loaded = nncf_ext.load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {each.dtype for each in loaded.parameters() if each.is_floating_point()} == {torch.bfloat16}
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
