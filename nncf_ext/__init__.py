@@ -5,6 +5,8 @@ Every public name is loaded on first use, so that ``import nncf_ext`` needs neit
 """
 
 import ast
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +57,11 @@ if TYPE_CHECKING:
     from nncf_ext.structure.masking import masked as masked
     from nncf_ext.structure.plan import StructurePlan as StructurePlan
     from nncf_ext.structure.uniform import snap_to_uniform as snap_to_uniform
+
+
+if os.environ.get("NNCF_EXT_NO_TELEMETRY", "0") not in ("", "0"):
+    # openvino and nncf send messages by means of this package, and do without where it is not installed.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def _homes() -> dict[str, str]:

@@ -6,8 +6,14 @@ it when it is called. Public names are loaded on first use, so that ``import ov_
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if os.environ.get("NNCF_EXT_NO_TELEMETRY", "0") not in ("", "0"):
+    # openvino and nncf send messages by means of this package, and do without where it is not installed.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from ov_ext.convert import convert_model, save_model

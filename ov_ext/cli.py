@@ -22,24 +22,29 @@ from ov_ext.decode import measure
 from ov_ext.extension import ExtensionUnavailableError, package_version
 from ov_ext.folder import refuse_existing, whole_folder, write_whole
 from ov_ext.genai import pipeline
-from ov_ext.optimum import save_tokenizer_ir
+from ov_ext.optimum import TOKENIZER, WITHOUT_TOKENIZER, TokenizerError, load_tokenizer, save_tokenizer_ir
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
 
 
 class _PlainErrors(typer.core.TyperGroup):
-    """A user's mistake becomes one line instead of a traceback."""
+    """A user's mistake becomes one line instead of a traceback, and so does an error that nobody expected."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's Context is typer's base class
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         try:
             return super().invoke(ctx)
-        except typer.Exit:  # derived from RuntimeError
+        except (typer.Exit, typer.Abort):  # derived from RuntimeError
             raise
         except ImportError as error:
             typer.secho(f"Error: {error}. This command needs: pip install 'nncf-ext[llm]'", err=True, fg="red")
         except (ValueError, RuntimeError, OSError) as error:
             typer.secho(f"Error: {error}", err=True, fg="red")
+        except Exception as error:
+            if hasattr(error, "exit_code"):  # typer's own, for wrong options
+                raise
+            typer.secho(f"Error: {type(error).__name__}: {error}", err=True, fg="red")
+            logging.getLogger("ov_ext").debug("Where it came from:", exc_info=True)
         raise typer.Exit(1)
 
 
@@ -195,20 +200,18 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
 
 
 def _add_tokenizer(folder: Path) -> None:
-    """Add the tokenizer IRs that GenAI needs if IN had only a Hugging Face tokenizer. A failure is only a warning."""
-    if (folder / "openvino_tokenizer.xml").exists() or not (folder / "tokenizer.json").exists():
+    """Add the tokenizer IRs that GenAI needs if IN had only a Hugging Face tokenizer. OUT is of use without them."""
+    if (folder / TOKENIZER).exists() or not (folder / "tokenizer.json").exists():
         return
-    before = set(folder.iterdir())
     try:
-        from transformers import AutoTokenizer
-
-        save_tokenizer_ir(AutoTokenizer.from_pretrained(folder), folder)
-    except Exception as error:  # of three libraries that read the user's files; the packed model must survive it
-        for half in set(folder.iterdir()) - before:
-            half.unlink()
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        text = f"Warning: no tokenizer IR was written, so OpenVINO GenAI cannot read OUT ({reason})."
-        typer.secho(text, err=True, fg="yellow")
+        save_tokenizer_ir(load_tokenizer(folder), folder)
+    except ImportError as error:
+        reason = f"{error}. Converting it needs: pip install 'nncf-ext[llm]'."
+    except TokenizerError as error:
+        reason = str(error)
+    else:
+        return
+    typer.secho(f"Warning: {reason} {WITHOUT_TOKENIZER}", err=True, fg="yellow")
 
 
 if __name__ == "__main__":

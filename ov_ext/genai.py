@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,22 @@ if TYPE_CHECKING:
     from openvino_genai import LLMPipeline
 
 
+class PackedAdapterError(ValueError):
+    """A LoRA adapter for a model with packed weights, which GenAI would ignore without a word."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This model has packed weights, and OpenVINO GenAI adds adapters to stock weights only: the adapter would "
+            "do nothing. Merge it before packing (nncf_ext.merge, nncf-ext merge), or use it with the stock model "
+            "(ov-ext unpack)."
+        )
+
+
 def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: Any) -> LLMPipeline:
     """Make an ``openvino_genai.LLMPipeline`` that knows the operations of this package.
+
+    With packed weights it refuses LoRA adapters, wherever they are given: here, in a generation config, or to
+    ``generate``.
 
     :param folder: Model folder with openvino_model.xml and the tokenizer IRs.
     :param device: OpenVINO device; packed weights run on CPU.
@@ -22,6 +37,7 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
         Your own ``extensions`` are kept, and the one of this package is added.
     :return: The pipeline.
     :raises ValueError: The folder lacks the model or its tokenizer.
+    :raises PackedAdapterError: ``adapters`` are given, and weights are packed.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
     :raises NewerFormatError: It was packed by a newer release.
     """
@@ -29,8 +45,41 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
     if missing:
         msg = f"{folder} lacks {' and '.join(missing)}: ov_ext.optimum.export and `ov-ext pack` write complete folders."
         raise ValueError(msg)
-    runtime.read_model(Path(folder) / "openvino_model.xml")  # only to check it: OpenVINO maps weights, it reads none
+    model = runtime.read_model(Path(folder) / "openvino_model.xml")  # OpenVINO maps weights, it reads none
+    packed = model.has_rt_info(["ov_ext", "format"])
+    if packed:
+        _refuse_adapters(None, properties)
     extensions = [*properties.pop("extensions", ()), str(extension_path())]
     from openvino_genai import LLMPipeline
 
-    return LLMPipeline(str(folder), device, extensions=extensions, **properties)
+    kind = _packed_pipeline() if packed else LLMPipeline
+    return kind(str(folder), device, extensions=extensions, **properties)
+
+
+@cache
+def _packed_pipeline() -> type[LLMPipeline]:
+    from openvino_genai import LLMPipeline
+
+    class PackedPipeline(LLMPipeline):
+        """The pipeline of a model with packed weights: it refuses adapters."""
+
+        def generate(self, inputs: Any, generation_config: Any = None, *rest: Any, **options: Any) -> Any:
+            _refuse_adapters(generation_config, options)
+            return super().generate(inputs, generation_config, *rest, **options)
+
+        def __call__(self, inputs: Any, generation_config: Any = None, *rest: Any, **options: Any) -> Any:
+            return self.generate(inputs, generation_config, *rest, **options)
+
+        def set_generation_config(self, config: Any) -> None:
+            _refuse_adapters(config, {})
+            super().set_generation_config(config)
+
+    return PackedPipeline
+
+
+def _refuse_adapters(config: Any, options: dict[str, Any]) -> None:
+    """:raises PackedAdapterError: There is an adapter in a generation config, or among the options of a call."""
+    configs = (config, options.get("generation_config"))
+    given = (options.get("adapters"), dict(options.get("config") or {}).get("adapters"))
+    if any((*given, *(getattr(each, "adapters", None) for each in configs))):
+        raise PackedAdapterError

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from optimum.intel import OVModelForCausalLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger("ov_ext")
+
 MODEL, TOKENIZER, DETOKENIZER = "openvino_model.xml", "openvino_tokenizer.xml", "openvino_detokenizer.xml"
+WITHOUT_TOKENIZER = "The folder has no tokenizer IR: Optimum-Intel runs it, OpenVINO GenAI cannot read it."
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read, or that OpenVINO cannot convert."""
 
 
 def register() -> int:
@@ -83,10 +90,16 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
     :param folder: Model folder.
     :param trust_remote_code: Passed on; nothing here sets it.
     :return: The tokenizer.
+    :raises TokenizerError: The folder holds none that transformers can read.
     """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files give KeyError, TypeError, or what the library in Rust raises
+        raise TokenizerError(f"The tokenizer of {folder} cannot be read ({_first_line(error)}).") from error
 
 
 def export(
@@ -104,14 +117,17 @@ def export(
     of its own shape. Mamba and Mamba-2 are exported with the states of their convolutions and state spaces. Layers
     without a state space keep the state of their convolution only.
 
-    :param model: The torch model.
+    The model stays as it was, in every floating type. It may be in bf16 or f16, too: activations are computed in f32
+    all the same. A tokenizer that OpenVINO cannot convert is saved for transformers only, with a warning.
+
+    :param model: The torch model, all of it in memory.
     :param tokenizer: Its tokenizer.
     :param out: Folder for the stateful IR, tokenizer and detokenizer IR, tokenizer files, config and generation config.
     :param task: Optimum's name of the task.
     :param overwrite: Replace an existing model folder once the new one is complete.
     :return: The folder.
     :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or a layer without attention
-        leaves a gap in the cache.
+        leaves a gap in the cache, or weights are not in memory.
     :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
     vocabulary = model.config.get_text_config().vocab_size
@@ -121,6 +137,11 @@ def export(
     out = Path(out)
     size = sum(parameter.nbytes for parameter in model.parameters())
     with whole_folder(out, overwrite, size) as draft:
+        tokenizer.save_pretrained(draft)
+        try:
+            save_tokenizer_ir(tokenizer, draft)
+        except TokenizerError as error:
+            logger.warning("%s %s", error, WITHOUT_TOKENIZER)
         if model.config.model_type in state_space.MODEL_TYPES:
             # Optimum cannot export these models with the releases of transformers that it supports.
             save_model(state_space.convert_state_space_model(model), draft / MODEL)
@@ -129,8 +150,6 @@ def export(
                 model.generation_config.save_pretrained(draft)
         else:
             _export_by_optimum(model, draft, task)
-        tokenizer.save_pretrained(draft)
-        save_tokenizer_ir(tokenizer, draft)
     return out
 
 
@@ -227,8 +246,18 @@ def save_tokenizer_ir(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
     :param tokenizer: The tokenizer.
     :param folder: Model folder.
+    :raises TokenizerError: OpenVINO cannot convert it. Nothing was written.
     """
     from openvino_tokenizers import convert_tokenizer
 
-    for model, name in zip(convert_tokenizer(tokenizer, with_detokenizer=True), (TOKENIZER, DETOKENIZER), strict=True):
+    try:
+        models = convert_tokenizer(tokenizer, with_detokenizer=True)
+    except Exception as error:  # the converter knows some tokenizers only, and stumbles over others in its own ways
+        msg = f"OpenVINO cannot convert {type(tokenizer).__name__} ({_first_line(error)})."
+        raise TokenizerError(msg) from error
+    for model, name in zip(models, (TOKENIZER, DETOKENIZER), strict=True):
         save_model(model, folder / name)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import openvino as ov
 
-from ov_ext.cpu_plugin.sparse_matmul.native import kernel_choice
+from ov_ext.cpu_plugin.sparse_matmul import native as sparse_matmul
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
 from ov_ext.cpu_plugin.support import native
 from ov_ext.extension import built_for, extension_path
@@ -24,14 +24,21 @@ class NewerFormatError(ValueError):
     """An IR packed by a newer release, in a format that this one cannot read."""
 
 
-def add_extension(core: ov.Core) -> ov.Core:
+def add_extension(core: ov.Core, verify: bool | None = None) -> ov.Core:
     """Teach a Core the operations of this package. It does no harm to do it twice.
 
+    Compiling a model always checks that its packed weights are well formed, so a damaged file is an error or has other
+    values. The second case needs a checksum: ``verify`` costs about a second for each GB.
+
     :param core: The Core that will read and compile packed IRs.
+    :param verify: Compare checksums when models are compiled. It holds for the whole process. None: as it was; at first
+        as the environment variable OV_EXT_VERIFY says (1: compare).
     :return: The same Core.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
     """
     core.add_extension(str(extension_path()))
+    if verify is not None:
+        sparse_matmul.verify(verify)
     return core
 
 
@@ -60,7 +67,7 @@ def cpu_info() -> dict[str, Any]:
     :raises ValueError: OV_EXT_ISA names a kernel that does not exist or cannot run here.
     """
     path = extension_path()
-    choice = kernel_choice()
+    choice = sparse_matmul.kernel_choice()
     kernels = {"choice": choice, "selected": choice["int4"][0][1]}
     versions = {"openvino": ov.get_version(), "built_for": built_for(), "library": str(path)}
     return {**native.cpu_info(), **kernels, **versions}

@@ -94,11 +94,11 @@ def check_new_folder(out: Path, overwrite: bool) -> None:
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not overwrite:
-        msg = f"{out} exists. Name a new folder, or pass --overwrite."
-        raise nncf.ValidationError(msg)
     if not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
         msg = f"{out} exists and holds no model, so it is not overwritten. Remove it first, or name a new folder."
+        raise nncf.ValidationError(msg)
+    if not overwrite:
+        msg = f"{out} exists. Name a new folder, or pass --overwrite."
         raise nncf.ValidationError(msg)
 
 

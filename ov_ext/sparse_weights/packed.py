@@ -42,13 +42,16 @@ def group(graph: ov.Model, factory: NodeFactory) -> None:
     """Merge operations that read the same activations in the same form, such as q, k and v of attention.
 
     A merged operation quantizes the activations once and starts its threads once. It keeps one blob for each weight.
+    Operations that a ReadValue depends on stay alone: the CPU plug-in moves what computes the first value of a state
+    into a graph of its own, and expects one output of each.
 
     :param graph: Graph with packed operations of one weight each.
     :param factory: Knows the packed operation.
     """
     alike: dict[tuple[object, ...], list[Node]] = {}
+    alone = _before_states(graph)
     for node in graph.get_ordered_ops():
-        if is_packed(node) and node.get_output_size() == 1:
+        if is_packed(node) and node.get_output_size() == 1 and node.get_name() not in alone:
             x, attributes = node.input_value(0), node.get_attributes()
             weight_group = HEADER.unpack_from(node.input_value(1).get_node().get_data())[12]
             form = (attributes["kind"], attributes["k"], attributes["activation_group"], weight_group or 128)
@@ -56,6 +59,18 @@ def group(graph: ov.Model, factory: NodeFactory) -> None:
     for nodes in alike.values():
         if len(nodes) > 1:
             _merge(nodes, factory)
+
+
+def _before_states(graph: ov.Model) -> set[str]:
+    """:return: Unique names of the nodes that a ReadValue depends on, directly or through others."""
+    pending = [node for node in graph.get_ops() if node.get_type_name() == "ReadValue"]
+    found: set[str] = set()
+    while pending:
+        for port in pending.pop().input_values():
+            if (name := port.get_node().get_name()) not in found:
+                found.add(name)
+                pending.append(port.get_node())
+    return found
 
 
 def _merge(nodes: list[Node], factory: NodeFactory) -> None:

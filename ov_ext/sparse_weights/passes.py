@@ -17,6 +17,7 @@ from ov_ext.cpu_plugin.sparse_matmul import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
 from ov_ext.extension import extension_path, package_version
 from ov_ext.sparse_weights.cost import Choice
+from ov_ext.sparse_weights.graphs import element_count, graphs_of, refuse_short_constants
 from ov_ext.sparse_weights.packed import OPERATION, detach, group, is_packed, records, redirect
 from ov_ext.sparse_weights.policy import LayerReport, PackReport, SparsePolicy
 from ov_ext.sparse_weights.subgraph import RecordError, bias_constant, describe, read_record, restore
@@ -50,12 +51,15 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
     :param policy: Which weights to pack. By default those for which our operation is expected to be faster.
     :return: The same model, and a report with the form of every MatMul that has a constant operand, and why.
     :raises AlreadyPackedError: The model has been packed before.
+    :raises ValueError: A constant is shorter than its shape says: the file is damaged.
     :raises ExtensionUnavailableError: The compiled extension is missing or was built for another OpenVINO.
     """
     policy = policy or SparsePolicy()
     library = extension_path()
     runtime.check_format(model)
-    if packed := sum(node.get_output_size() for graph in _graphs(model) for node in graph.get_ops() if is_packed(node)):
+    graphs = graphs_of(model)
+    refuse_short_constants(graphs)
+    if packed := sum(node.get_output_size() for graph in graphs for node in graph.get_ops() if is_packed(node)):
         msg = (
             f"The model holds {packed} packed weights already. To pack it with another policy, restore it first: "
             "ov_ext.unpack_sparse_weights(model), or `ov-ext unpack IN OUT`."
@@ -66,10 +70,10 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
     factory = NodeFactory()
     factory.add_extension(library)
     layers = []
-    for graph in _graphs(model):
+    for graph in graphs:
         layers += _pack_graph(graph, policy, factory)
         group(graph, factory)
-    report = PackReport(tuple(layers), policy.target)
+    report = PackReport(tuple(layers), policy.target, policy.activation_group)
     if report.replaced:
         model.validate_nodes_and_infer_types()
         entries = {
@@ -96,11 +100,12 @@ def unpack_sparse_weights(model: ov.Model) -> ov.Model:
     :return: The same model.
     :raises NewerFormatError: It was packed by a newer release.
     :raises RecordError: An operation carries no usable record of its stock form.
-    :raises ValueError: A blob is damaged.
+    :raises ValueError: A blob is damaged, or a constant shorter than its shape says.
     :raises ExtensionUnavailableError: The compiled extension is missing or was built for another OpenVINO.
     """
     runtime.check_format(model)
-    graphs = _graphs(model)
+    graphs = graphs_of(model)
+    refuse_short_constants(graphs)
     for graph in graphs:
         for node in graph.get_ordered_ops():
             if is_packed(node):
@@ -158,16 +163,6 @@ def _unpack(graph: ov.Model) -> None:
 def _stock_form(record: str, blob: np.ndarray, x: Output, known: dict[str, Node]) -> Node:
     """:return: The last node of the stock subgraph of one packed weight, computed from ``x``; see :func:`restore`."""
     return restore(read_record(record), native.unpack(blob), x, known)
-
-
-def _graphs(model: ov.Model) -> list[ov.Model]:
-    """:return: The model and the bodies of its If, Loop and TensorIterator operations, at any depth."""
-    graphs = [model]
-    for node in model.get_ops():
-        bodies = {"If": 2, "Loop": 1, "TensorIterator": 1}.get(node.get_type_name(), 0)
-        for i in range(bodies):
-            graphs += _graphs(node.get_function(i))
-    return graphs
 
 
 @dataclass(frozen=True)
@@ -290,7 +285,7 @@ def _foldable_bias(found: ConstantWeight) -> Node | None:
     constant = bias_constant(add)
     if constant is None or element_name(constant) not in FLOATS or len(constant.shape) > rank.get_length():
         return None
-    return add if [*constant.shape][-1:] == [found.shape[0]] and np.prod(constant.shape) == found.shape[0] else None
+    return add if [*constant.shape][-1:] == [found.shape[0]] and element_count(constant) == found.shape[0] else None
 
 
 def _blob_constant(weight: Weight, dense: bool, bias: Node | None, name: str) -> Node:

@@ -31,7 +31,8 @@ class SparsePolicy:
     :param activation_group: Number of inputs that share one dynamic quantization scale at run time, for int8 and int4
         weights: 128, 64, -1 (one scale per token) or 0 (activations stay in floating point: slower, but exact). A value
         smaller than the group of the weight is raised to that group. For bf16 weights, 0 keeps f32 activations and any
-        other value rounds them to bf16.
+        other value rounds them to bf16. It is fixed in the packed model: OpenVINO shows its settings to built-in
+        layers only, so ``EXECUTION_MODE_HINT=ACCURACY`` and ``DYNAMIC_QUANTIZATION_GROUP_SIZE=0`` do not change it.
     :param min_weights: Matrices with fewer elements stay. A call of our operation costs 1 to 7 microseconds more than a
         call of a built-in layer. A matrix of half a million weights at 50 % zeros makes up for that. Smaller ones are
         slower and only save memory; below this number of elements they do not save enough to be worth it.
@@ -123,10 +124,12 @@ class PackReport:
 
     :param layers: One entry per MatMul.
     :param target: Instruction set recorded in the model.
+    :param activation_group: That of the policy: how packed layers treat activations, whatever OpenVINO is told.
     """
 
     layers: tuple[LayerReport, ...]
     target: str
+    activation_group: int
 
     @property
     def replaced(self) -> tuple[LayerReport, ...]:
@@ -175,6 +178,11 @@ class PackReport:
         )
         for note, number in remarks.items():
             yield Text(f"[{number}] {note}")
+        if self.replaced and self.activation_group:
+            yield Text(
+                "Packed layers round activations to 8 bits (bf16 weights: to bf16), also under "
+                "EXECUTION_MODE_HINT=ACCURACY and DYNAMIC_QUANTIZATION_GROUP_SIZE=0. activation_group=0 keeps them."
+            )
 
     def __str__(self) -> str:
         text = io.StringIO()

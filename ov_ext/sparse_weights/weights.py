@@ -13,12 +13,14 @@ Reshape merges the groups. There may be a Transpose, too. :func:`find` recognise
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from openvino import Node, Output
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.sparse_weights.graphs import element_count
 
 FLOATS = ("f32", "f16", "bf16")
 SYMMETRIC = {"i8": "i8", "u8": "i8", "i4": "i4", "u4": "i4"}  # integer element type -> its signed form
@@ -81,7 +83,7 @@ class ConstantWeight:
     def nbytes(self) -> dict[str, int]:
         """Bytes of values, scales and zero points, by the unique names of their constants."""
         parts = [node for node in (self.constant, self.scale, self.zero) if node is not None]
-        return {node.get_name(): -(-node.get_element_type().bitwidth * int(np.prod(node.shape)) // 8) for node in parts}
+        return {node.get_name(): -(-node.get_element_type().bitwidth * element_count(node) // 8) for node in parts}
 
     @property
     def group(self) -> int:
@@ -135,7 +137,7 @@ def find(matmul: Node) -> ConstantWeight | None:
     if len(shape) != 2:
         return replace(found, problem=f"it has {len(shape)} axes; only matrices are packed (3-D expert weights stay)")
     found = replace(found, shape=shape if transpose_b else shape[::-1])
-    if not found.problem and np.prod(node.shape) != np.prod(shape):
+    if not found.problem and element_count(node) != math.prod(shape):
         found = replace(found, problem="its values are repeated by broadcasting")
     if not found.problem:
         found = replace(found, problem=_type_problem(found))
@@ -232,7 +234,7 @@ def elements(constant: Node) -> np.ndarray:
     nibbles = np.empty(2 * packed.size, np.uint8)  # the first element lies in the low half of a byte
     np.bitwise_and(packed, 15, out=nibbles[0::2])
     np.right_shift(packed, 4, out=nibbles[1::2])
-    nibbles = nibbles[: int(np.prod(constant.shape))]
+    nibbles = nibbles[: element_count(constant)]
     return nibbles if element == "u4" else (nibbles ^ 8).view(np.int8) - np.int8(8)
 
 
@@ -241,7 +243,7 @@ def _computed(matmul: Node, node: Node) -> ConstantWeight | None:
     constants = [constant_behind(port) for port in node.input_values()]
     if not constants or any(constant is None for constant in constants):
         return None
-    largest = max((c for c in constants if c is not None), key=lambda c: int(np.prod(c.shape)))
+    largest = max((c for c in constants if c is not None), key=element_count)
     shape = tuple(matmul.get_input_partial_shape(1).to_shape())
     return ConstantWeight(
         matmul, largest, shape, f"it is computed by {node.get_type_name()}, not by a known decompression"

@@ -103,9 +103,7 @@ def test_a_wrong_element_type_is_named() -> None:
         model([1, K], dtype=np.float16)
 
 
-def test_a_malformed_header_stops_reading_and_malformed_content_the_first_inference(
-    core: ov.Core, tmp_path: Path
-) -> None:
+def test_a_malformed_header_stops_reading_and_malformed_content_compiling(core: ov.Core, tmp_path: Path) -> None:
     path = tmp_path / "m.xml"
     ov.save_model(model([1, K]), path, compress_to_fp16=False)
     binary = bytearray(path.with_suffix(".bin").read_bytes())
@@ -118,18 +116,17 @@ def test_a_malformed_header_stops_reading_and_malformed_content_the_first_infere
     binary[at + BLOB.nbytes - 70] ^= 0xFF  # a value or a fill
     path.with_suffix(".bin").write_bytes(binary)
     with pytest.raises(RuntimeError, match="SparseMatMul '.*SPW1 blob"):
-        core.compile_model(core.read_model(path), "CPU")(X[:1])
+        core.compile_model(core.read_model(path), "CPU")
 
 
-def test_a_blob_that_arrives_as_data_is_checked_at_every_call(core: ov.Core) -> None:
+def test_a_blob_that_arrives_as_data_is_checked_at_every_call(core: ov.Core, refused: Any) -> None:
     x, blob = opset.parameter([6, K], np.float32, name="x"), opset.parameter([BLOB.nbytes], np.uint8, name="blob")
     compiled = core.compile_model(ov.Model([opset.result(operation(x, blob))], [x, blob], "m"), "CPU", F32)
     data = BLOB.copy()
     expected = native.matmul(X, BLOB)
     assert np.array_equal(compiled([X, data])[0], expected)
     data[-70] ^= 0xFF
-    with pytest.raises(RuntimeError, match="SPW1 blob"):
-        compiled([X, data])
+    refused(lambda: compiled([X, data]), "SPW1 blob")
     data[-70] ^= 0xFF
     assert np.array_equal(compiled([X, data])[0], expected)
 
@@ -175,7 +172,7 @@ def test_weights_with_different_groups_cannot_share_activations(core: ov.Core) -
     node = operation(x, opset.constant(BLOB), opset.constant(other), n=2 * N, outputs=[N, N])
     whole = ov.Model([opset.result(port) for port in node.outputs()], [x], "m")
     with pytest.raises(RuntimeError, match="different groups"):
-        core.compile_model(whole, "CPU", F32)(X[:1])
+        core.compile_model(whole, "CPU", F32)
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4])

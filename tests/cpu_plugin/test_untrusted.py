@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -175,12 +176,11 @@ def core() -> ov.Core:
     return ov_ext.add_extension(ov.Core())
 
 
-def test_a_request_works_again_after_a_wrong_shape(core: ov.Core) -> None:
+def test_a_request_works_again_after_a_wrong_shape(core: ov.Core, refused: Any) -> None:
     request = core.compile_model(model([-1, -1]), "CPU", F32).create_infer_request()
     expected = native.matmul(X, BLOB)
     for wrong in (np.zeros((2, K + 1), np.float32), np.zeros((2, 0), np.float32), np.zeros((0, K - 1), np.float32)):
-        with pytest.raises(RuntimeError, match=f"last axis of x must be {K}|last axis"):
-            request.infer([wrong])
+        refused(lambda x=wrong: request.infer([x]), f"last axis of x must be {K}")
         assert np.array_equal(request.infer([X])[0], expected)
     assert request.infer([np.zeros((0, K), np.float32)])[0].shape == (0, N)
     assert np.array_equal(request.infer([X])[0], expected)
@@ -201,7 +201,7 @@ def test_regions_of_interest_are_not_read_as_whole_tensors(core: ov.Core) -> Non
     assert np.array_equal(out.data, expected)
 
 
-def test_a_blob_in_a_state_is_checked_whenever_it_changes(core: ov.Core) -> None:
+def test_a_blob_in_a_state_is_checked_whenever_it_changes(core: ov.Core, refused: Any) -> None:
     """set_state gives a variable any bytes; the operation must not remember that earlier ones were valid."""
     info = ov.op.util.VariableInfo()
     info.data_shape, info.data_type, info.variable_id = ov.PartialShape([BLOB.nbytes]), ov.Type.u8, "blob"
@@ -221,5 +221,4 @@ def test_a_blob_in_a_state_is_checked_whenever_it_changes(core: ov.Core) -> None
         if blob is BLOB:
             assert np.array_equal(request.infer([X])[0], expected)
         else:
-            with pytest.raises(RuntimeError, match="SPW1 blob"):
-                request.infer([X])
+            refused(lambda: request.infer([X]), "SPW1 blob")

@@ -283,7 +283,9 @@ def test_what_is_there_stays(folder, adapter, text, tmp_path, command):
         "extract": ["--plan", "plan.json"],
         "merge": ["--adapter", adapter],
     }[command]
-    assert run(command, folder, out, *arguments) == (2, f"Error: {out} exists. Name a new file, or pass --overwrite.")
+    remedy = "exists. Name a new file, or pass --overwrite." if command == "search" else "exists and holds no model"
+    code, output = run(command, folder, out, *arguments)
+    assert code == 2 and output.startswith(f"Error: {out} {remedy}"), output
     assert out.read_text() == "mine"
 
 

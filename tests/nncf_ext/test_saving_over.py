@@ -112,6 +112,29 @@ def test_an_adapter_is_not_put_beside_a_model(tiny_llama, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_killed_command_leaves_the_old_folder_or_the_new_one(make, folder, tmp_path) -> None:
+    """The end of ``nncf-ext compress --overwrite`` and its like."""
+    from transformers import AutoTokenizer
+
+    from nncf_ext.cli.folders import save_model
+
+    tokenizer, model, out = AutoTokenizer.from_pretrained(folder), make["int4"](), tmp_path / "out"
+    nncf_ext.save_pretrained(make["plain"](), tmp_path / "old")
+    put_mine(tmp_path / "old")
+    save_model(model, tokenizer, tmp_path / "new", False)
+    known = [contents(tmp_path / "old"), contents(tmp_path / "new")]
+
+    def prepare() -> None:
+        for path in tmp_path.glob(".out.draft-*"):
+            shutil.rmtree(path)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", out)
+
+    ends = {known.index(contents(out)) for _ in kill_points(lambda: save_model(model, tokenizer, out, True), prepare)}
+    assert ends == {0, 1} and contents(out) == known[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [("plain", "int4"), ("int4", "cut"), ("cut", "plain")])
 def test_a_killed_save_leaves_the_old_model_or_the_new_one(make, logits_of, tmp_path, old, new) -> None:
     folder, models = tmp_path / "out", {"old": make[old](), "new": make[new]()}

@@ -116,6 +116,21 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no drafts left
 
 
+@pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError, MemoryError, RecursionError, AssertionError])
+def test_an_error_of_any_kind_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("of all things")
+
+    monkeypatch.setattr(cli, "pack_sparse_weights", fail)
+    result = run("pack", folder, tmp_path / "out")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "of all things" in result.stderr and error.__name__.replace("Recursion", "") in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert run("pack", folder).exit_code == 2  # typer's own errors stay as they are
+
+
 def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("pack", folder, out).exit_code == 0
@@ -165,7 +180,8 @@ def test_a_tokenizer_that_cannot_be_converted_is_a_warning(folder: Path, tmp_pat
     (folder / "tokenizer.json").write_text(text)
     result = run("pack", folder, tmp_path / "packed")
     assert result.exit_code == 0 and "1 of 1 weights packed" in result.stdout
-    assert "Warning: no tokenizer IR was written" in result.stderr and "Traceback" not in result.output
+    assert "cannot be read" in result.stderr and "OpenVINO GenAI cannot read it" in result.stderr
+    assert "Traceback" not in result.output
     assert files(tmp_path / "packed").keys() == files(folder).keys()
 
 

@@ -11,7 +11,7 @@ import pytest
 from openvino import opset1
 
 import ov_ext
-from tests.ov_ext.ir_forms import bf16_values, constant
+from tests.ov_ext.ir_forms import Form, bf16_values, build, constant
 
 
 def layers(*sparsity: float) -> ov.Model:
@@ -57,6 +57,34 @@ def test_report() -> None:
         assert part in text
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["target"] == "amx" and plain["layers"][1]["note"] == report.layers[1].note
+
+
+@pytest.mark.parametrize("group, told", [(128, True), (-1, True), (0, False)])
+def test_the_report_tells_what_openvino_settings_do_not_reach(group: int, told: bool) -> None:
+    policy = ov_ext.SparsePolicy(min_sparsity=0, activation_group=group)
+    report = ov_ext.pack_sparse_weights(layers(0.5), policy)[1]
+    assert ("EXECUTION_MODE_HINT=ACCURACY" in str(report)) == told
+    assert report.to_dict()["activation_group"] == group
+    stays = ov_ext.SparsePolicy(min_sparsity=1, activation_group=group)
+    assert "EXECUTION_MODE_HINT" not in str(ov_ext.pack_sparse_weights(layers(0.5), stays)[1])
+
+
+def test_accuracy_is_chosen_when_packing(core: ov.Core) -> None:
+    """An outlier takes the 8 bits of its group for itself, whatever OpenVINO is told; activation_group=0 is exact."""
+    accurate = {"EXECUTION_MODE_HINT": "ACCURACY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    x = np.ones((1, 256), np.float32)
+    x[0, 0] = 1000  # half a step is 3.9: the others become 0
+
+    def infer(group: int, config: dict[str, str]) -> np.ndarray:
+        built = build(Form("i8", bias=None), n=128)
+        model, report = ov_ext.pack_sparse_weights(built.model, ov_ext.SparsePolicy(0, activation_group=group))
+        assert report.replaced
+        return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"} | config)(x)[0] - x @ built.weight.T
+
+    assert np.array_equal(infer(128, {}), infer(128, accurate))
+    size = np.abs(build(Form("i8"), n=128).weight).sum(axis=1)  # of the part without the outlier
+    assert (np.abs(infer(128, accurate)) > 0.01 * size).mean() > 0.5
+    assert (np.abs(infer(0, {})) <= 1000 * 256 * 2.0**-23 * np.abs(build(Form("i8"), n=128).weight).max()).all()
 
 
 def test_long_notes_are_listed_once() -> None:

@@ -12,6 +12,7 @@ import ov_ext
 import ov_ext.optimum
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
+from tests.killing import largest_file
 from tests.structure_models import CAUSAL, make
 
 pytestmark = pytest.mark.slow
@@ -45,6 +46,14 @@ def torch_tokens(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
         with torch.no_grad():
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(dim=-1)], dim=1)
     return ids
+
+
+@pytest.mark.parametrize("size", [2_000, 15_000])
+def test_a_full_disk_is_said(small: Any, tokenizer: Any, tmp_path: Path, size: int) -> None:
+    """By OpenVINO while Optimum writes the model, or by the tokenizer's library, each in its own way."""
+    with pytest.raises(OSError, match="File too large. Nothing was written. Free some") as caught, largest_file(size):
+        ov_ext.optimum.export(small, tokenizer, tmp_path / "ir")
+    assert caught.value.filename == str(tmp_path / "ir") and not [*tmp_path.iterdir()]
 
 
 def test_states_have_the_shapes_of_their_layers(folder: Path) -> None:

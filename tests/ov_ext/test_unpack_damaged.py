@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,3 +176,39 @@ def test_unpacking_a_stock_model_changes_nothing() -> None:
     model = build(INT4).model
     stock = signature(model.clone())
     assert signature(ov_ext.unpack_sparse_weights(model)) == stock
+
+
+def with_false_shape(folder: Path, model: ov.Model, before: str, after: str) -> Path:
+    """Save a model and give a dimension in its file another size."""
+    path = folder / "m.xml"
+    ov_ext.save_model(model, path)
+    text = path.read_text()
+    for form in ('shape="{}"', 'shape="{}, ', "<dim>{}</dim>"):
+        text = text.replace(form.format(before), form.format(after))
+    assert after in text
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("size", [2**61, 2**62])
+def test_a_blob_whose_size_overflows_is_not_read(core: ov.Core, tmp_path: Path, size: int) -> None:
+    model, _ = ov_ext.pack_sparse_weights(build(INT4).model, ALL)
+    blob = next(node for node in model.get_ops() if node.get_friendly_name() == "layer/blob")
+    path = with_false_shape(tmp_path, model, str(blob.get_byte_size()), str(size))
+    with pytest.raises(RuntimeError, match=f"holds {blob.get_byte_size()} bytes, its shape says {size}"):
+        core.read_model(path)
+
+
+# n weights of 256 inputs: the bits of n outputs, modulo 2^64, are those of 70.
+OVERFLOWS = {"f32": 70 + 2**51, "bf16": 70 + 2**52, "i8": 70 + 2**53, "i4": 70 + 2**54}
+
+
+@pytest.mark.parametrize("element", OVERFLOWS)
+def test_a_stock_constant_whose_size_overflows_is_not_read(core: ov.Core, tmp_path: Path, element: str) -> None:
+    form = Form(element) if element in ("f32", "bf16") else Form(element, scale_shape="scalar")
+    path = with_false_shape(tmp_path, build(form).model, "70", str(OVERFLOWS[element]))
+    model = core.read_model(path)
+    held = build(form).weight.size * {"f32": 32, "bf16": 16, "i8": 8, "i4": 4}[element] // 8
+    for change in (ov_ext.pack_sparse_weights, ov_ext.unpack_sparse_weights):
+        with pytest.raises(ValueError, match=f"constant 'weight' claims .* but holds {held}. The file is damaged"):
+            change(model)

@@ -40,6 +40,11 @@ OV_EXT_API int ov_ext_validate(const uint8_t* blob, uint64_t bytes) {
     return guarded([&] { validate(blob, bytes); });
 }
 
+// Whether models compiled from now on have the checksums of their constant blobs compared.
+OV_EXT_API int ov_ext_verify(int wanted) {
+    return guarded([&] { verification() = wanted != 0; });
+}
+
 OV_EXT_API int ov_ext_describe(const uint8_t* blob, uint64_t bytes, OvExtBlob* out) {
     return guarded([&] {
         const BlobView w = parse(blob, bytes);

@@ -1,6 +1,7 @@
 // SPW1 in C++: header, checked view, validation and packing. The layout is specified in format.md; pack.py is the readable twin.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -56,6 +57,13 @@ BlobView parse(const uint8_t* blob, size_t bytes);
 // Checks the rest (masks, values, fills, compensation, scales) in parallel: after it the kernels cannot leave the blob.
 void validate_content(const BlobView& view);
 void validate(const uint8_t* blob, size_t bytes);
+
+// Compares the checksum of a blob that parse() accepted. A blob can be valid and yet hold other weights than those that were packed.
+void validate_checksum(const uint8_t* blob, size_t bytes);
+uint32_t crc32(const uint8_t* data, size_t bytes);
+
+// Whether compiling a model compares checksums: what OV_EXT_VERIFY says until it is set.
+std::atomic<bool>& verification();
 
 // A weight as plain arrays, row-major. Pointers are borrowed.
 struct PlainWeight {

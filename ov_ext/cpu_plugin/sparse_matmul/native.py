@@ -62,6 +62,14 @@ def validate(blob: np.ndarray) -> None:
     call("ov_ext_validate", data, size)
 
 
+def verify(wanted: bool) -> None:
+    """Set for the process whether compiling a model compares checksums, too; at first OV_EXT_VERIFY=1 says so.
+
+    :param wanted: Whether to compare.
+    """
+    call("ov_ext_verify", int(wanted))
+
+
 def unpack(blob: np.ndarray) -> Weight:
     """Read an SPW1 blob back, after checking it.
 

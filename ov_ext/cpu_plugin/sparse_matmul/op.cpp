@@ -1,6 +1,11 @@
 #include "op.hpp"
 
+#include <algorithm>
+#include <cstdio>
+#include <limits>
 #include <openvino/op/constant.hpp>
+#include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "../support/isa_selection.hpp"
@@ -26,6 +31,20 @@ ov::Tensor contiguous(const ov::Tensor& tensor) {
     ov::Tensor copy(tensor.get_element_type(), tensor.get_shape());
     tensor.copy_to(copy);
     return copy;
+}
+
+void require_same_activations(const BlobView& a, const BlobView& b) {
+    if (!same_activations(a, b))
+        throw InvalidBlob("its weights have different groups");
+}
+
+void fill_with_nan(ov::TensorVector& outputs) {
+    constexpr uint16_t bf16_nan = 0x7FC0;
+    for (ov::Tensor& y : outputs)
+        if (y && y.is_continuous() && y.get_element_type() == ov::element::f32)
+            std::fill_n(static_cast<float*>(y.data()), y.get_size(), std::numeric_limits<float>::quiet_NaN());
+        else if (y && y.is_continuous() && y.get_element_type() == ov::element::bf16)
+            std::fill_n(static_cast<uint16_t*>(y.data()), y.get_size(), bf16_nan);
 }
 
 }  // namespace
@@ -54,6 +73,9 @@ void SparseMatMul::validate_and_infer_types() {
         // The header only, in constant time: shapes are inferred often, and reading the content would fetch a mapped blob from disk. A blob
         // that arrives as data is not known yet: evaluate() looks at it.
         if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
+            // OpenVINO compares shape and bytes modulo 2^61 when it reads a file.
+            NODE_VALIDATION_CHECK(this, constant->get_shape()[0] == constant->get_byte_size(), "The blob holds ", constant->get_byte_size(),
+                                  " bytes, its shape says ", constant->get_shape()[0], ".");
             try {
                 const auto w = parse(static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size());
                 check_against_attributes(w, n[i], m_k, m_kind, m_activation_group);
@@ -65,8 +87,8 @@ void SparseMatMul::validate_and_infer_types() {
     // From attributes and x's shape alone: plugins run an operation whose shapes depend on data, like a blob's header, on a slower path.
     ov::PartialShape shape = get_input_partial_shape(0);
     const bool ranked = shape.rank().is_static();
-    NODE_VALIDATION_CHECK(this, !ranked || (shape.size() >= 1 && shape[shape.size() - 1].compatible(m_k)), "The last axis of x must be ",
-                          m_k, ", got x of shape ", shape, ".");
+    const bool fits = !ranked || (shape.size() >= 1 && (m_shapes_of_data || shape[shape.size() - 1].compatible(m_k)));
+    NODE_VALIDATION_CHECK(this, fits, "The last axis of x must be ", m_k, ", got x of shape ", shape, ".");
     set_output_size(n.size());
     for (size_t i = 0; i < n.size(); i++) {
         if (ranked)
@@ -81,6 +103,9 @@ std::shared_ptr<ov::Node> SparseMatMul::clone_with_new_inputs(const ov::OutputVe
     clone->m_n = m_n, clone->m_k = m_k, clone->m_activation_group = m_activation_group;
     clone->m_outputs = m_outputs;
     clone->m_kind = m_kind, clone->m_epilogue = m_epilogue, clone->m_source = m_source;
+    // Plug-ins clone an operation with dynamic shapes at every inference. An error there could be lost (see StreamThreads).
+    const auto unknown = [](const ov::PartialShape& x) { return x.rank().is_dynamic() || x.size() == 0 || x[x.size() - 1].is_dynamic(); };
+    clone->m_shapes_of_data = unknown(get_input_partial_shape(0)) && !unknown(inputs[0].get_partial_shape());
     clone->set_arguments(inputs);
     clone->validate_and_infer_types();
     return clone;
@@ -99,54 +124,85 @@ bool SparseMatMul::visit_attributes(ov::AttributeVisitor& visitor) {
 
 // The blob of one weight, parsed and known to be valid. Its header is read at every call; the content of a Constant, which cannot change,
 // is checked once, and that of any other input always.
-BlobView SparseMatMul::weight(size_t i, const ov::Tensor& blob, int64_t n) const {
-    OPENVINO_ASSERT(blob.is_continuous(), get_friendly_name(), ": the blob must be contiguous");
-    const auto* bytes = static_cast<const uint8_t*>(blob.data());
-    const BlobView w = parse(bytes, blob.get_byte_size());
+BlobView SparseMatMul::weight(size_t i, const uint8_t* blob, size_t bytes, int64_t n) const {
+    const BlobView w = parse(blob, bytes);
     const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(i));
-    if (!is_constant || !m_validated.knows(get_input_node_ptr(i), bytes, blob.get_byte_size())) {
+    if (!is_constant || !m_validated.knows(get_input_node_ptr(i), blob, bytes)) {
         check_against_attributes(w, n, m_k, m_kind, m_activation_group);
         validate_content(w);
+        if (is_constant && verification())
+            validate_checksum(blob, bytes);
         if (is_constant)
-            m_validated.add(get_input_node_shared_ptr(i), bytes, blob.get_byte_size());
+            m_validated.add(get_input_node_shared_ptr(i), blob, bytes);
     }
     return w;
+}
+
+std::string SparseMatMul::named(const std::exception& error) const { return "SparseMatMul '" + get_friendly_name() + "': " + error.what(); }
+
+bool SparseMatMul::has_evaluate() const {
+    m_stream_threads.add_this();
+    try {
+        const auto n = widths();
+        std::optional<BlobView> first;
+        for (size_t i = 0; i < n.size(); i++)
+            if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
+                const auto w = weight(1 + i, static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size(), n[i]);
+                if (!first)
+                    first = w;
+                require_same_activations(*first, w);
+            }
+        requested_instruction_set();
+    } catch (const std::runtime_error& error) {
+        OPENVINO_THROW(named(error));
+    }
+    return true;
 }
 
 // Several requests may run one operation at the same time. A call changes nothing in it but the cache of valid blobs, which has a lock;
 // whatever else it needs lies on its stack or in Scratch.
 bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    try {
+        multiply(outputs, inputs);
+    } catch (const std::exception& error) {
+        fill_with_nan(outputs);  // what was in their memory before must not pass for a result
+        if (m_stream_threads.errors_are_reported())
+            OPENVINO_THROW(named(error));
+        std::fprintf(stderr, "ov_ext: %s. Its outputs are NaN: OpenVINO loses errors when it runs on a single thread.\n",
+                     named(error).c_str());
+    }
+    return true;
+}
+
+void SparseMatMul::multiply(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     const ov::Tensor x = contiguous(inputs[0]);
     ov::Shape shape = x.get_shape();
     const bool is_bf16 = x.get_element_type() == ov::element::bf16;
-    OPENVINO_ASSERT(is_bf16 || x.get_element_type() == ov::element::f32, get_friendly_name(), ": f32 or bf16 activations needed, got ",
-                    x.get_element_type());
-    OPENVINO_ASSERT(!shape.empty() && shape.back() == size_t(m_k), get_friendly_name(), ": the last axis of x must be ", m_k, ", got ",
-                    shape);
+    if (!is_bf16 && x.get_element_type() != ov::element::f32)
+        throw std::invalid_argument("f32 or bf16 activations needed, got " + x.get_element_type().get_type_name());
+    if (shape.empty() || shape.back() != size_t(m_k))
+        throw std::invalid_argument("the last axis of x must be " + std::to_string(m_k) + ", got x of shape " + shape.to_string());
     const size_t rows = x.get_size() / shape.back();
     const auto n = widths();
-    OPENVINO_ASSERT(inputs.size() == 1 + n.size() && outputs.size() == n.size(), get_friendly_name(), ": one output for each blob needed");
-    // All blobs are proven before the first output gets its size: a call that refuses one has changed nothing.
-    try {
-        std::vector<Product> products;
-        for (size_t i = 0; i < n.size(); i++) {
-            products.push_back({weight(1 + i, inputs[1 + i], n[i]), nullptr});
-            if (!same_activations(products[0].w, products[i].w))
-                throw InvalidBlob("its weights have different groups");
-        }
-        for (size_t i = 0; i < n.size(); i++) {
-            shape.back() = size_t(n[i]);
-            outputs[i].set_shape(shape);  // not before the blob has proven that n is real
-            OPENVINO_ASSERT(outputs[i].is_continuous(), get_friendly_name(), ": the output must be contiguous");
-            products[i].y = outputs[i].data();
-        }
-        matmul(products, select_kernel(products[0].w, m_activation_group, rows), x.data(), is_bf16, rows, m_activation_group);
-    } catch (const InvalidBlob& error) {
-        OPENVINO_THROW("SparseMatMul '", get_friendly_name(), "': ", error.what());
-    } catch (const UnavailableInstructionSet& error) {
-        OPENVINO_THROW("SparseMatMul '", get_friendly_name(), "': ", error.what());
+    if (inputs.size() != 1 + n.size() || outputs.size() != n.size())
+        throw std::invalid_argument("one output for each blob needed");
+    // All blobs are proven before the first output gets its size: a call that refuses one allocates nothing.
+    std::vector<Product> products;
+    for (size_t i = 0; i < n.size(); i++) {
+        const ov::Tensor& blob = inputs[1 + i];
+        if (!blob.is_continuous())
+            throw std::invalid_argument("the blob must be contiguous");
+        products.push_back({weight(1 + i, static_cast<const uint8_t*>(blob.data()), blob.get_byte_size(), n[i]), nullptr});
+        require_same_activations(products[0].w, products[i].w);
     }
-    return true;
+    for (size_t i = 0; i < n.size(); i++) {
+        shape.back() = size_t(n[i]);
+        outputs[i].set_shape(shape);  // not before the blob has proven that n is real
+        if (!outputs[i].is_continuous())
+            throw std::invalid_argument("the output must be contiguous");
+        products[i].y = outputs[i].data();
+    }
+    matmul(products, select_kernel(products[0].w, m_activation_group, rows), x.data(), is_bf16, rows, m_activation_group);
 }
 
 }  // namespace ov_ext::sparse_matmul

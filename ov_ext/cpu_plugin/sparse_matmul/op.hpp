@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../support/stream_threads.hpp"
 #include "../support/validation_cache.hpp"
 #include "kernel.hpp"
 
@@ -27,17 +28,22 @@ class SparseMatMul : public ov::op::Op {
     void validate_and_infer_types() override;
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
-    bool has_evaluate() const override { return true; }
+    // Called by plug-ins while they compile a model: checks the content of all constant blobs, so that a damaged one is an error there.
+    bool has_evaluate() const override;
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
     bool can_constant_fold(const ov::OutputVector&) const override { return false; }
 
   private:
     std::vector<int64_t> widths() const;  // n of each weight
-    BlobView weight(size_t input, const ov::Tensor& blob, int64_t n) const;
+    BlobView weight(size_t input, const uint8_t* blob, size_t bytes, int64_t n) const;
+    void multiply(ov::TensorVector& outputs, const ov::TensorVector& inputs) const;
+    std::string named(const std::exception& error) const;
 
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
     std::vector<int64_t> m_outputs;
     std::string m_kind, m_epilogue, m_source;
+    bool m_shapes_of_data = false;  // this is a clone for the shapes of one inference: evaluate() refuses what does not fit
+    mutable StreamThreads m_stream_threads;
     mutable ValidationCache m_validated;  // constant blobs
 };
 

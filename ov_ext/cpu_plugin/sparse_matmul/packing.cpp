@@ -18,32 +18,6 @@ Position position(const BlobView& w, uint64_t tile, uint64_t panel, uint64_t sli
     return {panel * panel_n + e / w.slice_k, (tile * panel_slices + slice) * w.slice_k + e % w.slice_k};
 }
 
-uint32_t crc32(const uint8_t* data, size_t bytes) {  // the polynomial and bit order of zlib, eight bytes a step
-    static const auto tables = [] {
-        std::array<std::array<uint32_t, 256>, 8> t{};
-        for (uint32_t i = 0; i < 256; i++) {
-            uint32_t c = i;
-            for (int bit = 0; bit < 8; bit++)
-                c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1;
-            t[0][i] = c;
-        }
-        for (uint32_t i = 0; i < 256; i++)
-            for (int s = 1; s < 8; s++)
-                t[s][i] = t[0][t[s - 1][i] & 255] ^ (t[s - 1][i] >> 8);
-        return t;
-    }();
-    uint32_t crc = 0xFFFFFFFFu;
-    for (; bytes >= 8; bytes -= 8, data += 8) {
-        const uint64_t v = load<uint64_t>(data) ^ crc;
-        crc = 0;
-        for (int s = 0; s < 8; s++)
-            crc ^= tables[7 - s][v >> (8 * s) & 255];
-    }
-    for (; bytes; bytes--, data++)
-        crc = tables[0][(crc ^ *data) & 255] ^ (crc >> 8);
-    return ~crc;
-}
-
 Header header_of(const PlainWeight& p) {
     if (p.n < 1 || p.k < 1 || p.n >> 31 || p.k >> 31)
         fail("N and K must lie in 1..2^31-1, got N = " + number(p.n) + ", K = " + number(p.k));
