@@ -3,7 +3,8 @@ Compressed models as folders, written. :mod:`nncf_ext.saving.loading` reads them
 
 A model with zeros is saved as an ordinary Hugging Face folder. A model on the INT4 grid is saved as the same folder
 with two files in place of the weights: ``nncf_model.safetensors`` (the state dict: packed codes, scales and everything
-floating) and ``nncf_config.json`` (what ``nncf.torch.get_config`` returns: where the decompressors stand).
+floating; floating buffers that are no part of it; in its metadata the other names of tied weights) and
+``nncf_config.json`` (what ``nncf.torch.get_config`` returns: where the decompressors stand).
 
 A model whose layers differ in size, or lack a branch, is saved as ``nncf_model.safetensors``, too, in true shapes. Its
 ``config.json`` tells in ``per_layer_config`` what is special about a layer, in transformers' words, and bears a
