@@ -12,6 +12,7 @@ from torch import nn
 from nncf_ext.method import Method, Request
 from nncf_ext.parameters import CompressMode, parse_choice
 from nncf_ext.structure.blocks import survey
+from nncf_ext.structure.wrappers import check_plain, leave_inference_mode, plain_arithmetic, unwrapped
 from nncf_ext.weights.records import plan_of
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 TModel = TypeVar("TModel", bound=nn.Module)
 
 
+@plain_arithmetic()
 def compress(
     model: TModel,
     mode: CompressMode,
@@ -56,18 +58,24 @@ def compress(
     :param resume: Folder in which finished blocks, or steps, are kept. If it holds those of an interrupted run with the
         same model, data and settings, they are taken from there; the result is the same, bit for bit.
     :param advanced_parameters: Pattern, quantization and everything else of the method, in the method's own class.
-    :return: The compressed model: `model` itself unless `do_copy`.
+    :return: The compressed model: `model` itself unless `do_copy`. What ``torch.compile``, ``DataParallel`` or
+        ``DistributedDataParallel`` put around it is taken off: the model inside is compressed and returned.
     :raises nncf.ValidationError: The ratio is out of range, data is missing or empty, the model has no linear layer or
         is already compressed, settings contradict each other or the layers' shapes.
     :raises nncf.InvalidGroupSizeError: A layer cannot be cut into groups.
     :raises nncf.ParameterNotSupportedError: The mode, quantization or scope is of a kind that is not supported.
-    :raises nncf.UnsupportedModelError: The model is not a torch model, or of a kind that cannot be treated.
+    :raises nncf.UnsupportedModelError: The model is not a torch model, or of a kind that cannot be treated: sharded,
+        offloaded, compiled in part, quantized by others, with masks of ``torch.nn.utils.prune``.
     :raises KeyboardInterrupt: If interrupted; finished blocks are compressed, the others untouched.
     """
     mode = parse_choice(mode, CompressMode)
     if not isinstance(model, nn.Module):
         msg = f"Asked to compress a {type(model).__name__}; compress() takes a torch.nn.Module."
         raise nncf.UnsupportedModelError(msg)
+    model = unwrapped(model)  # type: ignore[assignment]  # what the user built the wrapper around
+    check_plain(model)
+    if not do_copy:
+        leave_inference_mode(model)
     if hasattr(model, "peft_config"):
         msg = "The model carries adapters. Merge or remove them first: compress() would treat them as the model's own."
         raise nncf.UnsupportedModelError(msg)
@@ -94,7 +102,14 @@ def compress(
     found = survey(model, ignored_scope)
     method.check(model, found)
     if do_copy:
-        model = copy.deepcopy(model)
+        try:
+            model = copy.deepcopy(model)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            msg = (
+                f"{type(model).__name__} cannot be copied ({error}). Without do_copy it is changed in place; copy it "
+                "in your own way before."
+            )
+            raise nncf.ValidationError(msg) from error
         found = survey(model, ignored_scope)
     method.apply(model, found)
     return model

@@ -9,8 +9,10 @@ from torch import nn
 from nncf_ext.exploration.space import Elastic
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
+from nncf_ext.structure.wrappers import plain_arithmetic, unwrapped
 
 
+@plain_arithmetic()
 def extract(net: Elastic | nn.Module, point: Mapping[str, int] | StructurePlan) -> Any:
     """
     Makes the network of one point, or of a plan, real: smaller tensors, no hooks.
@@ -27,7 +29,7 @@ def extract(net: Elastic | nn.Module, point: Mapping[str, int] | StructurePlan) 
         if not isinstance(net, nn.Module):
             msg = f"Asked to carry out a StructurePlan on a {type(net).__name__}; it needs the dense model it is for."
             raise nncf.UnsupportedModelError(msg)
-        return extract_structure(net, point)
+        return extract_structure(unwrapped(net), point)
     if isinstance(net, nn.Module) or not callable(getattr(net, "extract", None)):
         msg = (
             f"Asked to extract a point from a {type(net).__name__}; extract() takes what make_elastic() returned, or "

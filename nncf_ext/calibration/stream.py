@@ -302,11 +302,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     :param model: Any torch model.
     """
     training = [module for module in model.modules() if module.training]
+    # The fast path of nn.TransformerEncoder runs none of its layers' modules, and makes nested tensors of padded text.
+    fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
 

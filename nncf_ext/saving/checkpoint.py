@@ -37,6 +37,7 @@ from nncf_ext.saving.folder import (
     passing_buffers,
 )
 from nncf_ext.saving.layers import edits_from_config, layer_overrides
+from nncf_ext.structure.wrappers import unwrapped
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.sharing import place_of
 
@@ -63,10 +64,12 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     :param model: A Hugging Face model, with zeros, on the INT4 grid, with layers of different sizes, or plain.
     :param folder: Where to; made if it does not exist.
-    :raises nncf.UnsupportedModelError: The model is not a Hugging Face model.
+    :raises nncf.UnsupportedModelError: The model is not a Hugging Face model, or a part of it is wrapped, sharded or
+        masked, so that its state dict is not that of its class.
     :raises nncf.ValidationError: The folder holds an adapter, which loaders would put on the model.
     :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
+    model = unwrapped(model)
     if not callable(getattr(model, "save_pretrained", None)):
         msg = (
             f"{type(model).__name__} is not a Hugging Face model. Keep its state_dict() and "

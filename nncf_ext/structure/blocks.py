@@ -1,18 +1,21 @@
 """Which weights does a model hold, which of them stand in its repeated blocks, and why is a weight left alone?"""
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import nncf
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nncf_ext.structure.records import blocks_path
+from nncf_ext.structure.wrappers import reparametrization
 from nncf_ext.upstream import HOOKS_PREFIX
 from nncf_ext.weights.sharing import names_of_parameters
 
 OUTPUT_HEAD = "output head: stays in full precision"
 IGNORED = "ignored scope"
+ROUTER = "router or gate of experts: few weights on which much depends; `include` treats it all the same"
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -40,6 +43,7 @@ class Weight:
     :param module: That module.
     :param parameter: The parameter as stored: packed codes where the weight is on a grid.
     :param untouched: Why compression leaves it alone; None for a linear weight that can be compressed.
+    :param hidden: Whether a linear layer could be compressed if its weight were a parameter of its own.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Weight:
     module: nn.Module
     parameter: Tensor
     untouched: str | None
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,28 @@ class Survey:
             if weight.untouched is None and isinstance(weight.module, nn.Linear)
         }
 
+    def including(self, patterns: Sequence[str]) -> "Survey":
+        """
+        :param patterns: Regular expressions that match paths of routers and gates, from the start.
+        :return: The same survey, in which these can be compressed.
+        :raises nncf.ValidationError: A pattern matches none.
+        """
+        routers = [weight.module_name for weight in self.weights if weight.untouched == ROUTER]
+        wanted = {name for name in routers if any(re.match(pattern, name) for pattern in patterns)}
+        idle = [pattern for pattern in patterns if not any(re.match(pattern, name) for name in wanted)]
+        if idle:
+            msg = (
+                f"Asked to include {idle}, which match no router or gate of experts. The model has "
+                f"{', '.join(routers[:4]) or 'none'}; patterns must match from the start."
+            )
+            raise nncf.ValidationError(msg)
+        return replace(
+            self,
+            weights=tuple(
+                replace(weight, untouched=None) if weight.module_name in wanted else weight for weight in self.weights
+            ),
+        )
+
 
 def survey(model: nn.Module, ignored_scope: nncf.IgnoredScope | None = None) -> Survey:
     """
@@ -88,22 +115,30 @@ def survey(model: nn.Module, ignored_scope: nncf.IgnoredScope | None = None) -> 
     names = names_of_parameters(model)
 
     weights = []
+    routers: set[int] = set()
     for module_name, module in model.named_modules():
+        if not lists or id(module) in in_blocks:
+            routers |= {id(each) for each in _routers(module)}
+        owner = module_name.partition(".parametrizations.")[0]
         for own_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{own_name}" if module_name else own_name
             if parameter.dim() < 2 or name.startswith(HOOKS_PREFIX):
                 continue
             shared = next((other for other in names[id(parameter)] if other != name), None)
-            reason = _unsupported(module, own_name, parameter)
+            computes = reparametrization(module, own_name)
+            reason = None if computes is not None else _unsupported(module, own_name, parameter)
             if reason is None and module is head:
                 reason = OUTPUT_HEAD
             if reason is None and shared is not None:
                 reason = f"weight shared with {shared}"
             if reason is None and lists and id(module) not in in_blocks:
                 reason = "outside the repeated blocks"
-            if reason is None and module_name in ignored:
+            if reason is None and owner in ignored:
                 reason = IGNORED
-            weights.append(Weight(name, module_name, module, parameter, reason))
+            if reason is None and id(module) in routers:
+                reason = ROUTER
+            hidden = reason is None and computes is not None and isinstance(model.get_submodule(owner), nn.Linear)
+            weights.append(Weight(name, module_name, module, parameter, reason or computes, hidden))
     return Survey(lists, tuple(weights))
 
 
@@ -134,12 +169,35 @@ def _is_block_list(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Sequential) and len({type(member) for member in members}) > 1:
         return False
-    return all(any(isinstance(part, nn.Linear) for part in member.modules()) for member in members)
+    return all(map(_holds_linear, members))
+
+
+def _holds_linear(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 def _block_list(name: str, module: nn.Module) -> BlockList:
     prefix = f"{name}." if name else ""
     return BlockList(name, {f"{prefix}{key}": block for key, block in module.named_children()})
+
+
+def _routers(module: nn.Module) -> Iterator[nn.Linear]:
+    """
+    The linear layers that tell a module's experts, or an expert that is shared, how much they count: found by their
+    place beside the experts and by what they give, one number for each expert, or one in all.
+    """
+    experts: set[int] = set()
+    for child in module.children():
+        for part in (child, *child.children()):
+            if isinstance(part, nn.ModuleList | nn.ModuleDict):
+                experts.add(sum(1 for member in part.children() if _holds_linear(member)))
+            elif not isinstance(part, _CONVOLUTIONS):
+                experts |= {each.shape[0] for each in part.parameters(recurse=False) if each.dim() == 3}
+    experts.discard(0)
+    for child in module.children() if experts else ():
+        linears = [each for each in child.modules() if isinstance(each, nn.Linear)]
+        if len(linears) == 1 and linears[0].out_features in {1, *experts}:
+            yield linears[0]
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -173,7 +231,8 @@ def _ignored_modules(model: nn.Module, scope: nncf.IgnoredScope) -> set[str]:
     ignored: set[str] = set()
     matched: set[str] = set()
     for module_name, module in model.named_modules():
-        if not any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
+        holds = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+        if not holds and not parametrize.is_parametrized(module):
             continue
         kinds = {type(module).__name__}
         spellings = {module_name, f"{module_name}.weight"}

@@ -6,6 +6,7 @@ from torch import nn
 from nncf_ext.structure.blocks import find_block_lists
 from nncf_ext.structure.dimensions import Dimensions
 from nncf_ext.structure.records import RECORDS, record_of
+from nncf_ext.structure.wrappers import check_plain, reparametrization
 
 
 def dimensions_of(model: nn.Module) -> Dimensions:
@@ -14,12 +15,18 @@ def dimensions_of(model: nn.Module) -> Dimensions:
 
     :param model: A Hugging Face model, whole or cut; meta device will do.
     :return: Its dimensions.
-    :raises nncf.UnsupportedModelError: No record fits the architecture, or the model differs from its record.
+    :raises nncf.UnsupportedModelError: No record fits the architecture, the model differs from its record, or is not
+        made of plain modules (:func:`nncf_ext.structure.wrappers.check_plain`).
     """
+    check_plain(model)
     record = record_of(model)
     path = None if record is None else record.blocks_path(model)
     if record is None or path is None:
         raise nncf.UnsupportedModelError(_no_record(model))
+    for name, module in model.get_submodule(path).named_modules():
+        for own_name, _ in module.named_parameters(recurse=False):
+            if (computes := reparametrization(module, own_name)) is not None:
+                raise nncf.UnsupportedModelError(f"{path}.{name}.{own_name} {computes}.")
     return record.dimensions(model, path)
 
 

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nncf_ext.algorithms.elastic_lora.adapter import active_rank
+from nncf_ext.structure.wrappers import unwrapped
 
 # Initializations that leave the base weight as it is; the others move a part of it into A and B.
 HARMLESS_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
@@ -27,6 +28,7 @@ def find_adapter(model: nn.Module, adapter: str | None, only: str, refused: Mapp
     :raises nncf.UnsupportedModelError: The model is not a PeftModel, the adapter is not LoRA, or has a refused setting.
     :raises nncf.ValidationError: There is no such adapter, or several are active and none is named.
     """
+    model = unwrapped(model)
     if not isinstance(model, PeftModel):
         msg = f"A model from peft.get_peft_model or PeftModel.from_pretrained is needed; got a {type(model).__name__}."
         raise nncf.UnsupportedModelError(msg)

@@ -82,6 +82,11 @@ class SparseWeights:
         :raises nncf.InvalidGroupSizeError: A layer does not fit the group size.
         :raises nncf.UnsupportedModelError: There is nothing to compress, or NNCF cannot hook the model.
         """
+        survey = survey.including(self._parameters.include)
+        for weight in survey.weights:
+            if weight.hidden:
+                msg = f"{weight.name} {weight.untouched}, or put the layer into the ignored scope."
+                raise nncf.UnsupportedModelError(msg)
         targets = survey.targets
         if not targets:
             kinds = sorted({weight.untouched for weight in survey.weights if weight.untouched})
@@ -122,6 +127,7 @@ class SparseWeights:
         :param survey: Its weights.
         :raises KeyboardInterrupt: If interrupted, with the number of finished layers in its text.
         """
+        survey = survey.including(self._parameters.include)
         _note_untouched(survey)
         targets = survey.targets
         finished = None
@@ -288,7 +294,7 @@ class SparseWeights:
             if weight.is_meta:
                 msg = f"{name} has no values (meta device). Load the weights before compressing."
                 raise nncf.ValidationError(msg)
-            if not bool(weight.isfinite().all()):
+            if not bool(weight.detach().isfinite().all()):
                 msg = f"The weight of {name} holds values that are not finite."
                 raise nncf.ValidationError(msg)
 

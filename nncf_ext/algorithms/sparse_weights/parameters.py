@@ -1,5 +1,6 @@
 """What can be asked of the sparse-weights modes beyond the ratio."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import nncf
@@ -28,6 +29,8 @@ class AdvancedSparseWeightsParameters:
     :param block_size: Columns that SparseGPT and GPTQ treat together; SparseGPT chooses its mask for one such block at
         a time. A multiple of M and, with quantization, of the group size.
     :param damping: Part of the Hessian's mean diagonal that is added to the diagonal, above 0.
+    :param include: Regular expressions, from the start of a path, for layers that are left alone by default and shall
+        be treated: routers of experts and gates of one output, such as ``r".*shared_expert_gate$"``.
     """
 
     pattern: str | None = None
@@ -37,6 +40,7 @@ class AdvancedSparseWeightsParameters:
     keep_prerounding: bool = False
     block_size: int = 128
     damping: float = 0.01
+    include: Sequence[str] = ()
 
     @property
     def keep_and_run(self) -> tuple[int, int] | None:
@@ -77,6 +81,9 @@ class AdvancedSparseWeightsParameters:
             raise nncf.ParameterNotSupportedError(msg)
         if self.keep_prerounding and self.quantization is None:
             msg = "keep_prerounding=True keeps the weight from before rounding, and no quantization was asked for."
+            raise nncf.ValidationError(msg)
+        if isinstance(self.include, str):
+            msg = f"include is a list of patterns; got the text {self.include!r}: write [{self.include!r}]."
             raise nncf.ValidationError(msg)
         if self.damping <= 0:
             msg = f"damping must be above 0 (0.01 is usual); got {self.damping}."

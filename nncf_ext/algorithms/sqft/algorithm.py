@@ -14,6 +14,7 @@ from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinea
 from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
 from nncf_ext.algorithms.sqft.partner import Grid, check_partners, into_cells, on_grid, read_grid
 from nncf_ext.parameters import MergeMode, parse_choice
+from nncf_ext.structure.wrappers import plain_arithmetic, unwrapped
 from nncf_ext.weights.int4 import decompressors
 from nncf_ext.weights.records import set_record
 from nncf_ext.weights.sharing import names_of_parameters
@@ -30,6 +31,7 @@ _REFUSED = {
 """Why an adapter with such a setting cannot be merged."""
 
 
+@plain_arithmetic()
 def make_mergeable(
     model: nn.Module,
     mode: MergeMode,
@@ -59,6 +61,7 @@ def make_mergeable(
     """
     mode = parse_choice(mode, MergeMode)
     parameters = advanced_parameters or AdvancedSqftParameters()
+    model = unwrapped(model)
     adapter, layers = find_layers(model)
     quantized = mode is MergeMode.QUANT_AWARE
     if not quantized and (grid is not None or parameters != AdvancedSqftParameters()):

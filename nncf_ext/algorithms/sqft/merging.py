@@ -15,6 +15,7 @@ from nncf_ext.algorithms.sqft.algorithm import check_unshared, find_layers
 from nncf_ext.algorithms.sqft.delta import MergedWeight, pack_mask
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales, scales_on
 from nncf_ext.parameters import MergeMode, parse_choice
+from nncf_ext.structure.wrappers import plain_arithmetic, unwrapped
 from nncf_ext.weights.int4 import (
     check_hookable,
     codes_and_scales,
@@ -26,6 +27,7 @@ from nncf_ext.weights.int4 import (
 from nncf_ext.weights.records import LayerRecord, set_record
 
 
+@plain_arithmetic()
 def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
     """
     Merges the active adapter into its base, or raises an error if something would be lost. With elastic ranks, the
@@ -45,6 +47,7 @@ def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
     :raises nncf.ParameterNotSupportedError: The mode is unknown.
     """
     mode = parse_choice(mode, MergeMode)
+    model = unwrapped(model)
     adapter, layers = find_layers(model)
     quantized = mode is MergeMode.QUANT_AWARE
     for path, layer in layers.items():
