@@ -91,13 +91,34 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def _save(model: Any, target: Path) -> None:
     overrides = _overrides(model)
     if not is_wrapped(model) and not overrides:
-        model.save_pretrained(target, safe_serialization=True)
+        model.save_pretrained(target, safe_serialization=True, **_copied_apart(model))
         return
     tensors, shared = _each_once(model)
     _save_config(model, target, overrides)
     save_file(tensors, target / GRID_WEIGHTS, metadata={"format": "pt", **shared})
     if is_wrapped(model):
         (target / GRID_CONFIG).write_text(json.dumps(nncf.torch.get_config(model), indent=1))
+
+
+def _copied_apart(model: Any) -> dict[str, dict[str, Tensor]]:
+    """
+    What transformers is to save in place of a state dict that it refuses, or takes names from: tensors in one memory
+    that the configuration does not tie. All but the first of them become copies.
+    """
+    if hasattr(model, "peft_config") or not callable(getattr(model, "get_expanded_tied_weights_keys", None)):
+        return {}
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    state: dict[str, Tensor] = model.state_dict()
+    first: dict[Hashable, str] = {}
+    copies = {}
+    for name, tensor in state.items():
+        if tensor.is_meta or not tensor.numel() or type(tensor) is not Tensor:
+            continue
+        known = first.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), name)
+        tied = (name in ties or known in ties) and place_of(tensor) == place_of(state[known])
+        if known != name and not tied:
+            copies[name] = tensor.clone()
+    return {"state_dict": state | copies} if copies else {}
 
 
 def _each_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

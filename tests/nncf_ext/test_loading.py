@@ -268,6 +268,14 @@ def test_scales_and_codes_of_other_sizes(tiny_llama, tmp_path) -> None:
         refused(tmp_path, "nncf_model.safetensors")
 
 
+def test_one_module_in_two_places_is_saved_for_both(tiny_llama, tmp_path) -> None:
+    for kind in ("plain", "int4"):
+        model = tiny_llama(layers=3)
+        model.model.layers[2].mlp = model.model.layers[0].mlp
+        model = saved(kind, model, tmp_path / kind)
+        assert torch.equal(logits(nncf_ext.load_pretrained(tmp_path / kind), tokens()), logits(model, tokens()))
+
+
 # Classes and what lies beside the weights
 
 
@@ -350,7 +358,8 @@ def test_an_adapter_in_the_folder_is_refused(tiny_llama, tmp_path) -> None:
 # Tensors that are one, or views of one memory
 
 
-def test_views_of_one_memory_are_all_saved(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["plain", "int4"])
+def test_views_of_one_memory_are_all_saved(kind, tmp_path) -> None:
     config = transformers.Qwen2Config(**SIZES, num_key_value_heads=2)
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(config).eval()
@@ -362,15 +371,14 @@ def test_views_of_one_memory_are_all_saved(tmp_path) -> None:
     model.model.norm.weight = nn.Parameter(overlapping[:64])
     model.model.layers[0].input_layernorm.weight = nn.Parameter(overlapping[36:])
     model.model.layers[1].mlp.down_proj.weight = nn.Parameter(torch.randn(64, 64).T)
-    on_grid(model)
-    nncf_ext.save_pretrained(model, tmp_path)
+    saved(kind, model, tmp_path)
     loaded = nncf_ext.load_pretrained(tmp_path)
     own, theirs = model.state_dict(), loaded.state_dict()
     assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
     assert torch.equal(logits(loaded, tokens() % 64), logits(model, tokens() % 64))
 
 
-@pytest.mark.parametrize("kind", ["cut", "int4"])
+@pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize("done", [True, False])
 def test_ties_are_those_of_the_model_whatever_its_configuration_says(kind, said, done, tiny_llama, tmp_path) -> None:
@@ -379,8 +387,10 @@ def test_ties_are_those_of_the_model_whatever_its_configuration_says(kind, said,
     model.lm_head.weight = weight if done else nn.Parameter(weight.detach() + 1)
     model = saved(kind, model, tmp_path)
     loaded = nncf_ext.load_pretrained(tmp_path)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is done
     assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+    if kind == "plain" and done and not said:
+        return  # a folder of transformers can say that weights are tied by its configuration only: two equal weights
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is done
     stored = load_file(tmp_path / WEIGHTS[kind])
     assert ("lm_head.weight" in stored) is not done
     if done and said:  # transformers may have kept the other of two names
