@@ -187,6 +187,35 @@ def test_arguments_are_refused(folder, tmp_path, arguments, text):
     assert not (tmp_path / "out").exists()
 
 
+def change_config(folder, **entries):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
+def test_quantized_folder_is_refused_before_it_is_loaded(folder, tmp_path, method):
+    change_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    (folder / "model.safetensors").write_bytes(b"never read")
+    code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude")
+    assert code == 2 and f"quantized already (quantization_config in config.json: {method})" in output, output
+    assert "floating model it was made of" in output
+    assert ("nncf_ext.load_gptq" in output) is (method == "gptq")
+
+
+def test_no_code_is_advised_where_there_is_none(folder, tmp_path):
+    change_config(folder, model_type="unheard_of")
+    code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude")
+    assert code == 2 and "unheard_of" in output, output
+    assert "trust" not in output.replace("trust_remote_code=True", "")
+
+
+def test_no_error_is_a_traceback(folder, tmp_path):
+    """The tokenizers package raises bare exceptions."""
+    (folder / "tokenizer.json").write_text("{ damaged")
+    code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude")
+    assert code == 2 and output.count("Error:") == 1 and "Traceback" not in output, output
+
+
 def test_code_in_the_folder_runs_only_on_request(folder, tmp_path, monkeypatch):
     """A config that points to code in the folder."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
