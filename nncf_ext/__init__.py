@@ -8,6 +8,7 @@ import ast
 import os
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from nncf_ext.structure.masking import masked as masked
     from nncf_ext.structure.plan import StructurePlan as StructurePlan
     from nncf_ext.structure.uniform import snap_to_uniform as snap_to_uniform
+    from nncf_ext.training.distillation import DistillationTrainer as DistillationTrainer
+    from nncf_ext.training.zeros import KeepZeros as KeepZeros
 
 
 if os.environ.get("NNCF_EXT_NO_TELEMETRY", "0") not in ("", "0"):
@@ -79,6 +82,11 @@ __all__ = [*_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return version("nncf-ext")
+        except PackageNotFoundError:
+            return "unknown"
     if name not in _HOMES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)

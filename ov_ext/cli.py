@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,8 +49,8 @@ class _PlainErrors(typer.core.TyperGroup):
         raise typer.Exit(1)
 
 
-app = typer.Typer(cls=_PlainErrors, help=__doc__, no_args_is_help=True, add_completion=False)
-console = Console()
+app = typer.Typer(cls=_PlainErrors, help=__doc__, no_args_is_help=True)
+UNLIMITED = 10_000  # columns of a file or a pipe, which has no width of its own; tables take what they need
 
 SourceFolder = Annotated[Path, typer.Argument(help="Model folder with *.xml and *.bin.", metavar="IN")]
 OutFolder = Annotated[Path, typer.Argument(help="Model folder to write.", metavar="OUT")]
@@ -57,6 +58,26 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace all of OUT, a model folder, once the new one is complete.")
 ]
 _TOKENIZERS = ("openvino_tokenizer", "openvino_detokenizer")  # reading them needs another extension
+
+
+def _show(*what: Any) -> None:
+    """Print tables and text: as wide as the terminal, or unbroken where there is none."""
+    Console(width=None if sys.stdout.isatty() else UNLIMITED).print(*what)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ov-ext {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -70,15 +91,13 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        table = Table(show_header=False, box=None)
         for kind, kernels in facts.pop("choice", {}).items():
             ranges = [name if rows == 1 else f"{name} from {rows} rows on" for rows, name in kernels]
             facts[f"kernels for {kind}"] = ranges
         for key, value in facts.items():
             if isinstance(value, dict):
                 value = ", ".join(name for name, present in value.items() if present) or "none"
-            table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
-        console.print(table)
+            typer.echo(f"{key:{max(map(len, facts))}}  {', '.join(value) if isinstance(value, list) else value}")
     if facts["extension"] != "ok":
         raise typer.Exit(1)
 
@@ -98,7 +117,8 @@ def pack(
         bool, typer.Option("--requantize", help="Round asymmetric weights to a symmetric grid.")
     ] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Shell pattern of layers that stay; repeatable.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report on every layer as JSON.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every layer, not only a summary.")] = False,
 ) -> None:
     """Pack the sparse weights of every model in IN and write the complete folder OUT."""
     policy = SparsePolicy(
@@ -117,9 +137,9 @@ def pack(
 
     _rewrite(source, out, overwrite, pack_one)
     for name, each in reports.items():
-        console.print(f"{name}:", each)
+        _show(f"{name}:", each if verbose else each.summary())
     if not any(each.replaced for each in reports.values()):
-        console.print("Nothing was packed: OUT is a copy of IN.")
+        _show("Nothing was packed: OUT is a copy of IN.")
     if report is not None:
         write_whole(report, json.dumps({name: each.to_dict() for name, each in reports.items()}, indent=2))
 
@@ -137,19 +157,19 @@ def unpack(source: SourceFolder, out: OutFolder, overwrite: Overwrite = False) -
         return packed
 
     _rewrite(source, out, overwrite, unpack_one)
-    console.print(f"Restored {', '.join(restored)}." if restored else "Nothing was packed: OUT is a copy of IN.")
+    _show(f"Restored {', '.join(restored)}." if restored else "Nothing was packed: OUT is a copy of IN.")
 
 
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="Model folder.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="A message to the model; without a chat template, text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
 ) -> None:
-    """Continue a text with OpenVINO GenAI, greedily."""
-    typer.echo(
-        pipeline(folder).generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, apply_chat_template=False)
-    )
+    """Answer, or continue a text, with OpenVINO GenAI, greedily; by the tokenizer's chat template if it has one."""
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "apply_chat_template": not raw}
+    typer.echo(pipeline(folder).generate(prompt, **options))
 
 
 @app.command()
@@ -174,14 +194,17 @@ def bench(
         resident = "?" if record.resident_mib is None else f"{record.resident_mib:.0f}"
         speed = (f"{1e3 / record.ms_per_token:.1f}", f"{record.ms_per_token:.2f}", f"{record.ratio:.2f}")
         table.add_row(record.folder, *speed, resident)
-    console.print(table)
+    _show(table)
 
 
 def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
     """Copy a model folder. An IR for which ``change(name, model)`` returns True was changed and is saved anew."""
     models = sorted(path for path in source.glob("*.xml") if not path.stem.startswith(_TOKENIZERS))
     if not models:
-        raise ValueError(f"{source} holds no OpenVINO model: NAME.xml and NAME.bin are needed.")
+        cure = (
+            "`nncf-ext export IN OUT` makes one of a Hugging Face folder." if (source / "config.json").is_file() else ""
+        )
+        raise ValueError(f"{source} holds no OpenVINO model: NAME.xml and NAME.bin are needed. {cure}".rstrip())
     refuse_existing(out, overwrite)
     with whole_folder(out, overwrite) as draft:
         core = runtime.add_extension(ov.Core())

@@ -50,6 +50,7 @@ LAYERS = (
     "structure",
     "method",
     "saving",
+    "training",
     "calibration",
     "importance",
     "pruning",
@@ -73,6 +74,7 @@ OV_EXT_LAYERS = (
     "sparse_*",
     "stand_in",
     "convert",
+    "leftovers",
     "state_space",
     "optimum",
     "genai",
@@ -103,7 +105,8 @@ def tree(tmp_path: Path) -> Tree:
 @pytest.mark.parametrize("files, other", [(NNCF_EXT, "ov_ext"), (OV_EXT, "nncf_ext")], ids=["nncf_ext", "ov_ext"])
 def test_the_packages_do_not_import_each_other(files: dict[str, Path], other: str) -> None:
     names = {module: [found.name.split(".")[0] for found in imports(module, path)] for module, path in files.items()}
-    assert not [module for module in names if other in names[module]]
+    # One command goes from the one to the other: nncf-ext export.
+    assert {module for module in names if other in names[module]} <= {"nncf_ext.cli.export"}
 
 
 def test_what_both_packages_need_is_the_same_file_in_both() -> None:

@@ -4,9 +4,13 @@ The command ``nncf-ext``: the public functions on folders of Hugging Face models
 Nothing here needs torch before a command runs, so that ``--help`` works where only the base package is installed.
 """
 
+from typing import Annotated
+
 import typer
 
+import nncf_ext
 from nncf_ext.cli.compress import compress_folder
+from nncf_ext.cli.export import export_folder
 from nncf_ext.cli.extract import extract_folder
 from nncf_ext.cli.merge import merge_folder
 from nncf_ext.cli.search import search_folder
@@ -19,3 +23,19 @@ app.command("compress")(compress_folder)
 app.command("search")(search_folder)
 app.command("extract")(extract_folder)
 app.command("merge")(merge_folder)
+app.command("export")(export_folder)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nncf-ext {nncf_ext.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

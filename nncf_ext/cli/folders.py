@@ -26,9 +26,10 @@ Grid = Annotated[
 ]
 Start = Annotated[str, typer.Option(help="With quant_aware: grid or nearest, as in training.")]
 
+UNLIMITED = 10_000  # columns of a file or a pipe, which has no width of its own; tables take what they need
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _EXTRAS = {
-    **dict.fromkeys(("torch", "nncf", "safetensors", "transformers", "peft"), "llm"),
+    **dict.fromkeys(("torch", "nncf", "safetensors", "transformers", "peft", "optimum", "openvino_tokenizers"), "llm"),
     "optuna": "search",
     "matplotlib": "plots",
 }
@@ -133,10 +134,6 @@ def save_model(model: Any, tokenizer: Any, out: Path, overwrite: bool, plan: Any
     :param overwrite: Whether to replace a model that is there.
     :param plan: The :class:`nncf_ext.StructurePlan` by which the model was cut, kept as ``structure_plan.json``.
     """
-    import sys
-
-    from rich.console import Console
-
     from nncf_ext.report import compression_report
     from nncf_ext.saving.checkpoint import save_pretrained
 
@@ -147,8 +144,20 @@ def save_model(model: Any, tokenizer: Any, out: Path, overwrite: bool, plan: Any
         (folder / "compression_report.json").write_text(json.dumps(report.to_dict(), indent=1))
         if plan is not None:
             plan.save(folder / "structure_plan.json")
-    # A file or a pipe has no width of its own, and names of weights are long.
-    Console(width=None if sys.stdout.isatty() else 160).print(report.table())
+    show(report.table())
+
+
+def show(*what: Any) -> None:
+    """
+    Prints tables and text: as wide as the terminal, or unbroken where there is none.
+
+    :param what: Anything that rich prints.
+    """
+    import sys
+
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else UNLIMITED).print(*what)
 
 
 def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import io
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -150,6 +151,36 @@ class PackReport:
         """:return: Plain data for JSON."""
         return asdict(self)
 
+    def summary(self) -> Group:
+        """:return: For rich: a table with a row for each kind of weight and form, and the sum."""
+        groups: dict[tuple[str, str], list[LayerReport]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.kind, layer.form), []).append(layer)
+        table = Table(title=f"Packed weights (target {self.target})")
+        left = ("kind", "form", "note")
+        for heading in ("kind", "form", "MatMuls", "zeros", "MiB before", "MiB after", "x stock", "note"):
+            table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
+        for (kind, form), layers in sorted(groups.items()):
+            zeros = [layer.sparsity for layer in layers if layer.sparsity is not None]
+            speedups = [layer.speedup for layer in layers if layer.speedup is not None]
+            notes = Counter(layer.note for layer in layers if layer.note)
+            most = "".join(note for note, _ in notes.most_common(1))
+            table.add_row(
+                kind,
+                form,
+                str(len(layers)),
+                _range(zeros, ".0%"),
+                _mib(sum(layer.bytes_before for layer in layers)),
+                _mib(sum(layer.bytes_after for layer in layers)),
+                _range(speedups, ".2f"),
+                Text(most + (f" (and {len(notes) - 1} other notes)" if len(notes) > 1 else "")),
+            )
+        return Group(table, self._sum())
+
+    def _sum(self) -> Text:
+        sizes = f"{_mib(self.bytes_before)} MiB -> {_mib(self.bytes_after)} MiB"
+        return Text(f"{len(self.replaced)} of {len(self.layers)} weights packed, {sizes}")
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"Packed weights (target {self.target})")
         for heading in ("MatMul", "shape", "kind", "zeros", "KiB before", "KiB after", "form", "x stock", "note"):
@@ -172,10 +203,7 @@ class PackReport:
                 Text(note),
             )
         yield table
-        yield Text(
-            f"{len(self.replaced)} of {len(self.layers)} weights packed, "
-            f"{self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB"
-        )
+        yield self._sum()
         for note, number in remarks.items():
             yield Text(f"[{number}] {note}")
         if self.replaced and self.activation_group:
@@ -188,3 +216,12 @@ class PackReport:
         text = io.StringIO()
         Console(file=text, width=200).print(self)
         return text.getvalue().rstrip()
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+def _range(values: list[float], form: str) -> str:
+    """:return: The lowest and the highest value; one of them where they read the same, "" where there is none."""
+    return " - ".join(dict.fromkeys(format(end(values), form) for end in (min, max))) if values else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from importlib.metadata import version
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import openvino as ov
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
+import nncf_ext
 import ov_ext
+from nncf_ext.cli import app as nncf_ext_app
 from ov_ext import cli, extension
 from ov_ext.decode import measure
 from ov_ext.folder import FolderExistsError, whole_folder
+from ov_ext.sparse_weights.policy import LayerReport
 from tests.killing import largest_file
 from tests.ov_ext.ir_forms import Form, build, signature
 
@@ -61,6 +66,53 @@ def test_info_explains_a_wrong_build(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and "built for OpenVINO 2025.9.9" in facts["extension"] and facts["nncf_ext"]
 
 
+def test_versions_and_completion() -> None:
+    for command, app, package in (("ov-ext", cli.app, ov_ext), ("nncf-ext", nncf_ext_app, nncf_ext)):
+        result = CliRunner().invoke(app, ["--version"])
+        assert result.exit_code == 0 and result.stdout == f"{command} {version('nncf-ext')}\n"
+        assert package.__version__ == version("nncf-ext")
+        assert "--install-completion" in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "160"}).stdout
+
+
+def test_nothing_is_cut_or_wrapped_without_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    ov_ext.save_model(build(Form("i4", 128), n=128).model, tmp_path / "in" / "openvino_model.xml")
+    narrow = {"COLUMNS": "40"}
+    assert f"{extension.extension_path()}\n" in CliRunner().invoke(cli.app, ["info"], env=narrow).stdout
+    packed = CliRunner().invoke(cli.app, ["pack", str(tmp_path / "in"), str(tmp_path / "out"), "-v"], env=narrow)
+    (name,) = [
+        node.get_friendly_name()
+        for node in ov.Core().read_model(tmp_path / "in" / "openvino_model.xml").get_ops()
+        if node.get_type_name() == "MatMul"
+    ]
+    (row,) = [line for line in packed.stdout.splitlines() if f" {name} " in line]
+    assert "128x" in row and "int4_sym" in row and "sparse" in row
+
+
+def test_pack_prints_a_summary_and_layers_on_demand(folder: Path, tmp_path: Path) -> None:
+    short = run("pack", folder, tmp_path / "short", "--target", "amx").stdout
+    options = ("--verbose", "--target", "amx", "--report", tmp_path / "report.json")
+    long = run("pack", folder, tmp_path / "long", *options).stdout
+    layers = json.loads((tmp_path / "report.json").read_text())["openvino_model.xml"]["layers"]
+    assert len(layers) == 1 and layers[0]["name"] in long and layers[0]["name"] not in short
+    assert "1 of 1 weights packed" in short and "1 of 1 weights packed" in long and "zeros would give" in short
+    summary = ov_ext.PackReport(
+        (
+            LayerReport("a", (64, 64), "int4_sym", 0.5, 2 << 20, 1 << 20, "sparse", speedup=1.25),
+            LayerReport("b", (64, 64), "int4_sym", 0.75, 2 << 20, 1 << 19, "sparse", speedup=1.5),
+            LayerReport("c", (64, 64), "f32", None, 1 << 20, 1 << 20, "stock", note="cannot be read"),
+            LayerReport("d", (64, 64), "f32", None, 1 << 20, 1 << 20, "stock", note="too small"),
+        ),
+        "avx2",
+    ).summary()
+    text = io.StringIO()
+    Console(file=text, width=200).print(summary)
+    rows = [line.split() for line in text.getvalue().replace("│", "").splitlines()]
+    assert ["int4_sym", "sparse", "2", "50%", "-", "75%", "4.0", "1.5", "1.25", "-", "1.50"] in rows
+    assert ["f32", "stock", "2", "2.0", "2.0", *"cannot be read (and 1 other notes)".split()] in rows
+    assert rows[-1] == "2 of 4 weights packed, 6.0 MiB -> 3.5 MiB".split()
+
+
 def test_pack_and_unpack(folder: Path, tmp_path: Path, core: ov.Core) -> None:
     packed = run("pack", folder, tmp_path / "packed", "--target", "amx", "--report", tmp_path / "report.json")
     assert packed.exit_code == 0, packed.output
@@ -97,8 +149,11 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter.txt").write_text("dear")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text("{}")
     for arguments, message in (
         (("pack", tmp_path / "empty", tmp_path / "out"), "holds no OpenVINO model"),
+        (("pack", tmp_path / "hub", tmp_path / "out"), "`nncf-ext export IN OUT` makes one"),
         (("pack", tmp_path / "nowhere", tmp_path / "out"), "holds no OpenVINO model"),
         (("pack", folder, tmp_path / "packed"), "exists. Choose another folder, or pass --overwrite"),
         (("pack", folder, tmp_path / "letters", "--overwrite"), "holds no OpenVINO model, so it is not overwritten"),

@@ -1,0 +1,50 @@
+"""
+``nncf-ext export``: from a folder of Hugging Face to one of OpenVINO.
+
+The one place where the two packages meet: what ``nncf_ext`` loads goes to ``ov_ext`` as an ordinary model in memory.
+"""
+
+from typing import Annotated
+
+import typer
+
+from nncf_ext.cli.folders import Dtype, ModelDir, OutDir, TrustRemoteCode, load_model, show, user_errors
+
+
+def export_folder(
+    model_dir: ModelDir,
+    out_dir: OutDir,
+    pack: Annotated[bool, typer.Option("--pack", help="Pack sparse weights, as ov-ext pack does by default.")] = False,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the whole OpenVINO folder OUT_DIR.")] = False,
+) -> None:
+    """
+    Export a language model, compressed or not, to OpenVINO: the model, its tokenizer and its settings in one folder.
+
+    MODEL_DIR is a Hugging Face folder, or one that nncf-ext wrote; OUT_DIR a new folder, for OpenVINO, OpenVINO GenAI
+    and Optimum-Intel. For example:
+    nncf-ext export smaller ir --pack
+    """
+    with user_errors():
+        import nncf
+        import openvino as ov
+
+        import ov_ext
+        import ov_ext.optimum
+        from ov_ext.folder import refuse_existing, whole_folder
+
+        try:
+            refuse_existing(out_dir, overwrite)
+            if pack:
+                core = ov_ext.add_extension(ov.Core())
+            model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
+            with whole_folder(out_dir, overwrite) as draft:
+                path = ov_ext.optimum.export(model, tokenizer, draft) / ov_ext.optimum.MODEL
+                if pack:
+                    ir, report = ov_ext.pack_sparse_weights(core.read_model(path))
+                    ov_ext.save_model(ir, path)
+                    show(report.summary())
+        except (ValueError, ov_ext.ExtensionUnavailableError) as error:  # what ov_ext says to users
+            raise nncf.ValidationError(str(error)) from error
+    typer.echo(f"{out_dir}: run it by ov-ext generate {out_dir} --prompt TEXT, OpenVINO GenAI or Optimum-Intel.")
