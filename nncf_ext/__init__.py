@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from nncf_ext.structure.masking import masked as masked
     from nncf_ext.structure.plan import StructurePlan as StructurePlan
     from nncf_ext.structure.uniform import snap_to_uniform as snap_to_uniform
+    from nncf_ext.training.distillation import DistillationTrainer as DistillationTrainer
+    from nncf_ext.training.zeros import KeepZeros as KeepZeros
 
 
 if os.environ.get("NNCF_EXT_NO_TELEMETRY", "0") not in ("", "0"):

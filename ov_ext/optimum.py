@@ -6,13 +6,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import openvino as ov
 
 from ov_ext import runtime, state_space
 from ov_ext.convert import save_model
 from ov_ext.folder import whole_folder
+from ov_ext.leftovers import narrow_constants, quantize_rest
 from ov_ext.stand_in import computing_in_float32, stand_in
 
 if TYPE_CHECKING:
@@ -108,11 +109,14 @@ def export(
     out: str | os.PathLike[str],
     *,
     task: str = "text-generation-with-past",
+    rest: Literal["int8"] | None = "int8",
     overwrite: bool = False,
 ) -> Path:
     """Export a torch language model, sparse or compressed by NNCF, as a complete OpenVINO folder.
 
-    INT4 weights in NNCF's torch form keep their integers and scales bit for bit. Nothing else is rounded or compressed.
+    INT4 weights in NNCF's torch form keep their integers and scales bit for bit. Of a compressed model, the embedding
+    and the head go on INT8 where they are not compressed (``rest``). Nothing else is rounded: floating weights keep
+    their values, in 16 bits where these fit 16 bits exactly.
     Layers may differ in their number of key/value heads, or have no attention: each layer with attention gets a cache
     of its own shape. Mamba and Mamba-2 are exported with the states of their convolutions and state spaces. Layers
     without a state space keep the state of their convolution only.
@@ -124,12 +128,16 @@ def export(
     :param tokenizer: Its tokenizer.
     :param out: Folder for the stateful IR, tokenizer and detokenizer IR, tokenizer files, config and generation config.
     :param task: Optimum's name of the task.
+    :param rest: What to do with the embedding and the head of a model whose other layers are sparse or quantized:
+        ``"int8"`` rounds them to INT8 with one scale for each token, as NNCF does in its 4-bit modes; None keeps them.
     :param overwrite: Replace an existing model folder once the new one is complete.
     :return: The folder.
     :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or a layer without attention
         leaves a gap in the cache, or weights are not in memory.
     :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
+    if rest not in ("int8", None):
+        raise ValueError(f"rest is 'int8' or None, got {rest!r}.")
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         msg = f"The tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}: they do not belong together."
@@ -150,7 +158,16 @@ def export(
                 model.generation_config.save_pretrained(draft)
         else:
             _export_by_optimum(model, draft, task)
+        _shrink(draft / MODEL, rest)
     return out
+
+
+def _shrink(path: Path, rest: str | None) -> None:
+    """Write an IR anew with the embedding and the head on INT8, and 16-bit values in 16 bits, where that applies."""
+    model = ov.Core().read_model(path)
+    quantized = quantize_rest(model) if rest else ()
+    if narrow_constants(model) or quantized:
+        save_model(model, path)
 
 
 def _export_by_optimum(model: PreTrainedModel, draft: Path, task: str) -> None:

@@ -98,7 +98,11 @@ def _read(report: Path, point: str) -> tuple[list[Any], dict[str, int]]:
         groups = [RankGroup(**each) for each in content["groups"]]
         points = [each["point"] for each in content["evaluations"]]
         chosen = content["chosen"] and content["chosen"]["point"]
-    except (ValueError, KeyError, TypeError) as error:
+        for each in (*points, chosen or {}):
+            if not isinstance(each, dict) or any(type(size) is not int for size in each.values()):
+                msg = f"{each!r} is no point"
+                raise TypeError(msg)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"{report} is no report of nncf-ext search ({type(error).__name__}: {error})."
         raise nncf.ValidationError(msg) from error
     if point == "chosen" and chosen is None:

@@ -11,9 +11,7 @@ from random import Random
 import nncf
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
@@ -21,8 +19,9 @@ from rich.progress import Progress
 
 from nncf_ext.exploration.objectives import Objective
 from nncf_ext.exploration.report import Evaluation, SearchReport
-from nncf_ext.exploration.samplers import HillClimbingSampler
+from nncf_ext.exploration.samplers import HillClimbingSampler, OrderedNSGAIISampler, asked
 from nncf_ext.exploration.space import Elastic, Point, SearchSpace
+from nncf_ext.exploration.storage import open_storage
 from nncf_ext.parameters import SearchSampler, parse_choice
 
 logger = logging.getLogger("nncf_ext")
@@ -70,10 +69,10 @@ def search(
         finished search continues from it, and several processes may search together. None keeps results in memory.
     :param study_name: Name of the study in the storage.
     :param seed: Seed of the members of SearchSampler. A search that continues from storage gives the same as one that
-        was not interrupted.
+        was not interrupted, wherever it was killed.
     :return: All points measured, the front, and the chosen point.
     :raises nncf.ValidationError: Objectives are missing or have equal names, a limit names no objective, the test
-        function is that of validation, the storage holds another search, or a value is not finite.
+        function is that of validation, the storage is damaged or holds another search, or a value is not finite.
     :raises nncf.ParameterNotSupportedError: The sampler is unknown or cannot take several objectives.
     :raises KeyboardInterrupt: If interrupted before the first point was measured.
     """
@@ -138,22 +137,20 @@ def _open(
     ]
     goals = [[objective.name, direction.name] for objective, direction in zip(objectives, directions, strict=True)]
     what = json.dumps({"space": space.to_dict(), "objectives": goals})
-    backend: BaseStorage | str | None = None
-    if storage is not None:
-        url = "://" in str(storage)
-        backend = str(storage) if url else JournalStorage(JournalFileBackend(os.fspath(storage)))
+    backend = open_storage(storage)
     if backend is not None and study_name in optuna.get_all_study_names(backend):
         study = optuna.load_study(study_name=study_name, storage=backend)
-        if study.user_attrs.get(_WHAT) != what:
-            msg = (
-                f"{storage} holds a search {study_name!r} of another space or other objectives: "
-                f"{study.user_attrs.get(_WHAT)}. Name another file or another study_name."
-            )
-            raise nncf.ValidationError(msg)
-        return study
-    study = optuna.create_study(study_name=study_name, storage=backend, directions=directions)
-    study.set_user_attr(_WHAT, what)
-    study.enqueue_trial(dict(zip(space.dimensions, space.encode(space.heuristic()), strict=True)))
+    else:
+        study = optuna.create_study(study_name=study_name, storage=backend, directions=directions, load_if_exists=True)
+    # A process that was killed here has left a study that says nothing, without a trial.
+    if _WHAT not in study.user_attrs and not study.get_trials(deepcopy=False) and study.directions == directions:
+        study.set_user_attr(_WHAT, what)
+    if study.user_attrs.get(_WHAT) != what:
+        msg = (
+            f"{storage} holds a search {study_name!r} of another space or other objectives: "
+            f"{study.user_attrs.get(_WHAT)}. Name another file or another study_name."
+        )
+        raise nncf.ValidationError(msg)
     return study
 
 
@@ -175,7 +172,6 @@ def _run(
         budget = 1
     elif sampler is SearchSampler.HILL_CLIMBING:
         sampler = HillClimbingSampler(seed=seed)
-    repeats = 0
     with _progress() as progress:
         task = progress.add_task("Searching", total=budget)
 
@@ -193,23 +189,32 @@ def _run(
 
         # A trial whose process was stopped has its point already. It comes first, as in a search without interruption.
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            if len(trial.params) == len(distributions):
+            if trial.params.keys() >= distributions.keys():
                 measure(trial)
-        while len(known) < min(budget, space.size) and repeats < _REPEATS:
+        heuristic = space.encode(space.heuristic())
+        if heuristic not in known and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.enqueue_trial(dict(zip(space.dimensions, heuristic, strict=True)))
+        while len(known) < min(budget, space.size) and _repeats(study, space) < _REPEATS:
             if isinstance(sampler, HillClimbingSampler) and sampler.converged(study):
                 break
-            study.sampler = sampler if isinstance(sampler, BaseSampler) else _seeded(sampler, study, seed)
-            repeats = 0 if measure(study.ask(distributions)) else repeats + 1
+            study.sampler = sampler if isinstance(sampler, BaseSampler) else _seeded(sampler, study, space, seed)
+            measure(study.ask(distributions))
             # What other processes on the same storage have measured meanwhile is not measured again.
             known.update(_measured(study, space))
 
 
-def _seeded(kind: SearchSampler, study: optuna.Study, seed: int) -> BaseSampler:
+def _repeats(study: optuna.Study, space: SearchSpace) -> int:
+    """How many of the last trials brought nothing new."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    first = {_places(trial, space): place for place, trial in reversed([*enumerate(trials)])}
+    return len(trials) - 1 - max(first.values(), default=-1)
+
+
+def _seeded(kind: SearchSampler, study: optuna.Study, space: SearchSpace, seed: int) -> BaseSampler:
     """A sampler whose next draw depends on the seed and on what the study holds, not on earlier draws of a process."""
-    number = len(study.get_trials(deepcopy=False))
-    drawn = Random(f"{seed} {number}").getrandbits(32)
+    drawn = Random(f"{seed} {asked(study, space.dimensions)}").getrandbits(32)
     if kind is SearchSampler.NSGA2:
-        return NSGAIISampler(population_size=_POPULATION, seed=drawn)
+        return OrderedNSGAIISampler(population_size=_POPULATION, seed=drawn)
     return RandomSampler(seed=drawn)
 
 

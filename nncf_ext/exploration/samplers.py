@@ -1,11 +1,12 @@
 """Optuna samplers, for our engine and for anyone else's study."""
 
+from collections.abc import Collection
 from random import Random
 from typing import Any
 
 import nncf
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -18,8 +19,8 @@ class HillClimbingSampler(BaseSampler):
     Tries neighbours of the best trial so far; as soon as one is better, it tries neighbours of that one.
 
     A neighbour differs in at most `distance` parameters, each by one step up or down. Parameters must be integers. The
-    first trial, unless it was enqueued, is the middle of every range. What comes next depends on the finished trials,
-    the seed and the trial's number alone, so that a study continues from storage as if it had never stopped.
+    first trial, unless it was enqueued, is the middle of every range. What comes next depends on the seed and on the
+    trials that have their parameters alone, so that a study continues from storage as if it had never stopped.
 
     :param neighbours: After how many trials without a gain :meth:`converged` is true.
     :param distance: Greatest number of parameters to change at once.
@@ -57,7 +58,7 @@ class HillClimbingSampler(BaseSampler):
         done = [each for each in trials if each.state is TrialState.COMPLETE]
         tried = [each.params for each in trials if each.number != trial.number]
         best = _best(study, done).params
-        random = Random(f"{self._seed} {trial.number}")
+        random = Random(f"{self._seed} {asked(study, search_space)}")
         neighbour = {}
         for _ in range(_TRIES):
             neighbour = {**best}
@@ -73,6 +74,27 @@ class HillClimbingSampler(BaseSampler):
         """Optuna's interface: the middle of a range; for the first trial."""
         range_ = _integers(param_name, param_distribution)
         return range_.low + (range_.high - range_.low) // (2 * range_.step) * range_.step
+
+
+class OrderedNSGAIISampler(NSGAIISampler):
+    """
+    NSGA-II whose parents stand in the order of their numbers. Optuna hands a new generation its parents in the order of
+    selection once, and in that of their numbers when it reads them from the study: a study that continues from storage
+    would draw other children.
+    """
+
+    def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
+        """Optuna's interface: the trials that a generation descends from."""
+        return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
+
+
+def asked(study: Study, names: Collection[str]) -> int:
+    """
+    :param study: A study.
+    :param names: Names of its parameters.
+    :return: Number of trials that have them all. One whose process was killed while it asked for them does not count.
+    """
+    return sum(trial.params.keys() >= set(names) for trial in study.get_trials(deepcopy=False))
 
 
 def _best(study: Study, trials: list[FrozenTrial]) -> FrozenTrial:

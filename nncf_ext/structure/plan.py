@@ -163,7 +163,7 @@ class StructurePlan:
                 raise nncf.ValidationError(msg)
             content = _from_version_1(content) if version == 1 else content
             _check_runs(content["kept"])
-            return cls(
+            plan = cls(
                 model=Fingerprint(**content["model"]),
                 kept={
                     name: tuple(unit for first, end in runs for unit in range(first, end))
@@ -174,7 +174,9 @@ class StructurePlan:
                 costs_before=Costs(**content["costs_before"]) if content["costs_before"] else None,
                 costs_after=Costs(**content["costs_after"]) if content["costs_after"] else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _check_types(plan)
+            return plan
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             msg = f"{path} is no structure plan ({type(error).__name__}: {error})."
             raise nncf.ValidationError(msg) from error
 
@@ -220,6 +222,31 @@ def _check_runs(kept: Mapping[str, Sequence[Sequence[int]]]) -> None:
     sound = all(type(number) is int for run in runs for number in run) and all(0 <= first < end for first, end in runs)
     if not sound or sum(end - first for first, end in runs) > _MOST_UNITS:
         msg = "it keeps what can be no units of a model's dimensions"
+        raise ValueError(msg)
+
+
+def _check_types(plan: StructurePlan) -> None:
+    """What is noted beside the kept units is read by searches and reports; a file can hold anything in its place."""
+
+    def count(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    model, costs = plan.model, [each for each in (plan.costs_before, plan.costs_after) if each is not None]
+    sound = {
+        "model": isinstance(model.model_type, str)
+        and isinstance(model.shapes, str)
+        and isinstance(model.weights, str | None),
+        "steps": all(
+            isinstance(step.dimension, str)
+            and count(step.kept)
+            and all(value is None or type(value) in (int, float) for value in (step.score, step.margin))
+            for step in plan.steps
+        ),
+        "calibration": isinstance(plan.calibration, dict),
+        "costs": all(count(value) for each in costs for value in asdict(each).values()),
+    }
+    if wrong := [name for name, is_sound in sound.items() if not is_sound]:
+        msg = f"unexpected values in {', '.join(wrong)}"
         raise ValueError(msg)
 
 

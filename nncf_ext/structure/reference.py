@@ -118,7 +118,10 @@ def _in_order(plan: StructurePlan, dimensions: Sequence[Dimension], count: int) 
 
 
 def _layers(content: Mapping[str, Any], key: str, possible: Collection[int]) -> list[int]:
-    layers = [int(layer) for layer in content.get(key) or ()]
+    listed = content.get(key) or []
+    if not isinstance(listed, list | tuple):
+        raise nncf.ValidationError(f"{key} is {listed!r}; a list of layers belongs there.")
+    layers = [_whole(layer, key) for layer in listed]
     if any(layer not in possible for layer in layers):
         where = f"layers {min(possible)} to {max(possible)}" if possible else "no such layer"
         msg = f"{key} names layers {layers}; the model has {where}."
@@ -127,7 +130,9 @@ def _layers(content: Mapping[str, Any], key: str, possible: Collection[int]) -> 
 
 
 def _by_layer(widths: Mapping[Any, int], layers: int, name: str) -> dict[int, int]:
-    keys = {int(key): int(width) for key, width in widths.items()}
+    if not isinstance(widths, Mapping):
+        raise nncf.ValidationError(f"{name} is {widths!r}; widths by layer belong there.")
+    keys = {_whole(key, name): _whole(width, name) for key, width in widths.items()}
     # One published file counts its MLP layers after the attention layers: 32..63 in a model of 32 layers.
     if keys and min(keys) >= layers:
         keys = {key - layers: width for key, width in keys.items()}
@@ -135,3 +140,10 @@ def _by_layer(widths: Mapping[Any, int], layers: int, name: str) -> dict[int, in
         msg = f"{name} names layers {sorted(keys)}; the model has layers 0 to {layers - 1}."
         raise nncf.ValidationError(msg)
     return keys
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number, or the text of one: keys in JSON are texts."""
+    if type(value) is int or (isinstance(value, str) and value.isdecimal() and len(value) < 10):
+        return int(value)
+    raise nncf.ValidationError(f"{name} holds {value!r} where a whole number belongs.")

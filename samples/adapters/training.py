@@ -10,19 +10,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
 import nncf_ext
 from adapters.task import collate
+from nncf_ext.training.progress import ProgressBar
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALPHA = 2.0  # alpha / rank
@@ -87,7 +85,7 @@ def train(
     :param net: Elastic ranks: each step trains a sub-adapter drawn at random.
     :param show: Description of the progress bar.
     """
-    callbacks: list[TrainerCallback] = [_Bar(show)]
+    callbacks: list[TrainerCallback] = [ProgressBar(show)]
     if net is not None:
         callbacks.append(nncf_ext.ElasticCallback(net, settings.seed))
     with tempfile.TemporaryDirectory() as folder:
@@ -113,26 +111,3 @@ def train(
         trainer = Trainer(model, arguments, data_collator=collator, train_dataset=list(rows), callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-
-
-class _Bar(TrainerCallback):
-    """A rich progress bar of the steps."""
-
-    def __init__(self, description: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, transient=True)
-        self._task = self._progress.add_task(description, total=None)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._progress.update(self._task, total=state.max_steps)
-        self._progress.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._progress.update(self._task, completed=state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._progress.stop()

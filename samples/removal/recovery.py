@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import tempfile
 from typing import Any
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.nn import functional as F
+from transformers import PrinterCallback, TrainingArguments
 
+from nncf_ext import DistillationTrainer
+from nncf_ext.training.progress import ProgressBar
 from removal.text import Stream
 
 
@@ -43,24 +43,24 @@ def recover(
         head = model.get_output_embeddings()
         linears = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head]
         learner = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears))
-    dense.eval().requires_grad_(False)
-    learner.train()
-    parameters = [each for each in learner.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
-    warmup = max(1, steps // 15)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task(show, total=steps)
-        for step in range(steps):
-            rate = (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            optimizer.param_groups[0]["lr"] = learning_rate * rate
-            ids = stream.batch(step).to(model.device)
-            with torch.no_grad():
-                wanted = dense(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-            found = learner(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-            F.kl_div(found, wanted, reduction="batchmean", log_target=True).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.advance(task)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=stream.size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, steps // 15),
+            adam_beta2=0.95,
+            use_cpu=model.device.type == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        callbacks = [ProgressBar(show)]
+        trainer = DistillationTrainer(learner, arguments, train_dataset=stream, teacher=dense, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return (learner.merge_and_unload() if rank is not None else model).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from tiny_lm import corpus
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 WINDOW = 256  # tokens
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -72,7 +74,7 @@ def _documents(max_package_bytes: int) -> Iterator[corpus.Document]:
                 yield document
 
 
-class Stream:
+class Stream(IterableDataset[dict[str, Tensor]]):
     """
     Batches of windows without end; each pass over the text is in an order of its own.
 
@@ -82,10 +84,14 @@ class Stream:
     """
 
     def __init__(self, tokens: NDArray[np.uint16], batch: int, seed: int) -> None:
-        self._tokens, self._batch, self._seed = tokens, batch, seed
+        self._tokens, self.size, self._seed = tokens, batch, seed
         self._steps = len(tokens) // WINDOW // batch
         if not self._steps:
             raise ValueError(f"One batch needs {batch * WINDOW} tokens, the text has {len(tokens)}.")
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for step in count():
+            yield from ({"input_ids": row} for row in self.batch(step))
 
     def batch(self, step: int) -> Tensor:
         """
@@ -93,6 +99,6 @@ class Stream:
         :return: int64 ``[batch, WINDOW]``, a pure function of the step.
         """
         order = np.random.default_rng([self._seed, step // self._steps]).permutation(len(self._tokens) // WINDOW)
-        first = step % self._steps * self._batch
-        rows = [self._tokens[index * WINDOW : (index + 1) * WINDOW] for index in order[first : first + self._batch]]
+        first = step % self._steps * self.size
+        rows = [self._tokens[index * WINDOW : (index + 1) * WINDOW] for index in order[first : first + self.size]]
         return torch.from_numpy(np.stack(rows).astype(np.int64))

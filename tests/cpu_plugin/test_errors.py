@@ -36,10 +36,16 @@ def damaged(blob: np.ndarray = BLOB) -> np.ndarray:
     return changed
 
 
-def fed(*blobs: np.ndarray, bf16: bool = False) -> ov.Model:
+def without_magic() -> np.ndarray:
+    changed = BLOB.copy()
+    changed[0] = 0
+    return changed
+
+
+def fed(*blobs: np.ndarray, bf16: bool = False, dynamic: bool = False) -> ov.Model:
     """A model whose blobs arrive as data."""
-    x = opset.parameter([6, K], np.float32, name="x")
-    inputs = [opset.parameter([blob.nbytes], np.uint8) for blob in blobs]
+    x = opset.parameter([-1, -1] if dynamic else [6, K], np.float32, name="x")
+    inputs = [opset.parameter([-1 if dynamic else blob.nbytes], np.uint8) for blob in blobs]
     node = operation(opset.convert(x, ov.Type.bf16) if bf16 else x, *inputs, n=N * len(blobs), outputs=[N] * len(blobs))
     outputs = [opset.convert(port, ov.Type.f32) for port in node.outputs()]
     return ov.Model([opset.result(port) for port in outputs], [x, *inputs], "m")
@@ -51,6 +57,10 @@ WHEN_RUN: dict[str, tuple[ov.Model, list[np.ndarray], str]] = {
     "inputs": (model([-1, -1]), [WIDE], "last axis of x must be 200, got x of shape [3,201]"),
     "no inputs": (model([-1, -1]), [WIDE[:, :0]], "last axis of x must be 200, got x of shape [3,0]"),
     "blob": (fed(BLOB), [X, damaged()], "SPW1 blob"),
+    "header": (fed(BLOB), [X, without_magic()], "magic"),
+    "dynamic header": (fed(BLOB, dynamic=True), [X, without_magic()], "magic"),
+    "dynamic blob": (fed(BLOB, dynamic=True), [X, damaged()], "SPW1 blob"),
+    "no blob": (fed(BLOB, dynamic=True), [X, BLOB[:0]], "only 0 bytes"),
     "bf16": (fed(BLOB, bf16=True), [X, damaged()], "SPW1 blob"),
     "second blob": (fed(BLOB, BLOB), [X, BLOB, damaged()], "SPW1 blob"),
     "groups": (fed(BLOB, OTHER), [X, BLOB, OTHER], "different groups"),
@@ -99,7 +109,7 @@ def test_on_one_thread_the_outputs_of_a_failed_inference_are_nan(one: str) -> No
 
 
 ONE_THREAD, TWO_STREAMS = {"INFERENCE_NUM_THREADS": 1}, {"NUM_STREAMS": 2, "INFERENCE_NUM_THREADS": 2}
-two_cpus = pytest.mark.skipif(ONE_CPU, reason="two streams need two CPUs")
+two_cpus = pytest.mark.skipif(ONE_CPU, reason="the CPU has no second core for a second stream")
 
 
 @pytest.mark.parametrize("name", WHEN_RUN)

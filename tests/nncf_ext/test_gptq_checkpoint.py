@@ -81,6 +81,9 @@ def test_codes_and_scales_arrive_unchanged(tmp_path_factory, data):
     )
     rows = 8 * data.draw(st.integers(1, 3), "eights of rows")
     version = data.draw(st.sampled_from([None, "gptq", "gptq_v2"]), "format")
+    # Some writers say gptq, or nothing, and store zero points as gptq_v2 does.
+    less_one = version != "gptq_v2" and data.draw(st.booleans(), "zero points less 1")
+    key = data.draw(st.sampled_from(["checkpoint_format", "format"]), "key of the format")
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "partner")
     random = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
     codes = random.integers(0, 16, (rows, columns))
@@ -88,9 +91,9 @@ def test_codes_and_scales_arrive_unchanged(tmp_path_factory, data):
     order = np.arange(columns) // (group or columns) if data.draw(st.booleans(), "g_idx") else None
     partner = OneLayer(columns, rows, bias=True, dtype=dtype)
     before = copy.deepcopy(partner.state_dict())
-    config = None if version is None else {"bits": 4, "checkpoint_format": version}
+    config = None if version is None else {"bits": 4, key: version}
     folder = tmp_path_factory.mktemp("gptq")
-    write(folder, {"layer": packed(codes, scales, less_one=version != "gptq_v2", order=order)}, config)
+    write(folder, {"layer": packed(codes, scales, less_one=less_one, order=order)}, config)
     model = nncf_ext.load_gptq(folder, partner)
     found_codes, found_scales = grid_of(model, "layer")
     assert np.array_equal(found_codes, codes - 8) and found_scales.tobytes() == scales.tobytes()
@@ -194,6 +197,8 @@ def one_layer_files(**changes):
 
 ASYMMETRIC = packed(np.zeros((16, 128), int), np.ones((16, 2), np.float16), zero=7)["qzeros"]
 SHUFFLED = torch.tensor(np.random.default_rng(1).permutation(np.arange(128) // 64), dtype=torch.int32)
+AS_THEY_ARE = packed(np.zeros((16, 128), int), np.ones((16, 2), np.float16), less_one=False)["qzeros"]
+NOT_FINITE = torch.full((2, 16), torch.inf, dtype=torch.float16)
 THIRTY_TWO = packed(np.zeros((16, 128), int), np.ones((16, 4), np.float16))
 BAD_FILES = [
     ({"qzeros": ASYMMETRIC}, None, nncf.ParameterNotSupportedError, r"layer has zero points \[7\].*sym=True"),
@@ -202,6 +207,28 @@ BAD_FILES = [
     ({}, {"bits": 8}, nncf.ParameterNotSupportedError, r"8 bits.*only 4"),
     ({}, {"bits": 4, "checkpoint_format": "gptq_v2"}, nncf.ParameterNotSupportedError, r"zero points \[7\]"),
     ({"scales": torch.full((2, 16), 1e-9)}, None, nncf.ParameterNotSupportedError, r"scales is torch.float32"),
+    ({"qzeros": AS_THEY_ARE}, {"sym": False}, nncf.ParameterNotSupportedError, r"zero points \[9\]"),
+    ({}, {"checkpoint_format": "marlin"}, nncf.ParameterNotSupportedError, r"format is 'marlin'.*Save it as 'gptq'"),
+    ({}, {"is_marlin_format": True}, nncf.ParameterNotSupportedError, r"format is 'marlin'"),
+    ({}, {"quant_method": "awq"}, nncf.ParameterNotSupportedError, r"format is 'awq'"),
+    ({}, {"group_size": 128}, nncf.ValidationError, r"2 groups for 128 inputs.*says group_size=128"),
+    ({}, {"group_size": -1}, nncf.ValidationError, r"says group_size=-1"),
+    ({}, {"group_size": 0}, nncf.ValidationError, r"says group_size=0"),
+    ({}, {"group_size": "64"}, nncf.ValidationError, r"group_size is '64'; it must be of type int"),
+    ({"g_idx": None}, {"desc_act": True}, nncf.ValidationError, r"desc_act=True, and.*layer.g_idx, is missing"),
+    (
+        {"qweight": torch.zeros(16, 16)},
+        None,
+        nncf.ValidationError,
+        r"layer.qweight is torch.float32; it must be torch.i",
+    ),
+    ({"qweight": torch.zeros(16, 16, dtype=torch.uint8)}, None, nncf.ValidationError, r"layer.qweight is torch.uint8"),
+    ({"qzeros": torch.full((2, 2), 7, dtype=torch.int64)}, None, nncf.ValidationError, r"layer.qzeros is torch.int64"),
+    ({"g_idx": torch.zeros(128)}, None, nncf.ValidationError, r"layer.g_idx is torch.float32"),
+    ({"scales": torch.ones(2, 16, dtype=torch.int32)}, None, nncf.ValidationError, r"layer.scales is torch.int32"),
+    ({"scales": torch.ones(())}, None, nncf.ValidationError, r"layer.qzeros is \[2, 2\]; .* 0 groups needs \[0, 2\]"),
+    ({"scales": NOT_FINITE}, None, nncf.ValidationError, r"layer.scales holds values that are not finite"),
+    ({"scales": NOT_FINITE * 0}, None, nncf.ValidationError, r"layer.scales holds values that are not finite"),
     ({"scales": None}, None, nncf.ValidationError, r"lacks scales of layer"),
     ({"qzeros": None, "scales": None}, None, nncf.ValidationError, r"lacks qzeros, scales of layer"),
     ({"qweight": torch.zeros(8, 16, dtype=torch.int32)}, None, nncf.ValidationError, r"\[8, 16\].*needs \[16, 16\]"),
@@ -216,6 +243,25 @@ def test_what_the_grid_cannot_hold_is_refused(tmp_path, changes, config, kind, t
     write(tmp_path, {"layer": one_layer_files(**changes)}, config)
     with pytest.raises(kind, match=text):
         nncf_ext.load_gptq(tmp_path, OneLayer(128, 16))
+
+
+@pytest.mark.parametrize("left", ["qzeros", "scales", "g_idx"])
+def test_a_layer_without_its_words_is_not_left_floating(tmp_path, left):
+    write(tmp_path, {"layer": one_layer_files(), "second": {left: one_layer_files()[left]}})
+    with pytest.raises(nncf.ValidationError, match=r"lacks qweight of second"):
+        nncf_ext.load_gptq(tmp_path, OneLayer(128, 16))
+
+
+def test_what_the_tensors_agree_with_is_read(tmp_path):
+    """A configuration that says as much as it can; the partner has a parameter with the name of a GPTQ tensor."""
+    partner = OneLayer(128, 16)
+    partner.norm = nn.Module()
+    partner.norm.scales = nn.Parameter(torch.ones(3))
+    layers = {"layer": one_layer_files(), "norm": {"scales": torch.ones(3)}}
+    config = {"bits": 4, "group_size": 64, "sym": True, "desc_act": True, "quant_method": "gptq", "format": "gptq"}
+    expected = grid_of(nncf_ext.load_gptq(write(tmp_path, layers), partner), "layer")
+    found = grid_of(nncf_ext.load_gptq(write(tmp_path, layers, config), partner), "layer")
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 class Transposed(nn.Module):
@@ -263,9 +309,17 @@ def test_folders_that_hold_no_checkpoint_are_refused(tmp_path):
     with pytest.raises(nncf.ValidationError, match=r"no tensor named \*\.qweight"):
         nncf_ext.load_gptq(tmp_path, OneLayer(128, 16))
     write(tmp_path, {"layer": one_layer_files()})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(nncf.ValidationError, match="config.json is no JSON"):
-        nncf_ext.load_gptq(tmp_path, OneLayer(128, 16))
+    for content, text in (
+        ("{", "config.json is no JSON"),
+        ("[" * 100_000, "config.json is no JSON"),
+        ("[1]", "config.json holds a list"),
+        ('{"quantization_config": 3}', "config.json holds a int"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(nncf.ValidationError, match=text):
+            nncf_ext.load_gptq(tmp_path, OneLayer(128, 16))
+    (tmp_path / "config.json").write_text('{"quantization_config": null}')
+    nncf_ext.load_gptq(tmp_path, OneLayer(128, 16))
     (tmp_path / "config.json").unlink()
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -305,3 +305,71 @@ def test_files_that_are_no_plans(change, llama, tmp_path) -> None:
         nncf.ValidationError, match="version 3.*Upgrade" if change == "version" else "no structure plan"
     ):
         StructurePlan.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"model_type": "llama", "shapes": ["a"], "weights": None}},
+        {"model": {"model_type": "llama", "shapes": "a", "weights": 3}},
+        {"steps": [{"dimension": 3, "kept": 1}]},
+        {"steps": [{"dimension": "layers.0.mlp", "kept": -1}]},
+        {"steps": [{"dimension": "layers.0.mlp", "kept": 1.0}]},
+        {"steps": [{"dimension": "layers.0.mlp", "kept": 1, "score": "high"}]},
+        {"steps": {"dimension": "layers.0.mlp"}},
+        {"calibration": [1]},
+        {
+            "costs_after": {
+                "parameters": 1,
+                "parameters_without_embeddings": 1,
+                "bytes": "many",
+                "kv_bytes_per_token": 0,
+            }
+        },
+        {"kept": {"layers.0.mlp": "abc"}},
+        {"kept": {"layers.0.mlp": {"0": 1}}},
+        {"kept": {"layers.0.mlp": 7}},
+        {"kept": {"layers.0.mlp": [[[0, 1], [1, 2]]]}},
+        {"kept": {"layers.0.mlp": [[0, 1, 2]]}},
+        {"kept": {"layers.0.mlp": [[0]]}},
+        {"kept": {"layers.0.mlp": [[0, 10**400]]}},
+        {"kept": [["layers.0.mlp", [[0, 1]]]]},
+        {"kept": None},
+    ],
+    ids=lambda change: json.dumps(change)[:60],
+)
+def test_plans_with_values_of_another_kind_are_no_plans(change, llama, tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    StructurePlan.dense(llama).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(nncf.ValidationError, match=r"plan.json is no structure plan"):
+        StructurePlan.load(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 100_000, "\xff", '{"version": ' + "9" * 5000 + "}", "[]", ""]
+)
+def test_damaged_plans_are_named(content, tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(nncf.ValidationError, match=r"plan.json is no structure plan"):
+        StructurePlan.load(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"pruned_attn_idx": 3},
+        {"pruned_attn_idx": [1.5]},
+        {"pruned_attn_idx": [True]},
+        {"pruned_attn_idx": ["one"]},
+        {"pruned_mlp_width": [32]},
+        {"pruned_mlp_width": {"0": None}},
+        {"pruned_mlp_width": {"first": 32}},
+        {"pruned_mlp_width": {"0": "9" * 5000}},
+    ],
+    ids=lambda content: json.dumps(content)[:40],
+)
+def test_published_files_with_values_of_another_kind_are_refused(content, llama) -> None:
+    with pytest.raises(nncf.ValidationError, match=next(iter(content))):
+        plan_from_reference(content, llama)

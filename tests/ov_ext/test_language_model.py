@@ -124,7 +124,7 @@ def test_every_linear_layer_is_packed(core: ov.Core, folders: dict[str, Path]) -
         types = [node.get_type_name() for node in core.read_model(folders[name] / "openvino_model.xml").get_ops()]
         assert types.count("SparseMatMul") == 6 * 4 + 1  # q, k, v and gate, up are one each; lm_head too
     size = {name: (folder / "openvino_model.bin").stat().st_size for name, folder in folders.items()}
-    assert size["int4-packed"] < size["int4"] and size["plain-packed"] < 0.5 * size["plain"]
+    assert size["int4-packed"] < size["int4"] and size["plain-packed"] < 0.7 * size["plain"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "int4"])
@@ -218,10 +218,11 @@ def test_genai_with_users_extensions(folders: dict[str, Path]) -> None:
 def test_a_model_in_bf16_exports_without_f32_copies(
     tokenizer: Any, core: ov.Core, tmp_path: Path, folders: dict[str, Path]
 ) -> None:
-    ov_ext.optimum.export(load_sparse_lm().bfloat16(), tokenizer, tmp_path / "bf16")
-    assert (tmp_path / "bf16" / "openvino_model.bin").stat().st_size < 0.6 * (
-        folders["plain"] / "openvino_model.bin"
-    ).stat().st_size
+    half = load_sparse_lm().bfloat16()
+    ov_ext.optimum.export(half, tokenizer, tmp_path / "bf16", rest=None)
+    weights = sum(parameter.nbytes for parameter in half.parameters())
+    for folder in (tmp_path / "bf16", folders["plain"]):  # the other one computed with 16-bit values in f32
+        assert (folder / "openvino_model.bin").stat().st_size < 1.02 * weights
     model, report = ov_ext.pack_sparse_weights(core.read_model(tmp_path / "bf16" / "openvino_model.xml"))
     assert len(report.replaced) == 43 and {layer.kind for layer in report.replaced} == {"bf16"}
     assert not any(layer.note for layer in report.replaced)  # nothing was rounded

@@ -7,15 +7,14 @@ from typing import Any
 import nncf
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nncf_ext.exploration.space import Elastic, Point
+from nncf_ext.training.distillation import IGNORED_LABEL, divergence
 
 logger = logging.getLogger("nncf_ext")
 
 _KEY = "nncf_ext.ElasticCallback"
-_IGNORED_LABEL = -100
 
 
 class ElasticCallback(TrainerCallback):
@@ -129,8 +128,8 @@ def sandwich_loss(
     for point in (minimal, active) if active not in (maximal, minimal) else (minimal,):
         net.activate(point)
         logits = model(**unlabelled).logits
-        divergence = _divergence(logits, target, inputs["labels"], num_items_in_batch, causal)
-        loss = loss + _Activation.apply(divergence, net, point)
+        far = _divergence(logits, target, inputs["labels"], num_items_in_batch, causal)
+        loss = loss + _Activation.apply(far, net, point)
     return loss
 
 
@@ -162,8 +161,4 @@ def _divergence(
     """Mean KL divergence of predictions [.., classes] from targets of that shape, where there is a label."""
     if causal:
         logits, target, labels = logits[..., :-1, :], target[..., :-1, :], labels[..., 1:]
-    # In half precision the rounding of the logits may be larger than the divergence: hence float32.
-    there = (labels != _IGNORED_LABEL).to(logits.device)
-    expected, found = log_softmax(target[there].float(), dim=-1), log_softmax(logits[there].float(), dim=-1)
-    total = kl_div(found, expected, reduction="sum", log_target=True)
-    return total / (there.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    return divergence(logits, target, labels != IGNORED_LABEL, num_items_in_batch)

@@ -5,15 +5,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import nncf
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nncf_ext.files import digest
 from nncf_ext.journal import Journal
+from nncf_ext.weights.int4 import dequantize
 from nncf_ext.weights.records import LayerRecord
 
 
@@ -48,7 +49,7 @@ class FinishedUnits:
         :raises nncf.ValidationError: A file cannot be read.
         """
         entries = (self._journal.read(name, _read) for name in self._journal.names("unit-*.safetensors"))
-        return {layer for entry in entries if entry is not None for layer in entry[1]}
+        return {layer for entry in entries if entry is not None for layer in entry[0]}
 
     def load(self, unit: str, weights: Mapping[str, Tensor]) -> dict[str, LayerResult] | None:
         """
@@ -60,24 +61,19 @@ class FinishedUnits:
         entry = self._journal.read(_file(unit), _read)
         if entry is None:
             return None
-        tensors, records, before = entry
-        results = {
-            name: LayerResult(
-                tensors[f"{name}.weight"],
-                tensors.get(f"{name}.codes"),
-                tensors.get(f"{name}.scales"),
-                LayerRecord(**record, prerounding=tensors.get(f"{name}.prerounding")),
-            )
-            for name, record in records.items()
-        }
+        results, before = entry
         for name, weight in weights.items():
-            if digest([weight]) not in (before.get(name), digest([results[name].weight])):
+            result = results.get(name)
+            if result is None or digest([weight]) not in (before.get(name), digest([result.weight])):
                 msg = (
                     f"The journal's {_file(unit)} was made from another weight of {name}. Resume with the same model, "
                     "or name a new folder."
                 )
                 raise nncf.ValidationError(msg)
-        return results
+            if wrong := _misfit(result, weight):
+                msg = f"The journal's {_file(unit)} does not fit {name}: {wrong}. Delete it: it will be done again."
+                raise nncf.ValidationError(msg)
+        return {name: results[name] for name in weights}
 
     def store(self, unit: str, results: Mapping[str, LayerResult], weights: Mapping[str, Tensor]) -> None:
         """
@@ -105,9 +101,42 @@ def _file(unit: str) -> str:
     return f"unit-{hashlib.sha256(unit.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Tensors (memory-mapped), records by layer, and digests of the original weights by layer."""
+def _read(path: Path) -> tuple[dict[str, LayerResult], dict[str, str]]:
+    """Results (memory-mapped) and digests of the original weights, by layer."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(metadata["records"]), json.loads(metadata["before"])
+    results = {
+        name: LayerResult(
+            tensors[f"{name}.weight"],
+            tensors.get(f"{name}.codes"),
+            tensors.get(f"{name}.scales"),
+            LayerRecord(**record, prerounding=tensors.get(f"{name}.prerounding")),
+        )
+        for name, record in json.loads(metadata["records"]).items()
+    }
+    return results, json.loads(metadata["before"])
+
+
+def _misfit(result: LayerResult, weight: Tensor) -> str | None:
+    """What of a result cannot be of a layer with this weight, or None."""
+    rows, columns = weight.shape
+    wanted = {
+        "weight": (result.weight, weight.dtype, (rows, columns)),
+        "codes": (result.codes, torch.int8, (rows, columns)),
+        "prerounding": (result.record.prerounding, torch.float32, (rows, columns)),
+    }
+    for name, (tensor, dtype, shape) in wanted.items():
+        if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            return f"{name} is {list(tensor.shape)} {tensor.dtype} where {list(shape)} {dtype} belongs"
+    codes, scales = result.codes, result.scales
+    if (codes is None) != (scales is None):
+        return f"there are {'scales without codes' if codes is None else 'codes without scales'}"
+    if codes is None or scales is None:
+        return None
+    groups = scales.shape[1] if scales.ndim == 2 else 0
+    if scales.dtype != torch.float16 or len(scales) != rows or not groups or columns % groups:
+        return f"scales are {list(scales.shape)} {scales.dtype} where [{rows}, groups] float16 belongs"
+    if not torch.equal(dequantize(codes, scales).to(weight.dtype), result.weight):
+        return "codes and scales do not give its weight"
+    return None

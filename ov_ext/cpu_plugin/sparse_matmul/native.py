@@ -53,7 +53,7 @@ def pack(weight: Weight, dense: bool = False) -> np.ndarray:
 
 
 def validate(blob: np.ndarray) -> None:
-    """Check a blob completely, as the operation does before its first use.
+    """Check a blob completely, as the operation does when a model is compiled.
 
     :param blob: ``[blob_bytes]`` uint8, untrusted.
     :raises ValueError: What is wrong with it.

@@ -72,7 +72,8 @@ void SparseMatMul::validate_and_infer_types() {
                               "The blob must be a one-dimensional u8 tensor.");
         // The header only, in constant time: shapes are inferred often, and reading the content would fetch a mapped blob from disk. A blob
         // that arrives as data is not known yet: evaluate() looks at it.
-        if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
+        const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i));
+        if (constant && !m_of_one_inference) {
             // OpenVINO compares shape and bytes modulo 2^61 when it reads a file.
             NODE_VALIDATION_CHECK(this, constant->get_shape()[0] == constant->get_byte_size(), "The blob holds ", constant->get_byte_size(),
                                   " bytes, its shape says ", constant->get_shape()[0], ".");
@@ -87,7 +88,7 @@ void SparseMatMul::validate_and_infer_types() {
     // From attributes and x's shape alone: plugins run an operation whose shapes depend on data, like a blob's header, on a slower path.
     ov::PartialShape shape = get_input_partial_shape(0);
     const bool ranked = shape.rank().is_static();
-    const bool fits = !ranked || (shape.size() >= 1 && (m_shapes_of_data || shape[shape.size() - 1].compatible(m_k)));
+    const bool fits = !ranked || (shape.size() >= 1 && (m_of_one_inference || shape[shape.size() - 1].compatible(m_k)));
     NODE_VALIDATION_CHECK(this, fits, "The last axis of x must be ", m_k, ", got x of shape ", shape, ".");
     set_output_size(n.size());
     for (size_t i = 0; i < n.size(); i++) {
@@ -103,9 +104,16 @@ std::shared_ptr<ov::Node> SparseMatMul::clone_with_new_inputs(const ov::OutputVe
     clone->m_n = m_n, clone->m_k = m_k, clone->m_activation_group = m_activation_group;
     clone->m_outputs = m_outputs;
     clone->m_kind = m_kind, clone->m_epilogue = m_epilogue, clone->m_source = m_source;
-    // Plug-ins clone an operation with dynamic shapes at every inference. An error there could be lost (see StreamThreads).
-    const auto unknown = [](const ov::PartialShape& x) { return x.rank().is_dynamic() || x.size() == 0 || x[x.size() - 1].is_dynamic(); };
-    clone->m_shapes_of_data = unknown(get_input_partial_shape(0)) && !unknown(inputs[0].get_partial_shape());
+    // Plug-ins clone an operation with dynamic shapes at every inference, for the shapes of its inputs, and show it their data as Constants.
+    // An error there could be lost (see StreamThreads).
+    const auto width = [](const ov::Output<ov::Node>& x) {
+        const ov::PartialShape& shape = x.get_partial_shape();
+        return shape.rank().is_static() && shape.size() ? shape[shape.size() - 1] : ov::Dimension::dynamic();
+    };
+    bool of_data = m_of_one_inference || (width(input_value(0)).is_dynamic() && width(inputs[0]).is_static());
+    for (size_t i = 1; i < inputs.size(); i++)
+        of_data |= !ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(i)) && ov::is_type<ov::op::v0::Constant>(inputs[i].get_node());
+    clone->m_of_one_inference = of_data;
     clone->set_arguments(inputs);
     clone->validate_and_infer_types();
     return clone;

@@ -42,7 +42,7 @@ class SparseMatMul : public ov::op::Op {
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
     std::vector<int64_t> m_outputs;
     std::string m_kind, m_epilogue, m_source;
-    bool m_shapes_of_data = false;  // this is a clone for the shapes of one inference: evaluate() refuses what does not fit
+    bool m_of_one_inference = false;  // a clone for the shapes of one inference: evaluate() refuses what does not fit
     mutable StreamThreads m_stream_threads;
     mutable ValidationCache m_validated;  // constant blobs
 };

@@ -1,0 +1,1 @@
+"""Training of compressed models by somebody else's trainer: losses and callbacks."""
