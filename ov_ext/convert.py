@@ -41,8 +41,9 @@ def convert_model(
     :param method: How to capture a torch module. ``"trace"`` keeps module paths in the names of all operations and
         leaves every axis dynamic. ``"export"`` can capture more models, such as the decoders of transformers.
         ``"auto"`` traces, and exports if tracing fails.
-    :return: The model.
-    :raises ValueError: The model is none of these, its file does not exist, or a torch module has no example_input.
+    :return: The model. A torch module stays as it was.
+    :raises ValueError: The model is none of these, its file does not exist, or a torch module has no example_input,
+        has weights that are not in memory, or holds something that cannot be copied.
     """
     if isinstance(model, ov.Model):
         return model
@@ -64,8 +65,9 @@ def convert_model(
         raise ValueError(msg)
     if method == "trace" or (method == "auto" and dynamic_shapes is None):
         try:
-            own = model if isinstance(model, torch.jit.ScriptModule) else stand_in(model)
-            return ov.convert_model(own, example_input=example_input)
+            if isinstance(model, torch.jit.ScriptModule):  # nothing of it is patched, only its mode is set
+                return _convert_script(model, example_input)
+            return ov.convert_model(stand_in(model), example_input=example_input)
         except Exception as error:  # tracing runs the user's code: any type may come out of it
             if method == "trace":
                 raise
@@ -95,6 +97,16 @@ def save_model(model: ov.Model, path: str | os.PathLike[str]) -> None:
         ov.save_model(model, draft, compress_to_fp16=False)
         os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
         os.replace(draft, target)
+
+
+def _convert_script(model: Any, example_input: Any) -> ov.Model:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        return ov.convert_model(model, example_input=example_input)
+    finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
 
 
 def _export(model: torch.nn.Module, example_input: Any, dynamic_shapes: Any) -> torch.export.ExportedProgram:

@@ -1,10 +1,11 @@
 """What all commands share: folders in, a folder out that is whole or not there, and errors in one line."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -41,9 +42,11 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
+    except (typer.Exit, typer.Abort):
+        raise
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
-            raise
+            _refuse(str(error), error)
         _refuse(f"{error.name} is not installed. Use: pip install 'nncf-ext[{_EXTRAS[error.name]}]'.", error)
     except OSError as error:
         _refuse(str(error), error)
@@ -56,15 +59,15 @@ def user_errors() -> Iterator[None]:
             nncf.ParameterNotSupportedError,
             nncf.InvalidGroupSizeError,
         )
-        if not isinstance(error, known):
-            raise
-        _refuse(str(error), error)
+        # Of what nobody expected, the kind says more than the text; the rest is for the log.
+        _refuse(str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}", error)
 
 
-def _refuse(text: str, error: Exception) -> None:
+def _refuse(text: str, error: Exception) -> NoReturn:
     from rich.console import Console
     from rich.markup import escape
 
+    logging.getLogger("nncf_ext").debug("Where the error came from:", exc_info=error)
     Console(stderr=True).print(f"[red]Error:[/red] {escape(text)}", soft_wrap=True, highlight=False)
     raise typer.Exit(2) from error
 
@@ -177,16 +180,16 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
 
     from nncf_ext.saving.loading import load_pretrained
 
+    _check_floating(folder)
     try:
         model: Any = load_pretrained(
             folder, dtype=None if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, ImportError) as error:
-        msg = (
-            f"{folder} cannot be loaded as a causal language model with a tokenizer: {error} If it needs code that "
-            "lies in the folder, and you trust that code, pass --trust-remote-code."
-        )
+        msg = f"{folder} cannot be loaded as a causal language model with a tokenizer: {error}"
+        if not trust_remote_code and _brings_code(folder):
+            msg += " It names code that lies in the folder. If you trust that code, pass --trust-remote-code."
         raise nncf.ValidationError(msg) from error
     rows: int = model.get_input_embeddings().weight.shape[0]
     highest: int = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -198,6 +201,35 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
         )
         raise nncf.ValidationError(msg)
     return model, tokenizer
+
+
+def _check_floating(folder: Path) -> None:
+    """
+    :param folder: Folder of a model.
+    :raises nncf.UnsupportedModelError: Its weights were quantized by another tool.
+    """
+    import nncf
+
+    from nncf_ext.saving.folder import read_config
+
+    described = read_config(folder).get("quantization_config")
+    if described is None:
+        return
+    method = described.get("quant_method", "unnamed") if isinstance(described, dict) else described
+    msg = (
+        f"{folder} holds weights that are quantized already (quantization_config in config.json: {method}). Give the "
+        "floating model it was made of."
+    )
+    if method == "gptq":
+        msg += " In Python, nncf_ext.load_gptq(FOLDER, floating_model) reads it as the grid of make_mergeable()."
+    raise nncf.UnsupportedModelError(msg)
+
+
+def _brings_code(folder: Path) -> bool:
+    from nncf_ext.saving.folder import read_object
+
+    files = (folder / name for name in ("config.json", "tokenizer_config.json"))
+    return any("auto_map" in read_object(file) for file in files if file.is_file())
 
 
 def load_adapted(

@@ -60,6 +60,6 @@ def _read(path: Path, purpose: str) -> str:
     except UnicodeDecodeError as error:
         msg = f"{path} is not UTF-8 text: {error}."
         raise nncf.ValidationError(msg) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         msg = f"{path} is no JSON Lines file with a text in every line ({type(error).__name__}: {error})."
         raise nncf.ValidationError(msg) from error

@@ -3,7 +3,8 @@ Compressed models as folders, written. :mod:`nncf_ext.saving.loading` reads them
 
 A model with zeros is saved as an ordinary Hugging Face folder. A model on the INT4 grid is saved as the same folder
 with two files in place of the weights: ``nncf_model.safetensors`` (the state dict: packed codes, scales and everything
-floating) and ``nncf_config.json`` (what ``nncf.torch.get_config`` returns: where the decompressors stand).
+floating; floating buffers that are no part of it; in its metadata the other names of tied weights) and
+``nncf_config.json`` (what ``nncf.torch.get_config`` returns: where the decompressors stand).
 
 A model whose layers differ in size, or lack a branch, is saved as ``nncf_model.safetensors``, too, in true shapes. Its
 ``config.json`` tells in ``per_layer_config`` what is special about a layer, in transformers' words, and bears a
@@ -90,13 +91,34 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def _save(model: Any, target: Path) -> None:
     overrides = _overrides(model)
     if not is_wrapped(model) and not overrides:
-        model.save_pretrained(target, safe_serialization=True)
+        model.save_pretrained(target, safe_serialization=True, **_copied_apart(model))
         return
     tensors, shared = _each_once(model)
     _save_config(model, target, overrides)
     save_file(tensors, target / GRID_WEIGHTS, metadata={"format": "pt", **shared})
     if is_wrapped(model):
         (target / GRID_CONFIG).write_text(json.dumps(nncf.torch.get_config(model), indent=1))
+
+
+def _copied_apart(model: Any) -> dict[str, dict[str, Tensor]]:
+    """
+    What transformers is to save in place of a state dict that it refuses, or takes names from: tensors in one memory
+    that the configuration does not tie. All but the first of them become copies.
+    """
+    if hasattr(model, "peft_config") or not callable(getattr(model, "get_expanded_tied_weights_keys", None)):
+        return {}
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    state: dict[str, Tensor] = model.state_dict()
+    first: dict[Hashable, str] = {}
+    copies = {}
+    for name, tensor in state.items():
+        if tensor.is_meta or not tensor.numel() or type(tensor) is not Tensor:
+            continue
+        known = first.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), name)
+        tied = (name in ties or known in ties) and place_of(tensor) == place_of(state[known])
+        if known != name and not tied:
+            copies[name] = tensor.clone()
+    return {"state_dict": state | copies} if copies else {}
 
 
 def _each_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,7 +11,6 @@ from threading import get_ident
 from typing import Any
 
 import nncf
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -213,8 +212,12 @@ def blamed_on(source: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ImportError, nncf.ValidationError, nncf.UnsupportedModelError, nncf.ParameterNotSupportedError):
+    except (OSError, ImportError, nncf.UnsupportedModelError, nncf.ParameterNotSupportedError):
         raise
+    except nncf.ValidationError as error:
+        if str(source) in str(error):
+            raise
+        raise nncf.ValidationError(f"{source}: {error}") from error
     except Exception as error:
         msg = f"{source} describes no model that can be loaded ({type(error).__name__}: {error})."
         raise nncf.ValidationError(msg) from error
@@ -261,15 +264,12 @@ def passing_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
 
 
-def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     :param file: A safetensors file.
-    :param dtype: What floating numbers are turned into; None: as they are.
-    :return: Its tensors by name.
+    :return: Its tensors by name, in memory of their own.
     :raises nncf.ValidationError: It is damaged.
     """
+    # In the file, a tensor begins anywhere; kernels add up in another order, and slower, where memory is not aligned.
     with safetensors_of(file) as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    if dtype is None:
-        return tensors
-    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
+        return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118

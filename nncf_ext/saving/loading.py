@@ -81,7 +81,7 @@ def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | N
     check_counts(source / "config.json", content, stored)
     config = _read_config_object(source, trust)
     architecture = _architecture(source, config, trust)
-    if isinstance(architecture, type) and architecture.__module__.startswith("transformers.models.") and not trust:
+    if not trust or not hasattr(architecture, "from_config"):  # an auto class may run code of the folder
         with bounded_construction(source / "config.json", stored):
             outline = _on_meta(lambda: _make(architecture, config))
         check_size(source / "config.json", outline, stored)
@@ -96,8 +96,8 @@ def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | N
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    name_of = {each.file for each in stored.values()}
-    weights = name_of.pop() if len(name_of) == 1 else source / "model.safetensors.index.json"
+    files = {each.file for each in stored.values()}
+    weights = files.pop() if len(files) == 1 else source / "model.safetensors.index.json"
     for name, found, wanted in sorted(info["mismatched_keys"]):
         where = stored[name].file if name in stored else weights
         msg = f"{where}: {name} is {list(found)}; the configuration describes {list(wanted)}."

@@ -268,6 +268,14 @@ def test_scales_and_codes_of_other_sizes(tiny_llama, tmp_path) -> None:
         refused(tmp_path, "nncf_model.safetensors")
 
 
+def test_one_module_in_two_places_is_saved_for_both(tiny_llama, tmp_path) -> None:
+    for kind in ("plain", "int4"):
+        model = tiny_llama(layers=3)
+        model.model.layers[2].mlp = model.model.layers[0].mlp
+        model = saved(kind, model, tmp_path / kind)
+        assert torch.equal(logits(nncf_ext.load_pretrained(tmp_path / kind), tokens()), logits(model, tokens()))
+
+
 # Classes and what lies beside the weights
 
 
@@ -350,7 +358,8 @@ def test_an_adapter_in_the_folder_is_refused(tiny_llama, tmp_path) -> None:
 # Tensors that are one, or views of one memory
 
 
-def test_views_of_one_memory_are_all_saved(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["plain", "int4"])
+def test_views_of_one_memory_are_all_saved(kind, tmp_path) -> None:
     config = transformers.Qwen2Config(**SIZES, num_key_value_heads=2)
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(config).eval()
@@ -362,15 +371,14 @@ def test_views_of_one_memory_are_all_saved(tmp_path) -> None:
     model.model.norm.weight = nn.Parameter(overlapping[:64])
     model.model.layers[0].input_layernorm.weight = nn.Parameter(overlapping[36:])
     model.model.layers[1].mlp.down_proj.weight = nn.Parameter(torch.randn(64, 64).T)
-    on_grid(model)
-    nncf_ext.save_pretrained(model, tmp_path)
+    saved(kind, model, tmp_path)
     loaded = nncf_ext.load_pretrained(tmp_path)
     own, theirs = model.state_dict(), loaded.state_dict()
     assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
     assert torch.equal(logits(loaded, tokens() % 64), logits(model, tokens() % 64))
 
 
-@pytest.mark.parametrize("kind", ["cut", "int4"])
+@pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize("done", [True, False])
 def test_ties_are_those_of_the_model_whatever_its_configuration_says(kind, said, done, tiny_llama, tmp_path) -> None:
@@ -379,8 +387,10 @@ def test_ties_are_those_of_the_model_whatever_its_configuration_says(kind, said,
     model.lm_head.weight = weight if done else nn.Parameter(weight.detach() + 1)
     model = saved(kind, model, tmp_path)
     loaded = nncf_ext.load_pretrained(tmp_path)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is done
     assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+    if kind == "plain" and done and not said:
+        return  # a folder of transformers can say that weights are tied by its configuration only: two equal weights
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is done
     stored = load_file(tmp_path / WEIGHTS[kind])
     assert ("lm_head.weight" in stored) is not done
     if done and said:  # transformers may have kept the other of two names
@@ -388,3 +398,59 @@ def test_ties_are_those_of_the_model_whatever_its_configuration_says(kind, said,
         del state["model.embed_tokens.weight"]
         save_file(state, tmp_path / WEIGHTS[kind])
         assert torch.equal(logits(nncf_ext.load_pretrained(tmp_path), tokens()), logits(model, tokens()))
+
+
+# Code that lies in the folder, and code of ours that travels with weights
+
+CODE = """
+import transformers
+
+class OwnConfig(transformers.LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(transformers.LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_folder_goes_with_the_model(tiny_llama, tmp_path) -> None:
+    source, model = tmp_path / "source", tiny_llama()
+    nncf_ext.save_pretrained(model, source)
+    (source / "modeling_own.py").write_text(CODE)
+    places = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit(source / "config.json", model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=places)
+    refused(source, "config.json", "trust_remote_code=True")
+    own = nncf_ext.load_pretrained(source, trust_remote_code=True)
+    assert type(own).__name__ == "OwnForCausalLM"
+    assert torch.equal(logits(own, tokens()), logits(model, tokens()))
+    nncf_ext.save_pretrained(on_grid(own), tmp_path / "int4")
+    assert (tmp_path / "int4" / "modeling_own.py").is_file()
+    loaded = nncf_ext.load_pretrained(tmp_path / "int4", trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
+    assert torch.equal(logits(loaded, tokens()), logits(own, tokens()))
+    (source / "model.safetensors").unlink()
+    refused(source, "no weights")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_our_code_in_a_folder_brings_back_ties_buffers_and_settings(dtype, tiny_llama, tmp_path) -> None:
+    dense = tiny_llama()
+    dense.generation_config = transformers.GenerationConfig(eos_token_id=[5, 7], pad_token_id=3)
+    dense.lm_head.weight = dense.model.embed_tokens.weight  # its configuration says that they are not tied
+    model = saved("cut", dense.to(dtype), tmp_path)
+    own = nncf_ext.load_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    for loaded in (own, theirs):
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert loaded.generation_config.eos_token_id == [5, 7] and loaded.generation_config.pad_token_id == 3
+        assert loaded.model.rotary_emb.inv_freq.dtype is dtype
+        assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+        assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize("kind", ["cut", "int4"])
+def test_another_type_never_shortens_position_embeddings(kind, tiny_llama, tmp_path) -> None:
+    model = saved(kind, tiny_llama(), tmp_path)
+    loaded = nncf_ext.load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {each.dtype for each in loaded.parameters() if each.is_floating_point()} == {torch.bfloat16}
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)

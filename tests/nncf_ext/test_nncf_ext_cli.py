@@ -187,6 +187,31 @@ def test_arguments_are_refused(folder, tmp_path, arguments, text):
     assert not (tmp_path / "out").exists()
 
 
+def change_config(folder, **entries):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
+def test_quantized_folder_is_refused_before_it_is_loaded(folder, tmp_path, method):
+    change_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    (folder / "model.safetensors").write_bytes(b"never read")
+    code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude")
+    assert code == 2 and f"quantized already (quantization_config in config.json: {method})" in output, output
+    assert "floating model it was made of" in output
+    assert ("nncf_ext.load_gptq" in output) is (method == "gptq")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{ damaged", "[1]", '{"model": 1}', '{"tokenizer_class": 1}'])
+def test_what_ails_a_tokenizer_is_said_in_a_line(folder, tmp_path, name, text):
+    """Errors of any type may come out of libraries; and code of the folder is advised only where there is some."""
+    (folder / name).write_text(text)
+    code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude")
+    assert code == 2 and "Error:" in output and "Traceback" not in output, output
+    assert "trust" not in output.replace("trust_remote_code=True", "")
+
+
 def test_code_in_the_folder_runs_only_on_request(folder, tmp_path, monkeypatch):
     """A config that points to code in the folder."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))

@@ -248,6 +248,7 @@ MERGE = ["merge", "FOLDER", "OUT", "--adapter", "ADAPTER"]
         ([*SEARCH, "--ranks", "6,4", "--samples", "0"], "--samples is a number of windows"),
         ([*SEARCH, "--ranks", "6,4", "--dataset", "absent.txt"], "no validation text absent.txt"),
         ([*SEARCH, "--ranks", "6,4", "--dataset", "BAD.jsonl"], "no JSON Lines file"),
+        ([*SEARCH, "--ranks", "6,4", "--dataset", "DEEP.jsonl"], "no JSON Lines file"),
         ([*SEARCH, "--ranks", "6,4", "--adapter", "FOLDER"], "is no folder of an adapter"),
         ([*SEARCH, "--ranks", "6,4", "--grid", "FOLDER"], "--grid belongs to --mode quant_aware"),
         (EXTRACT, "either --plan structure_plan.json, or --adapter"),
@@ -271,8 +272,9 @@ def test_arguments_are_refused(folder, adapter, tmp_path, arguments, text):
     group = {"patterns": [".*"], "ranks": [6, 4], "per": "block", "name": None}
     evaluation = {"point": {"model.layers.0.q_proj": 4}, "values": {"perplexity": 1.0}}
     files["REPORT"].write_text(json.dumps({"groups": [group], "chosen": None, "evaluations": [evaluation]}))
-    files |= {"DEEP": tmp_path / "deep.json", "POINTS": tmp_path / "points.json"}
-    files["DEEP"].write_text("[" * 100_000)
+    files |= {"DEEP": tmp_path / "deep.json", "POINTS": tmp_path / "points.json", "DEEP.jsonl": tmp_path / "deep.jsonl"}
+    for deep in ("DEEP", "DEEP.jsonl"):
+        files[deep].write_text("[" * 100_000)
     files["POINTS"].write_text(json.dumps({"groups": [group], "chosen": {"point": 5}, "evaluations": [evaluation]}))
     code, output = run(*[files.get(each, each) for each in arguments])
     assert code == 2 and "Error: " in output and text in output, output

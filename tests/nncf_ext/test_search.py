@@ -345,6 +345,23 @@ def test_files_that_are_no_journal_are_refused_and_kept(tmp_path, content):
     assert file.read_text() == content
 
 
+def test_the_lock_of_a_killed_process_does_not_stop_the_next(tmp_path, monkeypatch):
+    """The file is named from another folder than its own, where a link to that very name would lead nowhere."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    locks = []
+
+    def lock(path):
+        locks.append(optuna.storages.journal.JournalFileSymlinkLock(path, grace_period=3))
+        return locks[-1]
+
+    monkeypatch.setattr("nncf_ext.exploration.storage.JournalFileSymlinkLock", lock)
+    first = search(network(), [ACCURACY], budget=1, storage="work/search.log")
+    locks[-1].acquire()
+    again = search(network(), [ACCURACY], budget=2, storage="work/search.log")
+    assert again.evaluations[:1] == first.evaluations and len(again.evaluations) == 2
+
+
 def test_stock_optuna_reads_and_continues_the_file(tmp_path):
     file = tmp_path / "search.log"
     report = search(network(), [ACCURACY], sampler="random", budget=5, storage=file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,23 @@ def test_other_hooks_still_read_their_weights(tokenizer: Any, tmp_path: Path) ->
     oracle = plain(torch.bfloat16).float()
     oracle.get_parameter(name).data *= 2
     np.testing.assert_allclose(found, oracle(IDS).logits.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_script_keeps_its_mode() -> None:
+    with torch.no_grad():
+        script = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)), torch.ones(1, 4))
+    script.train()
+    getattr(script, "1").eval()
+    before = [module.training for module in script.modules()]
+    ov_ext.convert_model(script, example_input=torch.ones(2, 4))
+    assert [module.training for module in script.modules()] == before == [True, True, False]
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    model = Network()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="Network holds something that cannot be copied.*lock"):
+        ov_ext.convert_model(model, example_input=IDS)
 
 
 def test_a_stand_in_shares_weights_and_ties() -> None:
