@@ -171,9 +171,9 @@ class SparseWeights:
                     logger.info("%s: %d of %d layers are compressed", unit.name, done, len(targets))
             except KeyboardInterrupt as interrupt:
                 how = (
-                    f"resume={str(self._resume)!r} continues"
+                    f"the same call continues from {self._resume}"
                     if self._resume is not None
-                    else "a run with resume=FOLDER could have been continued"
+                    else "with resume=FOLDER (--resume FOLDER on the command line) it could have been continued"
                 )
                 msg = f"Interrupted: {done} of {len(targets)} layers are compressed, the others are untouched; {how}."
                 logger.warning(msg)
