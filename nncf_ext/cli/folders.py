@@ -41,6 +41,7 @@ def user_errors() -> Iterator[None]:
     Ends the command with exit code 2 and one line on stderr where the user, or what was given, is to blame.
     """
     try:
+        _hush_nncf()
         yield
     except (typer.Exit, typer.Abort):
         raise
@@ -61,6 +62,14 @@ def user_errors() -> Iterator[None]:
         )
         # Of what nobody expected, the kind says more than the text; the rest is for the log.
         _refuse(str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}", error)
+
+
+def _hush_nncf() -> None:
+    """NNCF writes to stdout, among the command's own output: errors only, from now on, without ``--verbose``."""
+    import nncf
+
+    if not logging.getLogger("nncf_ext").isEnabledFor(logging.DEBUG):
+        nncf.set_log_level(logging.ERROR)
 
 
 def _refuse(text: str, error: Exception) -> NoReturn:
