@@ -40,7 +40,7 @@ def own_lines(verbose: bool) -> Iterator[None]:
     For the time of a command, shows the log of these packages on stderr, each line with its time: warnings, and without
     a terminal, where there is no progress bar, progress. Libraries show errors only.
 
-    NNCF takes no notice: it sets its level, and writes to stdout, when it is imported.
+    A library that sets its level when it is imported takes no notice.
 
     :param verbose: Show all of the log, and leave the libraries as they are.
     """

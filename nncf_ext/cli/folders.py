@@ -41,7 +41,9 @@ def user_errors() -> Iterator[None]:
     Ends the command with exit code 2 and one line on stderr where the user, or what was given, is to blame.
     """
     try:
-        _hush_nncf()
+        import nncf
+
+        hush("nncf")
         yield
     except (typer.Exit, typer.Abort):
         raise
@@ -64,12 +66,14 @@ def user_errors() -> Iterator[None]:
         _refuse(str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}", error)
 
 
-def _hush_nncf() -> None:
-    """NNCF writes to stdout, among the command's own output: errors only, from now on, without ``--verbose``."""
-    import nncf
+def hush(library: str) -> None:
+    """
+    Without ``--verbose``, a library logs errors only, from now on. For those that set their level when imported.
 
+    :param library: Name of its logger; it has been imported.
+    """
     if not logging.getLogger("nncf_ext").isEnabledFor(logging.DEBUG):
-        nncf.set_log_level(logging.ERROR)
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _refuse(text: str, error: Exception) -> NoReturn:

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import nncf
+import peft
 import pytest
 
 import nncf_ext
@@ -63,6 +64,26 @@ def test_export_and_unpack_say_their_own_lines_only(folder: Path, tmp_path: Path
     assert done.returncode == 0 and done.stdout.startswith("Restored"), done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("Warning: OpenVINO cannot convert")
+
+
+@pytest.mark.slow
+def test_search_says_its_own_lines_only(folder: Path, tmp_path: Path) -> None:
+    model = peft.get_peft_model(nncf_ext.load_pretrained(folder), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    text = (
+        "--dataset",
+        tmp_path / "text.txt",
+        "--window",
+        "32",
+        "--samples",
+        "2",
+        "--storage",
+        tmp_path / "journal.log",
+    )
+    ranks = ("--adapter", tmp_path / "adapter", "--ranks", "4,2", "--budget", "2")
+    done = command("nncf-ext", "search", folder, tmp_path / "report.json", *ranks, *text)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert all(LINE.match(line) and "2 of 2" in line for line in done.stderr.splitlines()[1:]), done.stderr
 
 
 @pytest.mark.slow
