@@ -24,6 +24,7 @@ from ov_ext.decode import measure
 from ov_ext.extension import ExtensionUnavailableError, package_version
 from ov_ext.folder import refuse_existing, whole_folder, write_whole
 from ov_ext.genai import pipeline
+from ov_ext.noise import own_lines
 from ov_ext.optimum import TOKENIZER, WITHOUT_TOKENIZER, TokenizerError, load_tokenizer, save_tokenizer_ir
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
@@ -33,7 +34,6 @@ class _PlainErrors(typer.core.TyperGroup):
     """A user's mistake becomes one line instead of a traceback, and so does an error that nobody expected."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's Context is typer's base class
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # derived from RuntimeError
@@ -74,11 +74,15 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the libraries say, too, and where an error came from.")
+    ] = False,
 ) -> None:
-    pass
+    context.with_resource(own_lines(verbose))
 
 
 @app.command()
