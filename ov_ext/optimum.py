@@ -172,20 +172,18 @@ def export(
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse the tokenizer of another model; name tokens that this one has no row for, which are harmless unused."""
     rows = getattr(model.config.get_text_config(), "vocab_size", None)
-    numbers = {number: token for token, number in tokenizer.get_vocab().items()}
-    beyond = sorted(number for number in numbers if rows is not None and number >= rows)
-    if not beyond:
+    if rows is None:
         return
+    numbers = {number: token for token, number in tokenizer.get_vocab().items()}
+    beyond = sorted(number for number in numbers if number >= rows)
     if len(beyond) > max(64, rows // 20):
         msg = f"The tokenizer has {len(numbers)} tokens, the model embeds {rows}: they do not belong together."
         raise ValueError(msg)
-    some = ", ".join(f"{numbers[number]} ({number})" for number in beyond[:8])
-    logger.warning(
-        "The model embeds %d tokens, and its tokenizer has more: %s%s. Text with these cannot be read.",
-        rows,
-        some,
-        f" and {len(beyond) - 8} more" if len(beyond) > 8 else "",
-    )
+    if beyond:
+        some = ", ".join(f"{numbers[number]} ({number})" for number in beyond[:8])
+        more = f" and {len(beyond) - 8} more" if len(beyond) > 8 else ""
+        msg = "The model embeds %d tokens, and its tokenizer has more: %s%s. Text with these cannot be read."
+        logger.warning(msg, rows, some, more)
 
 
 def _task(model: PreTrainedModel) -> str:
