@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import openvino as ov
 
@@ -110,7 +110,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     task: str | None = None,
-    rest: Literal["int8"] | None = "int8",
+    rest: str | None = "int8",
     overwrite: bool = False,
 ) -> Path:
     """Export a model of transformers, sparse or compressed by NNCF, as a complete OpenVINO folder.
