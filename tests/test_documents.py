@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -55,3 +56,27 @@ def test_the_complete_example_runs(tmp_path: Path) -> None:
     assert "of 44 weights packed" in done.stdout  # how many depends on the CPU
     assert "def read_file(path):" in done.stdout
     assert (tmp_path / "samples" / "out" / "readme" / "openvino_model.bin").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "assets").symlink_to(ROOT / "samples" / "assets")
+    blocks = re.findall(
+        r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    (commands,) = blocks
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-euc", commands]
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    assert "weights packed" in done.stdout and done.stdout.splitlines()[-1].strip()
+    sizes = {
+        name: sum(each.stat().st_size for each in (tmp_path / "samples" / "out" / name).iterdir())
+        for name in ("smaller", "packed")
+    }
+    assert (
+        sizes["packed"]
+        < sizes["smaller"]
+        < sum(each.stat().st_size for each in (ROOT / "samples/assets/tiny_lm").iterdir())
+    )
