@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ov_ext import runtime
+from ov_ext.card import PACKED, remove_section, write_card
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
 from ov_ext.decode import measure
 from ov_ext.extension import ExtensionUnavailableError, package_version
 from ov_ext.folder import refuse_existing, whole_folder, write_whole
 from ov_ext.genai import pipeline
+from ov_ext.noise import own_lines
 from ov_ext.optimum import TOKENIZER, WITHOUT_TOKENIZER, TokenizerError, load_tokenizer, save_tokenizer_ir
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
@@ -32,7 +34,6 @@ class _PlainErrors(typer.core.TyperGroup):
     """A user's mistake becomes one line instead of a traceback, and so does an error that nobody expected."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's Context is typer's base class
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # derived from RuntimeError
@@ -73,11 +74,15 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the libraries say, too, and where an error came from.")
+    ] = False,
 ) -> None:
-    pass
+    context.with_resource(own_lines(verbose))
 
 
 @app.command()
@@ -208,17 +213,22 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
     refuse_existing(out, overwrite)
     with whole_folder(out, overwrite) as draft:
         core = runtime.add_extension(ov.Core())
-        done = set()
+        done, packed = set(), False
         for path in models:
             model = core.read_model(path)
             if change(path.name, model):
                 save_model(model, draft / path.name)
                 done |= {path.name, path.with_suffix(".bin").name}
+            packed = packed or model.has_rt_info(["ov_ext", "format"])
             del model
         for path in source.iterdir():
             if path.name not in done and not path.name.startswith("."):
                 copy = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, draft / path.name)
+        if packed:
+            write_card(draft, PACKED)
+        else:
+            remove_section(draft, PACKED)
         _add_tokenizer(draft)
 
 

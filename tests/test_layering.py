@@ -35,6 +35,7 @@ LAYERS = (
     "parameters",
     "upstream",
     "drafts",
+    "noise",
     "files",
     "progress",
     "journal",
@@ -67,6 +68,7 @@ LAYERS = (
 OV_EXT_LAYERS = (
     "card",
     "drafts",
+    "noise",
     "folder",
     "_build_info",
     "extension",
@@ -111,8 +113,9 @@ def test_the_packages_do_not_import_each_other(files: dict[str, Path], other: st
     assert {module for module in names if other in names[module]} <= {"nncf_ext.cli.export"}
 
 
-def test_what_both_packages_need_is_the_same_file_in_both() -> None:
-    assert (ROOT / "nncf_ext" / "drafts.py").read_bytes() == (ROOT / "ov_ext" / "drafts.py").read_bytes()
+@pytest.mark.parametrize("name", ["drafts.py", "noise.py"])
+def test_what_both_packages_need_is_the_same_file_in_both(name: str) -> None:
+    assert (ROOT / "nncf_ext" / name).read_bytes() == (ROOT / "ov_ext" / name).read_bytes()
 
 
 def test_imports_point_downward() -> None:

@@ -14,6 +14,7 @@ from nncf_ext.cli.export import export_folder
 from nncf_ext.cli.extract import extract_folder
 from nncf_ext.cli.merge import merge_folder
 from nncf_ext.cli.search import search_folder
+from nncf_ext.noise import own_lines
 
 # Without rich markup, which would eat patterns such as [qkv] and N:M in the help.
 app = typer.Typer(
@@ -34,8 +35,12 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the libraries say, too, and where an error came from.")
+    ] = False,
 ) -> None:
-    pass
+    context.with_resource(own_lines(verbose))

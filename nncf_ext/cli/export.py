@@ -32,6 +32,7 @@ def export_folder(
 
         import ov_ext
         import ov_ext.optimum
+        from ov_ext.card import PACKED, write_card
         from ov_ext.folder import refuse_existing, whole_folder
 
         try:
@@ -44,6 +45,8 @@ def export_folder(
                 if pack:
                     ir, report = ov_ext.pack_sparse_weights(core.read_model(path))
                     ov_ext.save_model(ir, path)
+                    if report.replaced:
+                        write_card(draft, PACKED)
                     show(report.summary())
         except (ValueError, ov_ext.ExtensionUnavailableError) as error:  # what ov_ext says to users
             raise nncf.ValidationError(str(error)) from error

@@ -41,6 +41,9 @@ def user_errors() -> Iterator[None]:
     Ends the command with exit code 2 and one line on stderr where the user, or what was given, is to blame.
     """
     try:
+        import nncf
+
+        hush("nncf")
         yield
     except (typer.Exit, typer.Abort):
         raise
@@ -61,6 +64,16 @@ def user_errors() -> Iterator[None]:
         )
         # Of what nobody expected, the kind says more than the text; the rest is for the log.
         _refuse(str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}", error)
+
+
+def hush(library: str) -> None:
+    """
+    Without ``--verbose``, a library logs errors only, from now on. For those that set their level when imported.
+
+    :param library: Name of its logger; it has been imported.
+    """
+    if not logging.getLogger("nncf_ext").isEnabledFor(logging.DEBUG):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _refuse(text: str, error: Exception) -> NoReturn:

@@ -17,6 +17,7 @@ from nncf_ext.cli.folders import (
     TrainedAs,
     TrustRemoteCode,
     check_new,
+    hush,
     load_adapted,
     user_errors,
 )
@@ -76,6 +77,7 @@ def search_folder(
         from nncf_ext.exploration.objectives import Objective
         from nncf_ext.files import write_whole
 
+        hush("optuna")
         check_new(out, overwrite)
         if plot is not None:
             check_new(plot, overwrite)

@@ -195,7 +195,7 @@ def _pack_graph(graph: ov.Model, policy: SparsePolicy, factory: NodeFactory) -> 
         if found is None:
             continue
         layer = _pack(found, policy, factory, blobs)
-        logger.info("%s: %s", layer.name, _joined(layer.form, layer.note))
+        logger.debug("%s: %s", layer.name, _joined(layer.form, layer.note))
         entries.append((layer, found.constant.get_name(), {k: v for k, v in found.nbytes.items() if k not in counted}))
         counted |= found.nbytes.keys()
     needed = {node.get_name() for node in graph.get_ops()}

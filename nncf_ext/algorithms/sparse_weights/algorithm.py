@@ -152,7 +152,7 @@ class SparseWeights:
                     self._compress_unit(model, unit, finished)
                     done += len(unit.layers)
                     progress.advance(task)
-                    logger.info("%s: %d of %d layers are compressed", unit.name, done, len(targets))
+                    logger.debug("%s: %d of %d layers are compressed", unit.name, done, len(targets))
             except KeyboardInterrupt as interrupt:
                 how = (
                     f"resume={str(self._resume)!r} continues"
