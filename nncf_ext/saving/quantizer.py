@@ -25,6 +25,7 @@ from nncf_ext.saving.folder import (
     GRID_VERSION,
     LAST,
     QUANT_METHOD,
+    blamed_on,
     check_tensor,
     passing_buffers,
     safetensors_of,
@@ -100,9 +101,11 @@ class GridQuantizer(HfQuantizer):
         stored = stored_tensors(self._files)
         shared = shared_names(self._files, stored)
         self._names = names = _names_in(model, {*stored, *shared})
-        self._hooks, self._commands = _hooks_in(model, self.quantization_config.compression_state, names)
         found = {names[name]: each for name, each in stored.items() if name in names}
-        check_grid(self._files[0].parent, {"compression_state": self._commands}, found, model)
+        described = self._files[0].parent / "config.json"
+        with blamed_on(described):
+            self._hooks, self._commands = _hooks_in(model, self.quantization_config.compression_state, names)
+            check_grid(described, {"compression_state": self._commands}, found, model)
         self._types = {}
         buffers = passing_buffers(model)
         for name, each in model.state_dict().items():
