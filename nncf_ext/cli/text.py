@@ -23,7 +23,8 @@ def read_windows(
     :param model: The model.
     :param purpose: What the text is for, for messages.
     :return: Model inputs: ``input_ids`` ``[1, window]`` int64 each.
-    :raises nncf.ValidationError: The file is not there, is no such text, or too short.
+    :raises nncf.ValidationError: The file is not there, is no such text, too short, or holds a token that the model
+        has no row for.
     """
     import nncf
     import torch
@@ -43,7 +44,16 @@ def read_windows(
         raise nncf.ValidationError(msg)
     stride = (len(tokens) - length) // max(count - 1, 1)
     starts = [index * max(stride, length) for index in range(count)]
-    return [{"input_ids": torch.tensor([tokens[start : start + length]])} for start in starts]
+    windows = [tokens[start : start + length] for start in starts]
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    unknown = next((token for each in windows for token in each if token >= rows), None)
+    if unknown is not None:
+        msg = (
+            f"{path} holds the token {tokenizer.convert_ids_to_tokens(unknown)!r}, number {unknown}, and the model's "
+            f"embedding has {rows} rows. Take that token out of the text, or use the model's own tokenizer."
+        )
+        raise nncf.ValidationError(msg)
+    return [{"input_ids": torch.tensor([each])} for each in windows]
 
 
 def _read(path: Path, purpose: str) -> str:

@@ -38,6 +38,7 @@ from nncf_ext.saving.folder import (
 )
 from nncf_ext.saving.grid import check_grid, check_scales, grid_in
 from nncf_ext.saving.layers import apply_overrides
+from nncf_ext.saving.report_file import restore_records
 from nncf_ext.upstream import HOOKS_PREFIX
 from nncf_ext.weights.sharing import tie
 
@@ -54,6 +55,7 @@ def load_pretrained(
     The model is of the class that the folder's configuration names under ``architectures``; a causal language model
     where it names none. Buffers that an ordinary folder does not hold (frequencies of position embeddings) are those
     that transformers makes, in float32. Folders of models on the grid, or with layers of different sizes, hold them.
+    ``compression_report(model)`` tells of each layer what it told before the model was saved.
 
     :param folder: The folder.
     :param dtype: Floating type of the weights that the forward sees; None keeps that of the file. Codes and scales on
@@ -70,8 +72,11 @@ def load_pretrained(
     if structured:
         _check_structure(source, content)
     if grid is None and not structured:
-        return _load_stock(source, content, dtype, trust_remote_code).eval()
-    return _load_own(source, content, grid, dtype, trust_remote_code).eval()
+        model = _load_stock(source, content, dtype, trust_remote_code)
+    else:
+        model = _load_own(source, content, grid, dtype, trust_remote_code)
+    restore_records(model, source)
+    return model.eval()
 
 
 def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | None, trust: bool) -> nn.Module:

@@ -33,6 +33,7 @@ from nncf_ext.saving.folder import (
     stored_tensors,
 )
 from nncf_ext.saving.grid import check_grid, check_scales, check_version, each_once, grid_of
+from nncf_ext.saving.report_file import restore_records
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name
 from nncf_ext.weights.sharing import tie
 
@@ -157,6 +158,7 @@ class GridQuantizer(HfQuantizer):
         model.load_state_dict(hook_state, strict=False, assign=True)
         tie(model, self._shared)
         check_scales(self._files[0].parent, model)
+        restore_records(model, self._files[0].parent)
         # The hooks are the description now. OpenVINO's converter would look for patches of its own for the method.
         del model.config.quantization_config
         return model.to(devices.pop())
