@@ -17,7 +17,7 @@ from nncf_ext.cli.folders import (
     save_model,
     user_errors,
 )
-from nncf_ext.cli.text import Samples, Window, read_windows
+from nncf_ext.cli.text import SOURCES, Column, DatasetConfig, Samples, Source, Split, Window, read_windows
 from nncf_ext.parameters import CompressMode
 
 
@@ -36,7 +36,10 @@ def compress_folder(
     pattern: Annotated[str | None, typer.Option(help="N:M: keep N of every M weights, such as 2:4.")] = None,
     quantization: Annotated[str | None, typer.Option(help="int4_sym, or nothing for floating weights.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns with one scale: 64 or 128 (default).")] = None,
-    dataset: Annotated[Path | None, typer.Option(help="Text to calibrate on: UTF-8, or JSON Lines (.jsonl).")] = None,
+    dataset: Annotated[str | None, typer.Option(help=f"What to calibrate on: {SOURCES}.")] = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = None,
+    column: Column = None,
     samples: Samples = 128,
     window: Window = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layer names to leave alone; repeatable.")] = None,
@@ -63,7 +66,8 @@ def compress_folder(
         check_new_folder(out_dir, overwrite)
         parameters = _parameters(mode, pattern=pattern, quantization=quantization, group_size=group_size)
         model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
-        items = None if dataset is None else read_windows(dataset, tokenizer, samples, window, model)
+        source = None if dataset is None else Source(dataset, dataset_config, split, column)
+        items = None if source is None else read_windows(source, tokenizer, samples, window, model)
         model = compress(
             model,
             mode,
