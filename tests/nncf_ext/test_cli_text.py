@@ -25,6 +25,12 @@ def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of rows rests for five seconds at its end."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
 def texts(source: Source, tokenizer: Any, samples: int = 100, window: int = 20) -> list[str]:
     items = read_windows(source, tokenizer, samples, window, MODEL)
     assert all(item["input_ids"].shape == (1, window) for item in items)
