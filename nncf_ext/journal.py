@@ -44,7 +44,7 @@ class Journal:
         # A run that was killed while it wrote the header has left a draft of it at most.
         drafts = set(folder.glob(f".{_HEADER}.*")) if folder.is_dir() else set()
         if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - drafts):
-            msg = f"resume={str(folder)!r} is neither a journal of an earlier {what} nor an empty or new folder."
+            msg = f"Asked to resume from {folder}: neither a journal of an earlier {what} nor an empty or new folder."
             raise nncf.ValidationError(msg)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _HEADER, lambda aside: aside.write_text(json.dumps(asked, indent=1)))

@@ -1,8 +1,10 @@
 """What is a model made of now: sparsity, bytes and error of every weight, and why a weight was left alone."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import nncf
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +14,20 @@ from nncf_ext.structure.blocks import Weight, survey
 from nncf_ext.upstream import INT4SymmetricWeightsDecompressor
 from nncf_ext.weights.int4 import codes_and_scales, weight_hooks
 from nncf_ext.weights.records import LayerRecord, record_of
+
+_TEXT, _NUMBER = (str, type(None)), (int, float)
+_KINDS: dict[str, Any] = {
+    "name": str,
+    "shape": list,
+    "sparsity": _NUMBER,
+    "bytes_before": int,
+    "bytes_after": int,
+    "precision": str,
+    "mode": _TEXT,
+    "error": (*_NUMBER, type(None)),
+    "error_of": _TEXT,
+    "note": _TEXT,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class CompressionReport:
     """
     :param weights: Every weight of the model with at least two axes, in the model's order.
 
-    ``str(report)`` is a table; :meth:`to_dict` gives plain data.
+    ``str(report)`` is a table; :meth:`to_dict` gives plain data, and :meth:`from_dict` reads it.
     """
 
     weights: tuple[WeightReport, ...]
@@ -89,6 +105,20 @@ class CompressionReport:
             "weights": [{**asdict(weight), "shape": list(weight.shape)} for weight in self.weights],
         }
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "CompressionReport":
+        """
+        :param content: As :meth:`to_dict` gives it. Totals are computed anew.
+        :return: The report.
+        :raises nncf.ValidationError: It is something else.
+        """
+        rows = content.get("weights")
+        if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+            msg = f"A report lists its weights, each with {', '.join(_KINDS)}. This is something else."
+            raise nncf.ValidationError(msg)
+        known = ({name: row[name] for name in _KINDS} for row in rows)
+        return cls(tuple(WeightReport(**{**row, "shape": tuple(row["shape"])}) for row in known))
+
     def table(self) -> Table:
         """
         :return: The report as a rich table.
@@ -130,7 +160,7 @@ def compression_report(model: nn.Module) -> CompressionReport:
 
     Sparsity and bytes are read from the weights themselves (INT4 codes included). Errors are those noted during
     ``compress()``: relative error of the layer's output on calibration tokens, or, without data, of the weight
-    (marked ``(w)`` in the table).
+    (marked ``(w)`` in the table). They are saved with the model, by ``save_pretrained()`` and ``load_pretrained()``.
 
     :param model: Any torch model.
     :return: The report.
@@ -158,7 +188,7 @@ def compression_report(model: nn.Module) -> CompressionReport:
                 mode=record.mode if treated else None,
                 error=record.error if treated else None,
                 error_of=record.error_of if treated else None,
-                note=record.note if treated else _reason(weight, hook, record),
+                note=record.note if treated else reason_untouched(weight, hook, record),
             )
         )
     return CompressionReport(tuple(rows))
@@ -180,8 +210,23 @@ def _precision(weight: Weight, hook: nn.Module | None) -> str:
     return str(weight.parameter.dtype).removeprefix("torch.")
 
 
-def _reason(weight: Weight, hook: nn.Module | None, record: LayerRecord) -> str:
-    """Why `compress()` did not treat a weight."""
+def reason_untouched(weight: Weight, hook: nn.Module | None, record: LayerRecord | None = None) -> str:
+    """
+    :param weight: A weight that `compress()` did not treat.
+    :param hook: NNCF's hook behind it.
+    :param record: What was noted about its layer.
+    :return: Why it was not treated.
+    """
     if hook is not None:
         return f"compressed by NNCF ({type(hook).__name__})"
-    return record.untouched or weight.untouched or "not compressed"
+    noted = None if record is None else record.untouched
+    return noted or weight.untouched or "not compressed"
+
+
+def _is_row(row: Any) -> bool:
+    """Whether plain data is that of a :class:`WeightReport`."""
+    return (
+        isinstance(row, dict)
+        and all(name in row and isinstance(row[name], kinds) for name, kinds in _KINDS.items())
+        and all(isinstance(size, int) for size in row["shape"])
+    )

@@ -53,6 +53,13 @@ def write_card(folder: Path, section: tuple[str, str], source: Path | None = Non
     (folder / CARD).write_text(f"{without_section(text, heading).rstrip()}\n\n## {heading}\n\n{body}", encoding="utf-8")
 
 
+def remove_section(folder: Path, section: tuple[str, str]) -> None:
+    """Take a section out of the card of a folder, where it is."""
+    text = _read(folder)
+    if (shorter := without_section(text, section[0])) != text:
+        (folder / CARD).write_text(f"{shorter.rstrip()}\n", encoding="utf-8")
+
+
 def without_section(text: str, heading: str) -> str:
     """:return: A card without the section of that heading."""
     before, found, after = text.partition(f"\n## {heading}\n")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ov_ext import runtime
+from ov_ext.card import PACKED, remove_section, write_card
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
 from ov_ext.decode import measure
@@ -212,17 +213,22 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
     refuse_existing(out, overwrite)
     with whole_folder(out, overwrite) as draft:
         core = runtime.add_extension(ov.Core())
-        done = set()
+        done, packed = set(), False
         for path in models:
             model = core.read_model(path)
             if change(path.name, model):
                 save_model(model, draft / path.name)
                 done |= {path.name, path.with_suffix(".bin").name}
+            packed = packed or model.has_rt_info(["ov_ext", "format"])
             del model
         for path in source.iterdir():
             if path.name not in done and not path.name.startswith("."):
                 copy = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, draft / path.name)
+        if packed:
+            write_card(draft, PACKED)
+        else:
+            remove_section(draft, PACKED)
         _add_tokenizer(draft)
 
 

@@ -6,11 +6,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import openvino as ov
 
 from ov_ext import runtime, state_space
+from ov_ext.card import EXPORTED, write_card
 from ov_ext.convert import save_model
 from ov_ext.folder import whole_folder
 from ov_ext.leftovers import narrow_constants, quantize_rest
@@ -105,14 +106,14 @@ def load_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
 
 def export(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     out: str | os.PathLike[str],
     *,
-    task: str = "text-generation-with-past",
-    rest: Literal["int8"] | None = "int8",
+    task: str | None = None,
+    rest: str | None = "int8",
     overwrite: bool = False,
 ) -> Path:
-    """Export a torch language model, sparse or compressed by NNCF, as a complete OpenVINO folder.
+    """Export a model of transformers, sparse or compressed by NNCF, as a complete OpenVINO folder.
 
     INT4 weights in NNCF's torch form keep their integers and scales bit for bit. Of a compressed model, the embedding
     and the head go on INT8 where they are not compressed (``rest``). Nothing else is rounded: floating weights keep
@@ -122,34 +123,36 @@ def export(
     without a state space keep the state of their convolution only.
 
     The model stays as it was, in every floating type. It may be in bf16 or f16, too: activations are computed in f32
-    all the same. A tokenizer that OpenVINO cannot convert is saved for transformers only, with a warning.
+    all the same. A tokenizer that OpenVINO cannot convert is saved for transformers only, with a warning. A few tokens
+    more than the model embeds get a warning that names them.
 
     :param model: The torch model, all of it in memory.
-    :param tokenizer: Its tokenizer.
-    :param out: Folder for the stateful IR, tokenizer and detokenizer IR, tokenizer files, config and generation config.
-    :param task: Optimum's name of the task.
+    :param tokenizer: Its tokenizer; None for a model of something else than text.
+    :param out: Folder for the IR (of a language model: stateful), tokenizer and detokenizer IR, tokenizer files, config
+        and generation config.
+    :param task: Optimum's name of the task, such as ``"text-classification"``; None: that of the model's class.
     :param rest: What to do with the embedding and the head of a model whose other layers are sparse or quantized:
         ``"int8"`` rounds them to INT8 with one scale for each token, as NNCF does in its 4-bit modes; None keeps them.
     :param overwrite: Replace an existing model folder once the new one is complete.
     :return: The folder.
-    :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or a layer without attention
-        leaves a gap in the cache, or weights are not in memory.
+    :raises ValueError: The tokenizer has many more tokens than the model, the folder exists, or a layer without
+        attention leaves a gap in the cache, or weights are not in memory.
     :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
     if rest not in ("int8", None):
         raise ValueError(f"rest is 'int8' or None, got {rest!r}.")
-    vocabulary = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        msg = f"The tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}: they do not belong together."
-        raise ValueError(msg)
+    if tokenizer is not None:
+        _check_vocabulary(model, tokenizer)
+    task = task or _task(model)
     out = Path(out)
     size = sum(parameter.nbytes for parameter in model.parameters())
     with whole_folder(out, overwrite, size) as draft:
-        tokenizer.save_pretrained(draft)
-        try:
-            save_tokenizer_ir(tokenizer, draft)
-        except TokenizerError as error:
-            logger.warning("%s %s", error, WITHOUT_TOKENIZER)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+            try:
+                save_tokenizer_ir(tokenizer, draft)
+            except TokenizerError as error:
+                logger.warning("%s %s", error, WITHOUT_TOKENIZER)
         if model.config.model_type in state_space.MODEL_TYPES:
             # Optimum cannot export these models with the releases of transformers that it supports.
             save_model(state_space.convert_state_space_model(model), draft / MODEL)
@@ -158,8 +161,37 @@ def export(
                 model.generation_config.save_pretrained(draft)
         else:
             _export_by_optimum(model, draft, task)
-        _shrink(draft / MODEL, rest)
+        for path in draft.glob("*.xml"):
+            if path.name not in (TOKENIZER, DETOKENIZER):
+                _shrink(path, rest)
+        source = getattr(model.config, "_name_or_path", "")
+        write_card(draft, EXPORTED, Path(source) if source else None)
     return out
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse the tokenizer of another model; name tokens that this one has no row for, which are harmless unused."""
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    if rows is None:
+        return
+    numbers = {number: token for token, number in tokenizer.get_vocab().items()}
+    beyond = sorted(number for number in numbers if number >= rows)
+    if len(beyond) > max(64, rows // 20):
+        msg = f"The tokenizer has {len(numbers)} tokens, the model embeds {rows}: they do not belong together."
+        raise ValueError(msg)
+    if beyond:
+        some = ", ".join(f"{numbers[number]} ({number})" for number in beyond[:8])
+        more = f" and {len(beyond) - 8} more" if len(beyond) > 8 else ""
+        msg = "The model embeds %d tokens, and its tokenizer has more: %s%s. Text with these cannot be read."
+        logger.warning(msg, rows, some, more)
+
+
+def _task(model: PreTrainedModel) -> str:
+    from optimum.exporters.tasks import TasksManager
+
+    task = str(TasksManager.infer_task_from_model(model, library_name="transformers"))
+    generates = task in ("text-generation", "text2text-generation", "automatic-speech-recognition")
+    return f"{task}-with-past" if generates else task
 
 
 def _shrink(path: Path, rest: str | None) -> None:

@@ -36,6 +36,13 @@ def compress_folder(
     pattern: Annotated[str | None, typer.Option(help="N:M: keep N of every M weights, such as 2:4.")] = None,
     quantization: Annotated[str | None, typer.Option(help="int4_sym, or nothing for floating weights.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns with one scale: 64 or 128 (default).")] = None,
+    group_size_fallback: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers whose inputs the group does not divide: error (default); adjust: smaller groups, or floating "
+            "where none divides them; ignore: floating."
+        ),
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help=f"What to calibrate on: {SOURCES}.")] = None,
     dataset_config: DatasetConfig = None,
     split: Split = None,
@@ -64,7 +71,13 @@ def compress_folder(
         from nncf_ext.weights.records import plan_of
 
         check_new_folder(out_dir, overwrite)
-        parameters = _parameters(mode, pattern=pattern, quantization=quantization, group_size=group_size)
+        parameters = _parameters(
+            mode,
+            pattern=pattern,
+            quantization=quantization,
+            group_size=group_size,
+            group_size_fallback_mode=group_size_fallback,
+        )
         model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
         source = None if dataset is None else Source(dataset, dataset_config, split, column)
         items = None if source is None else read_windows(source, tokenizer, samples, window, model)
@@ -93,7 +106,7 @@ def _parameters(mode: CompressMode, **options: Any) -> Any:
         return given.keys() <= {field.name for field in fields(import_class(other.method.parameters))}
 
     if not takes(mode):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        names = ", ".join(f"--{name.removesuffix('_mode').replace('_', '-')}" for name in given)
         able = ", ".join(other.value for other in CompressMode if takes(other))
         msg = f"Asked for {names} with mode {mode.value}, which does not take it; {able or 'no mode'} would."
         raise nncf.ParameterNotSupportedError(msg)

@@ -15,6 +15,10 @@ def export_folder(
     model_dir: ModelDir,
     out_dir: OutDir,
     pack: Annotated[bool, typer.Option("--pack", help="Pack sparse weights, as ov-ext pack does by default.")] = False,
+    rest: Annotated[
+        str,
+        typer.Option(help="Embedding and head of a compressed model, where they are not: int8, or none to keep them."),
+    ] = "int8",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the whole OpenVINO folder OUT_DIR.")] = False,
@@ -32,18 +36,22 @@ def export_folder(
 
         import ov_ext
         import ov_ext.optimum
+        from ov_ext.card import PACKED, write_card
         from ov_ext.folder import refuse_existing, whole_folder
 
+        left = None if rest == "none" else rest
         try:
             refuse_existing(out_dir, overwrite)
             if pack:
                 core = ov_ext.add_extension(ov.Core())
             model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
             with whole_folder(out_dir, overwrite) as draft:
-                path = ov_ext.optimum.export(model, tokenizer, draft) / ov_ext.optimum.MODEL
+                path = ov_ext.optimum.export(model, tokenizer, draft, rest=left) / ov_ext.optimum.MODEL
                 if pack:
                     ir, report = ov_ext.pack_sparse_weights(core.read_model(path))
                     ov_ext.save_model(ir, path)
+                    if report.replaced:
+                        write_card(draft, PACKED)
                     show(report.summary())
         except (ValueError, ov_ext.ExtensionUnavailableError) as error:  # what ov_ext says to users
             raise nncf.ValidationError(str(error)) from error

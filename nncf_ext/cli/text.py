@@ -56,7 +56,8 @@ def read_windows(source: Source, tokenizer: Any, samples: int, window: int | Non
     :param window: Their length, tokens; None: the longest the model takes, 2048 at most.
     :param model: The model.
     :return: Model inputs: ``input_ids`` ``[1, window]`` int64 each.
-    :raises nncf.ValidationError: There is no such text, or it is too short.
+    :raises nncf.ValidationError: There is no such text, it is too short, or it holds a token that the model has no row
+        for.
     """
     import nncf
     import torch
@@ -81,7 +82,16 @@ def read_windows(source: Source, tokenizer: Any, samples: int, window: int | Non
         raise nncf.ValidationError(msg)
     stride = (len(tokens) - length) // max(count - 1, 1)
     starts = [index * max(stride, length) for index in range(count)]
-    return [{"input_ids": torch.tensor([tokens[start : start + length]])} for start in starts]
+    windows = [tokens[start : start + length] for start in starts]
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    unknown = next((token for each in windows for token in each if token >= rows), None)
+    if unknown is not None:
+        msg = (
+            f"{source.name} holds the token {tokenizer.convert_ids_to_tokens(unknown)!r}, number {unknown}, and the "
+            f"model's embedding has {rows} rows. Take that token out of the text, or use the model's own tokenizer."
+        )
+        raise nncf.ValidationError(msg)
+    return [{"input_ids": torch.tensor([each])} for each in windows]
 
 
 def _texts(source: Source, tokenizer: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -10,6 +11,7 @@ from random import Random
 import nncf
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -29,6 +31,8 @@ Places = tuple[int, ...]
 
 _WHAT = "nncf_ext"
 """Attribute of a study that says what it searches: space and objectives. Another search must not continue from it."""
+_SIZES = "sizes"
+"""Attribute of a trial: the size of every dimension, for people. Its parameters are places, for samplers."""
 _REPEATS = 200
 """A sampler that proposes nothing new this many times in a row has nothing left."""
 _POPULATION = 20
@@ -65,6 +69,8 @@ def search(
         report tells the gap between validation and test.
     :param storage: File to keep every result in (Optuna's journal), or the URL of a data base; an interrupted or
         finished search continues from it, and several processes may search together. None keeps results in memory.
+        For Optuna's own tools (optuna-dashboard, plots), each trial has its point in the user attribute ``sizes``, and
+        the values bear the names of the objectives.
     :param study_name: Name of the study in the storage.
     :param seed: Seed of the members of SearchSampler. A search that continues from storage gives the same as one that
         was not interrupted, wherever it was killed.
@@ -149,6 +155,11 @@ def _open(
             f"{study.user_attrs.get(_WHAT)}. Name another file or another study_name."
         )
         raise nncf.ValidationError(msg)
+    names = [objective.name for objective in objectives]
+    if study.metric_names != names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(names)
     return study
 
 
@@ -175,9 +186,11 @@ def _run(
 
         def measure(trial: optuna.Trial | FrozenTrial) -> bool:
             places = _places(trial, space)
+            point = space.decode(places)
+            if isinstance(trial, optuna.Trial):
+                trial.set_user_attr(_SIZES, point)
             new = places not in known
             if new:
-                point = space.decode(places)
                 net.activate(point)
                 known[places] = tuple(objective(point) for objective in objectives)
             # Another process on the same storage may have finished this very trial.

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nncf_ext.drafts import whole_folder
 from nncf_ext.files import let_others_read
+from nncf_ext.report import compression_report
 from nncf_ext.saving.folder import (
     ADAPTER_CONFIG,
     GRID_CONFIG,
@@ -37,6 +38,7 @@ from nncf_ext.saving.folder import (
     passing_buffers,
 )
 from nncf_ext.saving.layers import edits_from_config, layer_overrides
+from nncf_ext.saving.report_file import write_report
 from nncf_ext.structure.wrappers import unwrapped
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.sharing import place_of
@@ -56,7 +58,8 @@ _OF_A_MODEL = re.compile(
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
-    Writes a compressed Hugging Face model. Weights go into safetensors files only.
+    Writes a compressed Hugging Face model. Weights go into safetensors files only; what compression noted about the
+    layers goes into ``compression_report.json`` (weights from before rounding do not).
 
     A folder that is there already is the old one until the new one is complete, and needs the disk space of both. Of
     its files, those of another model (weights of any format and name that transformers reads, their indexes,
@@ -85,6 +88,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise nncf.ValidationError(msg)
     with whole_folder(folder, keeps=lambda name: is_adapter or not _OF_A_MODEL.fullmatch(name)) as draft:
         _save(model, draft)
+        if not is_adapter:
+            write_report(compression_report(model), draft)
         let_others_read(draft)
 
 

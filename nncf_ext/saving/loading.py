@@ -37,6 +37,7 @@ from nncf_ext.saving.folder import (
     stored_tensors,
 )
 from nncf_ext.saving.layers import apply_overrides
+from nncf_ext.saving.report_file import restore_records
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, scale_of
 from nncf_ext.weights.int4 import PackedInt4Weight, decompressors
 from nncf_ext.weights.sharing import names_of_parameters, tie
@@ -56,6 +57,7 @@ def load_pretrained(
     The model is of the class that the folder's configuration names under ``architectures``; a causal language model
     where it names none. Buffers that an ordinary folder does not hold (frequencies of position embeddings) are those
     that transformers makes, in float32. Folders of models on the grid, or with layers of different sizes, hold them.
+    ``compression_report(model)`` tells of each layer what it told before the model was saved.
 
     :param folder: The folder.
     :param dtype: Floating type of the weights that the forward sees; None keeps that of the file. Codes and scales on
@@ -72,8 +74,11 @@ def load_pretrained(
     if structured:
         _check_structure(source, content)
     if not on_grid and not structured:
-        return _load_stock(source, content, dtype, trust_remote_code).eval()
-    return _load_own(source, content, dtype, trust_remote_code, on_grid).eval()
+        model = _load_stock(source, content, dtype, trust_remote_code)
+    else:
+        model = _load_own(source, content, dtype, trust_remote_code, on_grid)
+    restore_records(model, source)
+    return model.eval()
 
 
 def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | None, trust: bool) -> nn.Module:

@@ -20,7 +20,7 @@ class LayerRecord:
     :param note: What the user asked for and did not get on this layer, or None.
     :param prerounding: With ``keep_prerounding``: the masked, error-compensated weight as it was just before rounding,
         ``[out_features, in_features]`` float32. ``round_to_grid(prerounding, scales)`` gives the codes exactly. It is
-        not part of the state dict.
+        not part of the state dict, and not saved with a model; all else is.
     """
 
     mode: str | None = None

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import nncf
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from nncf_ext.cli.text import Source, read_windows
@@ -17,7 +18,9 @@ from nncf_ext.cli.text import Source, read_windows
 ROWS = [f"{index:02d}: a row of texts" for index in range(40)]  # 18 letters, which are 18 tokens here
 CHATS = [[{"role": "user", "content": row}, {"role": "assistant", "content": "So it is."}] for row in ROWS]
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}#"
-MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+MODEL = SimpleNamespace(
+    config=SimpleNamespace(max_position_embeddings=64), get_input_embeddings=lambda: torch.nn.Embedding(320, 1)
+)
 
 
 @pytest.fixture

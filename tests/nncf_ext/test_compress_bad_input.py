@@ -61,8 +61,6 @@ CASES = [
             {"quantization": INT4, "group_size": 32}),
     BadCase("other quantization", nncf.ParameterNotSupportedError, "int8_asym.*INT4_SYM", {},
             {"quantization": nncf.CompressWeightsMode.INT8_ASYM}),
-    BadCase("fallback", nncf.ParameterNotSupportedError, "ADJUST", {},
-            {"quantization": INT4, "group_size_fallback_mode": nncf.GroupSizeFallbackMode.ADJUST}),
     BadCase("prerounding of nothing", nncf.ValidationError, "no quantization", {}, {"keep_prerounding": True}),
     BadCase("damping", nncf.ValidationError, "above 0.*got 0", {}, {"damping": 0.0}),
     BadCase("block against group", nncf.ValidationError, "multiple of 128.*got 64", {},

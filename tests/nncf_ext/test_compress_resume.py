@@ -97,7 +97,7 @@ def test_interrupted_model_is_consistent(tiny_llama, token_dataset, logits_of, q
     original, model = tiny_llama(4), tiny_llama(4)
     model.train()
     message = interrupted(model, CompressMode.SPARSE_GPT, 15, **settings(quantization, token_dataset))
-    assert "14 of 28 layers" in message and "resume=FOLDER" in message
+    assert "14 of 28 layers" in message and "resume=FOLDER (--resume FOLDER on the command line)" in message
     rows = {row.name: row for row in nncf_ext.compression_report(model).weights}
     for name, value in original.state_dict().items():
         if "proj" not in name:

@@ -187,6 +187,27 @@ def test_arguments_are_refused(folder, tmp_path, arguments, text):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_token_without_a_row_is_refused_where_it_occurs(folder, tmp_path):
+    """The tokenizer has five tokens more than the embedding has rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<fill{index}>" for index in range(320 - len(tokenizer))])  # these have rows
+    tokenizer.add_tokens([f"<unused{index}>" for index in range(5)])
+    tokenizer.save_pretrained(folder)
+    arguments = ["--mode", "sparse_wanda", "--window", "32", "--samples", "4", "--dataset"]
+    code, output = run(folder, tmp_path / "out", *arguments, tmp_path / "text.txt")
+    assert code == 0, output
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 325
+    (tmp_path / "known.txt").write_text("A fox. <fill7> " * 40)
+    code, output = run(folder, tmp_path / "known", *arguments, tmp_path / "known.txt")
+    assert code == 0, output
+    (tmp_path / "other.txt").write_text("A fox. <unused3> " * 40)
+    code, output = run(folder, tmp_path / "other", *arguments, tmp_path / "other.txt")
+    assert code == 2, output
+    assert "other.txt holds the token '<unused3>', number 323, and the model's embedding has 320 rows" in output
+
+
 def change_config(folder, **entries):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))

@@ -1,5 +1,7 @@
 """``nncf-ext export``: from a Hugging Face folder, compressed or not, to a folder that OpenVINO runs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import nncf
@@ -56,7 +58,7 @@ def test_a_compressed_folder_becomes_a_packed_one_that_chats(tmp_path):
     tokenizer.chat_template = "{% for message in messages %}<<{{ message['content'] }}>>{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "int4")
     for name, options in (("stock", []), ("packed", ["--pack"])):
-        code, output = run(tmp_path / "int4", tmp_path / name, *options)
+        code, output = run(tmp_path / "int4", tmp_path / name, "--rest", "none", *options)
         assert code == 0, output
         assert ("weights packed" in output) == bool(options) and "ov-ext generate" in output
     np.testing.assert_allclose(logits(tmp_path / "stock", ids), grid(ids).logits.detach().numpy(), rtol=0, atol=2e-2)
@@ -85,3 +87,20 @@ def test_refusals_come_before_the_work(folder, tmp_path):
         code, output = run(*arguments)
         assert code == 2 and message in output and "Traceback" not in output, output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_optimum_has_a_command_for_it(tmp_path):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "head_dim": 8, "intermediate_size": 512}
+    nncf_ext.save_pretrained(make("llama", vocab_size=3072, **sizes), tmp_path / "dense")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "dense")
+    command = [Path(sys.executable).parent / "optimum-cli", "export", "openvino-packed", "-m", tmp_path / "dense"]
+    first = subprocess.run([*command, tmp_path / "packed"], capture_output=True, text=True, cwd="/")
+    assert first.returncode == 0, first.stderr
+    kinds = {
+        node.get_type_name()
+        for node in ov_ext.add_extension(ov.Core()).read_model(tmp_path / "packed" / "openvino_model.xml").get_ops()
+    }
+    assert "SparseMatMul" in kinds
+    again = subprocess.run([*command, tmp_path / "packed"], capture_output=True, text=True, cwd="/")
+    assert again.returncode == 2 and "exists" in again.stderr and "Traceback" not in again.stderr

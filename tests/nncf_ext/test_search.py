@@ -365,14 +365,45 @@ def test_the_lock_of_a_killed_process_does_not_stop_the_next(tmp_path, monkeypat
 def test_stock_optuna_reads_and_continues_the_file(tmp_path):
     file = tmp_path / "search.log"
     report = search(network(), [ACCURACY], sampler="random", budget=5, storage=file)
-    stock = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
-    study = optuna.load_study(study_name="nncf_ext", storage=stock)
+    study = stock_study(file)
     assert [trial.value for trial in study.trials] == [each.values["accuracy"] for each in report.evaluations]
     trial = study.ask({name: optuna.distributions.IntDistribution(0, 2) for name in network().space.dimensions})
     places = tuple(trial.params.values())
     study.tell(trial, 77.0)
     again = search(network(), [ACCURACY], sampler="random", budget=6, storage=file)
     assert again.evaluations[5].values == {"accuracy": 77.0} and network().space.encode(again.best) == places
+
+
+def stock_study(file):
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+    return optuna.load_study(study_name="nncf_ext", storage=storage)
+
+
+def test_tools_of_optuna_show_sizes_and_names(tmp_path, recwarn):
+    file = tmp_path / "search.log"
+    report = search(network(), [ACCURACY, COST], sampler="nsga2", budget=6, storage=file)
+    assert not [each for each in recwarn if issubclass(each.category, optuna.exceptions.ExperimentalWarning)]
+    study = stock_study(file)
+    assert study.metric_names == ["accuracy", "cost"]
+    sizes = [trial.user_attrs["sizes"] for trial in study.trials]
+    assert sizes[0] == dict.fromkeys(network().space.dimensions, 24)
+    assert [cost(each) for each in sizes] == [trial.values[1] for trial in study.trials]
+    assert all(each.point in sizes for each in report.evaluations)
+
+
+def test_a_file_without_sizes_and_names_continues(tmp_path):
+    """As earlier releases wrote it."""
+    settings = {"sampler": "random", "seed": 3}
+    whole, old = tmp_path / "whole.log", tmp_path / "old.log"
+    search(network(), [ACCURACY], budget=4, storage=whole, **settings)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if b'"sizes"' not in line and b"metric_names" not in line]
+    assert len(kept) == len(lines) - 5
+    old.write_bytes(b"".join(kept))
+    reports = [search(network(), [ACCURACY], budget=7, storage=file, **settings) for file in (whole, old)]
+    assert reports[0].evaluations == reports[1].evaluations
+    assert stock_study(old).metric_names == ["accuracy"]
+    assert ["sizes" in trial.user_attrs for trial in stock_study(old).trials] == [False] * 4 + [True] * 3
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ov_ext.card import CARD, EXPORTED, PACKED, write_card
+from ov_ext.card import CARD, EXPORTED, PACKED, remove_section, write_card
 
 SOURCE = """---
 license: mit
@@ -44,6 +44,15 @@ def test_the_card_of_the_source_is_carried_on(tmp_path: Path) -> None:
     headings = [line for line in card.text.splitlines() if line.startswith("## ")]
     assert headings == ["## Licence", "## In OpenVINO", "## Packed weights"]
     assert (tmp_path / "source" / CARD).read_text() == SOURCE
+
+
+def test_a_section_goes(tmp_path: Path) -> None:
+    write_card(tmp_path, EXPORTED)
+    before = (tmp_path / CARD).read_text()
+    write_card(tmp_path, PACKED)
+    remove_section(tmp_path, PACKED)
+    assert (tmp_path / CARD).read_text() == before
+    remove_section(tmp_path / "nowhere", PACKED)
 
 
 def test_a_card_that_is_no_text_is_replaced(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import nncf
 import torch
 from torch import nn
 
-from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters
+from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters, smaller_groups
 from nncf_ext.algorithms.sparse_weights.solver import (
     AdaptiveMask,
     FixedMask,
@@ -104,18 +104,34 @@ class SparseWeights:
                     f"{_some(misfits)}. Put them into the ignored scope or choose another pattern."
                 )
                 raise nncf.ValidationError(msg)
-        misfits = [name for name in targets if self._quantize and not self._fits_group(targets[name])]
+        misfits = [name for name, layer in targets.items() if self._quantize and self._group_of(layer) is None]
         if misfits:
-            other = 64 if self._parameters.group_size == 128 else 128
-            msg = (
-                f"in_features is no multiple of group size {self._parameters.group_size} in {_some(misfits)}. "
-                f"Use group_size={other}, put them into the ignored scope, or leave them floating with "
-                "group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE."
+            self._check_left_floating(misfits, targets)
+
+    def _check_left_floating(self, misfits: list[str], targets: Mapping[str, nn.Linear]) -> None:
+        """Layers that no group divides are meant to be left floating, and are not all."""
+        size = self._parameters.group_size
+        smaller = [
+            str(other)
+            for other in smaller_groups(size)
+            if any(targets[name].in_features % other == 0 for name in misfits)
+        ]
+        refused = self._parameters.group_size_fallback_mode == nncf.GroupSizeFallbackMode.ERROR
+        msg = f"in_features is no multiple of group size {size} in {_some(misfits)}. "
+        if smaller:
+            msg += (
+                f"group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST takes groups of {' or '.join(smaller)} "
+                "where these fit, and IGNORE leaves such layers floating (--group-size-fallback). "
             )
-            if self._parameters.group_size_fallback_mode == nncf.GroupSizeFallbackMode.ERROR:
-                raise nncf.InvalidGroupSizeError(msg)
-            if len(misfits) == len(targets):
-                raise nncf.ValidationError(msg.replace("Use", "No layer would be quantized. Use"))
+        elif refused:
+            msg += (
+                "group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE leaves such layers floating "
+                "(--group-size-fallback ignore). "
+            )
+        if refused:
+            raise nncf.InvalidGroupSizeError(f"{msg}Or put them into the ignored scope.")
+        if len(misfits) == len(targets):
+            raise nncf.ValidationError(f"{msg}No layer would be quantized.")
 
     def apply(self, model: nn.Module, survey: Survey) -> None:
         """
@@ -155,9 +171,9 @@ class SparseWeights:
                     logger.debug("%s: %d of %d layers are compressed", unit.name, done, len(targets))
             except KeyboardInterrupt as interrupt:
                 how = (
-                    f"resume={str(self._resume)!r} continues"
+                    f"the same call continues from {self._resume}"
                     if self._resume is not None
-                    else "a run with resume=FOLDER could have been continued"
+                    else "with resume=FOLDER (--resume FOLDER on the command line) it could have been continued"
                 )
                 msg = f"Interrupted: {done} of {len(targets)} layers are compressed, the others are untouched; {how}."
                 logger.warning(msg)
@@ -211,8 +227,8 @@ class SparseWeights:
     ) -> Solution:
         weight = layer.weight.detach().float().clone()
         adaptive = self._mode is CompressMode.SPARSE_GPT
-        rounds = self._quantize and self._fits_group(layer)
-        if not adaptive and not rounds:
+        group_size = self._group_of(layer)
+        if not adaptive and group_size is None:
             return Solution(weight.masked_fill_(self._row_mask(weight, statistic), 0.0))
         if statistic is None:
             msg = f"{self._mode} reached a column walk without input statistics."
@@ -234,8 +250,8 @@ class SparseWeights:
             factors[id(statistic)],
             choose,
             block_size=self._parameters.block_size,
-            group_size=self._parameters.group_size if rounds else None,
-            keep_prerounding=self._parameters.keep_prerounding and rounds,
+            group_size=group_size,
+            keep_prerounding=self._parameters.keep_prerounding and group_size is not None,
         )
 
     def _row_mask(self, weight: torch.Tensor, statistic: InputStatistics | None) -> torch.Tensor:
@@ -262,22 +278,26 @@ class SparseWeights:
             error, error_of = statistic.output_error(old, new), "output"
         else:
             error, error_of = _weight_error(old, new), "weight"
-        wanted_grid = self._quantize and codes is None
         record = LayerRecord(
             mode=self._mode.value,
             bytes_before=old.nbytes,
             error=error,
             error_of=error_of,
-            note=f"not quantized: {layer.in_features} inputs are no multiple of group size "
-            f"{self._parameters.group_size}"
-            if wanted_grid
-            else None,
+            note=self._group_note(layer),
             prerounding=solution.prerounding,
         )
         return LayerResult(new, codes, scales, record)
 
-    def _fits_group(self, layer: nn.Linear) -> bool:
-        return layer.in_features % self._parameters.group_size == 0
+    def _group_of(self, layer: nn.Linear) -> int | None:
+        return self._parameters.group_of(layer.in_features)
+
+    def _group_note(self, layer: nn.Linear) -> str | None:
+        """What became of the group size on a layer that it does not divide."""
+        asked, taken = self._parameters.group_size, self._group_of(layer)
+        if not self._quantize or taken == asked:
+            return None
+        done = "not quantized" if taken is None else f"group size {taken}"
+        return f"{done}: {layer.in_features} inputs are no multiple of group size {asked}"
 
     def _check_fresh(self, model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
         hooks = weight_hooks(model)

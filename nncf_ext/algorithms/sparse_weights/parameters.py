@@ -11,6 +11,14 @@ GROUP_SIZES = (64, 128)
 QUANTIZATIONS = (nncf.CompressWeightsMode.INT4_SYM,)
 
 
+def smaller_groups(group_size: int) -> tuple[int, ...]:
+    """
+    :param group_size: A group size.
+    :return: The supported ones below it, largest first.
+    """
+    return tuple(sorted((size for size in GROUP_SIZES if size < group_size), reverse=True))
+
+
 @dataclass
 class AdvancedSparseWeightsParameters:
     """
@@ -22,8 +30,9 @@ class AdvancedSparseWeightsParameters:
         symmetric INT4 grid by GPTQ, which keeps every zero; it needs a dataset in every mode.
     :param group_size: Input columns that share one scale: 64 or 128.
     :param group_size_fallback_mode: What to do with a layer whose `in_features` is no multiple of `group_size`.
-        ERROR (as in NNCF) refuses before any work; IGNORE makes the layer sparse, leaves it floating and says so in
-        the report.
+        ERROR (as in NNCF) refuses before any work; ADJUST takes the largest smaller group that divides them, which is
+        64; IGNORE leaves the layer floating, and so does ADJUST where 64 does not divide them either. The layer is
+        sparse all the same, and the report says what was done.
     :param keep_prerounding: Keep, per layer, the masked and error-compensated weight as it was just before rounding:
         ``nncf_ext.weights.records.record_of(layer).prerounding``. Costs 4 bytes a weight.
     :param block_size: Columns that SparseGPT and GPTQ treat together; SparseGPT chooses its mask for one such block at
@@ -56,6 +65,17 @@ class AdvancedSparseWeightsParameters:
         msg = f"Asked for pattern {self.pattern!r}. It must be 'N:M' with 0 < N < M, as '2:4': N of M stay."
         raise nncf.ValidationError(msg)
 
+    def group_of(self, in_features: int) -> int | None:
+        """
+        :param in_features: Inputs of a layer.
+        :return: Its input columns that share a scale; None if it is not to be quantized.
+        """
+        if self.quantization is None:
+            return None
+        adjusts = self.group_size_fallback_mode == nncf.GroupSizeFallbackMode.ADJUST
+        sizes = (self.group_size, *(size for size in smaller_groups(self.group_size) if adjusts))
+        return next((size for size in sizes if in_features % size == 0), None)
+
     def check(self, ratio: float) -> None:
         """
         Checks what can be checked without a model.
@@ -76,9 +96,7 @@ class AdvancedSparseWeightsParameters:
         if self.group_size not in GROUP_SIZES:
             msg = f"Asked for group size {self.group_size}; use one of {GROUP_SIZES}."
             raise nncf.ValidationError(msg)
-        if self.group_size_fallback_mode == nncf.GroupSizeFallbackMode.ADJUST:
-            msg = "GroupSizeFallbackMode.ADJUST is not supported here: use ERROR or IGNORE."
-            raise nncf.ParameterNotSupportedError(msg)
+        parse_choice(self.group_size_fallback_mode, nncf.GroupSizeFallbackMode, "group_size_fallback_mode")
         if self.keep_prerounding and self.quantization is None:
             msg = "keep_prerounding=True keeps the weight from before rounding, and no quantization was asked for."
             raise nncf.ValidationError(msg)

@@ -72,7 +72,7 @@ def _prerounding_of(model: nn.Module, path: str) -> Tensor:
     record = record_of(model.get_submodule(path.rpartition(".")[0]))
     if record is None or record.prerounding is None:
         msg = (
-            f"{path} has no record of its weight before rounding (records are not saved with a model). Compress with "
+            f"{path} has no record of its weight before rounding (it is not saved with a model). Compress with "
             "AdvancedSparseWeightsParameters(keep_prerounding=True), or train on the sparse floating partner."
         )
         raise nncf.ValidationError(msg)
