@@ -1,6 +1,7 @@
 """Models that are wrapped, compiled, sharded, offloaded or masked; callers who are in inference mode or autocast."""
 
 import contextlib
+import operator
 
 import nncf
 import pytest
@@ -268,6 +269,24 @@ def test_models_and_items_of_inference_mode(tiny_llama, make_items, options):
         assert [each.requires_grad for each in result.parameters()] == [
             each.requires_grad for each in expected.parameters()
         ]
+
+
+REFUSED_CALLS = {
+    "ratio": {"mode": CompressMode.SPARSE_WANDA, "ratio": 2.0},
+    "method": {"mode": CompressMode.SPARSE_WANDA, "ratio": 0.5, "advanced_parameters": object()},
+    "scope": {"mode": "sparse_wanda", "ratio": 0.5, "ignored_scope": nncf.IgnoredScope(names=["nowhere"])},
+    "out of reach": {"mode": CompressMode.MULTIPRUNER, "ratio": 0.999},
+}
+
+
+@pytest.mark.parametrize("options", REFUSED_CALLS.values(), ids=REFUSED_CALLS.keys())
+def test_a_refused_call_leaves_parameters_of_inference_mode_in_place(tiny_llama, token_dataset, options):
+    with torch.inference_mode():
+        model = tiny_llama()
+    before = list(model.parameters())
+    with pytest.raises((nncf.ValidationError, nncf.ParameterNotSupportedError)):
+        nncf_ext.compress(model, dataset=token_dataset, **options)
+    assert all(map(operator.is_, model.parameters(), before))
 
 
 def test_tied_weights_of_inference_mode_stay_tied(tiny_llama, make_items):
