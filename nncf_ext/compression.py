@@ -12,7 +12,7 @@ from torch import nn
 from nncf_ext.method import Method, Request
 from nncf_ext.parameters import CompressMode, parse_choice
 from nncf_ext.structure.blocks import survey
-from nncf_ext.structure.wrappers import check_plain, leave_inference_mode, plain_arithmetic, unwrapped
+from nncf_ext.structure.wrappers import check_plain, leave_inference_mode, plain_arithmetic, unwrapped, without_shells
 from nncf_ext.weights.records import plan_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def structure_plan(model: nn.Module) -> "StructurePlan":
     :return: What of the dense model is left, step by step, with scores and costs. ``plan.save(path)`` keeps it.
     :raises nncf.ValidationError: The model was not cut in this process.
     """
-    plan = plan_of(model)
+    plan = plan_of(without_shells(model))
     if plan is None:
         msg = f"{type(model).__name__} was not cut by compress() in this process, so there is no plan of it."
         raise nncf.ValidationError(msg)
