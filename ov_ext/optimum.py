@@ -123,7 +123,8 @@ def export(
     without a state space keep the state of their convolution only.
 
     The model stays as it was, in every floating type. It may be in bf16 or f16, too: activations are computed in f32
-    all the same. A tokenizer that OpenVINO cannot convert is saved for transformers only, with a warning.
+    all the same. A tokenizer that OpenVINO cannot convert is saved for transformers only, with a warning. A few tokens
+    more than the model embeds get a warning that names them.
 
     :param model: The torch model, all of it in memory.
     :param tokenizer: Its tokenizer; None for a model of something else than text.
@@ -134,16 +135,14 @@ def export(
         ``"int8"`` rounds them to INT8 with one scale for each token, as NNCF does in its 4-bit modes; None keeps them.
     :param overwrite: Replace an existing model folder once the new one is complete.
     :return: The folder.
-    :raises ValueError: The tokenizer has more tokens than the model, the folder exists, or a layer without attention
-        leaves a gap in the cache, or weights are not in memory.
+    :raises ValueError: The tokenizer has many more tokens than the model, the folder exists, or a layer without
+        attention leaves a gap in the cache, or weights are not in memory.
     :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
     if rest not in ("int8", None):
         raise ValueError(f"rest is 'int8' or None, got {rest!r}.")
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
-        msg = f"The tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}: they do not belong together."
-        raise ValueError(msg)
+    if tokenizer is not None:
+        _check_vocabulary(model, tokenizer)
     task = task or _task(model)
     out = Path(out)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -168,6 +167,23 @@ def export(
         source = getattr(model.config, "_name_or_path", "")
         write_card(draft, EXPORTED, Path(source) if source else None)
     return out
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse the tokenizer of another model; name tokens that this one has no row for, which are harmless unused."""
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    if rows is None:
+        return
+    numbers = {number: token for token, number in tokenizer.get_vocab().items()}
+    beyond = sorted(number for number in numbers if number >= rows)
+    if len(beyond) > max(64, rows // 20):
+        msg = f"The tokenizer has {len(numbers)} tokens, the model embeds {rows}: they do not belong together."
+        raise ValueError(msg)
+    if beyond:
+        some = ", ".join(f"{numbers[number]} ({number})" for number in beyond[:8])
+        more = f" and {len(beyond) - 8} more" if len(beyond) > 8 else ""
+        msg = "The model embeds %d tokens, and its tokenizer has more: %s%s. Text with these cannot be read."
+        logger.warning(msg, rows, some, more)
 
 
 def _task(model: PreTrainedModel) -> str:

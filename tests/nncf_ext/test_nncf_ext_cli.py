@@ -61,7 +61,6 @@ def test_quantized_model_reloads(folder, tmp_path):
     ]  # fmt: skip
     code, output = run(*arguments)
     assert code == 0, output
-    assert not list(out.glob("model*.safetensors"))
     model = nncf_ext.load_pretrained(out)
     report = nncf_ext.compression_report(model)
     assert {row.precision for row in report.weights if "proj" in row.name} == {"int4"}
@@ -71,10 +70,10 @@ def test_quantized_model_reloads(folder, tmp_path):
     assert bool(logits.isfinite().all())
 
     assert run(*arguments) == (2, f"Error: {out} exists. Name a new folder, or pass --overwrite.")
-    before = (out / "nncf_model.safetensors").read_bytes()
+    before = (out / "model.safetensors").read_bytes()
     code, output = run(*arguments, "--overwrite")
     assert code == 0, output
-    assert (out / "nncf_model.safetensors").read_bytes() == before
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 def test_only_a_model_is_overwritten(folder, tmp_path):
@@ -185,6 +184,27 @@ def test_arguments_are_refused(folder, tmp_path, arguments, text):
     code, output = run(folder, tmp_path / "out", *[files.get(each, each) for each in arguments])
     assert code == 2 and text in output, output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_token_without_a_row_is_refused_where_it_occurs(folder, tmp_path):
+    """The tokenizer has five tokens more than the embedding has rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<fill{index}>" for index in range(320 - len(tokenizer))])  # these have rows
+    tokenizer.add_tokens([f"<unused{index}>" for index in range(5)])
+    tokenizer.save_pretrained(folder)
+    arguments = ["--mode", "sparse_wanda", "--window", "32", "--samples", "4", "--dataset"]
+    code, output = run(folder, tmp_path / "out", *arguments, tmp_path / "text.txt")
+    assert code == 0, output
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 325
+    (tmp_path / "known.txt").write_text("A fox. <fill7> " * 40)
+    code, output = run(folder, tmp_path / "known", *arguments, tmp_path / "known.txt")
+    assert code == 0, output
+    (tmp_path / "other.txt").write_text("A fox. <unused3> " * 40)
+    code, output = run(folder, tmp_path / "other", *arguments, tmp_path / "other.txt")
+    assert code == 2, output
+    assert "other.txt holds the token '<unused3>', number 323, and the model's embedding has 320 rows" in output
 
 
 def change_config(folder, **entries):

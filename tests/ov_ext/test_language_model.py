@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import ov_ext.genai
 import ov_ext.optimum
 from tests.ov_ext.conftest import TINY_LM, load_sparse_lm
 from tests.ov_ext.grids import grid, torch_grid
+from tests.structure_models import make
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 
@@ -237,6 +239,17 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer: Any, tmp_path: Path)
     with pytest.raises(ValueError, match="3072 tokens, the model embeds 100"):
         ov_ext.optimum.export(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_few_tokens_without_a_row_are_named(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make("llama", vocab_size=len(tokenizer) - 9, num_hidden_layers=2)
+    last = {number: token for token, number in tokenizer.get_vocab().items()}[len(tokenizer) - 9]
+    with caplog.at_level(logging.WARNING, "ov_ext"):
+        folder = ov_ext.optimum.export(model, tokenizer, tmp_path / "out")
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "ov_ext"]
+    assert said.startswith(f"The model embeds {len(tokenizer) - 9} tokens, and its tokenizer has more: {last} (3063), ")
+    assert said.endswith(" (3070) and 1 more. Text with these cannot be read.")
+    assert len(ov_ext.optimum.load_tokenizer(folder)) == len(tokenizer)
 
 
 def test_an_existing_folder_is_refused_before_the_export(tokenizer: Any, folders: dict[str, Path]) -> None:
