@@ -223,3 +223,20 @@ def test_units_that_do_not_fit_the_layer_are_refused(tmp_path, changes, text):
     units, weight = stored(tmp_path, **changes)
     with pytest.raises(nncf.ValidationError, match=f"does not fit layer: .*{text}.*Delete it"):
         units.load("unit", {"layer": weight})
+
+
+def test_a_resumed_run_reads_each_entry_once(tmp_path):
+    _, weight = stored(tmp_path)
+    reads = []
+
+    class Counting(Journal):
+        def read(self, name, reader):
+            reads.append(name)
+            return super().read(name, reader)
+
+    units = FinishedUnits(Counting(tmp_path, "compression", {}))
+    assert units.layers() == {"layer"}
+    assert torch.equal(units.load("unit", {"layer": weight})["layer"].weight, weight)
+    assert len(reads) == 1
+    units.store("unit", {"layer": LayerResult(2 * weight, None, None, LayerRecord("sparse_gpt"))}, {"layer": weight})
+    assert torch.equal(units.load("unit", {"layer": weight})["layer"].weight, 2 * weight)
