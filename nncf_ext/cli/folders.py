@@ -28,7 +28,9 @@ Start = Annotated[str, typer.Option(help="With quant_aware: grid or nearest, as 
 UNLIMITED = 10_000  # columns of a file or a pipe, which has no width of its own; tables take what they need
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _EXTRAS = {
-    **dict.fromkeys(("torch", "nncf", "safetensors", "transformers", "peft", "optimum", "openvino_tokenizers"), "llm"),
+    **dict.fromkeys(
+        ("torch", "nncf", "safetensors", "transformers", "peft", "optimum", "openvino_tokenizers", "datasets"), "llm"
+    ),
     "optuna": "search",
     "matplotlib": "plots",
 }
