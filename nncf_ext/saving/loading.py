@@ -17,6 +17,7 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.memory import is_out_of_memory
 from nncf_ext.saving.folder import (
     GRID_CONFIG,
     GRID_WEIGHTS,
@@ -26,6 +27,7 @@ from nncf_ext.saving.folder import (
     blamed_on,
     bounded_construction,
     check_counts,
+    check_floating,
     check_size,
     check_tensor,
     check_weight_files,
@@ -66,6 +68,7 @@ def load_pretrained(
     :return: The model, in evaluation mode.
     :raises nncf.ValidationError: The folder holds no such model, a file is damaged, or a tensor is missing, of another
         shape, or of integers where the model has floating numbers.
+    :raises nncf.UnsupportedModelError: The weights were quantized by another tool.
     """
     source = Path(folder)
     content = read_config(source)
@@ -82,6 +85,7 @@ def load_pretrained(
 
 
 def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | None, trust: bool) -> nn.Module:
+    check_floating(source, content)
     stored = stored_tensors(check_weight_files(source))
     check_counts(source / "config.json", content, stored)
     config = _read_config_object(source, trust)
@@ -346,6 +350,8 @@ def _load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     try:
         found = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise nncf.ValidationError(f"The weights do not fit {type(model).__name__}: {error}") from error
     _refuse_misfits(model, _left_out(model, found.missing_keys, state), found.unexpected_keys)
 
@@ -398,6 +404,8 @@ def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mappin
         missing += [name for name in model.state_dict() if name.startswith(HOOKS_PREFIX) and name not in hook_state]
         unexpected += model.load_state_dict(hook_state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise nncf.ValidationError(f"The weights do not fit {type(model).__name__}: {error}") from error
     _refuse_misfits(model, missing, unexpected)
     return model
