@@ -226,12 +226,14 @@ def _check_floating(folder: Path) -> None:
     """
     import nncf
 
-    from nncf_ext.saving.folder import read_config
+    from nncf_ext.saving.folder import QUANT_METHOD, read_config
 
     described = read_config(folder).get("quantization_config")
     if described is None:
         return
     method = described.get("quant_method", "unnamed") if isinstance(described, dict) else described
+    if method == QUANT_METHOD:
+        return
     msg = (
         f"{folder} holds weights that are quantized already (quantization_config in config.json: {method}). Give the "
         "floating model it was made of."

@@ -20,6 +20,14 @@ GRID_CONFIG = "nncf_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 STRUCTURED = "nncf_structured"
 STRUCTURE_VERSION = 1
+QUANT_METHOD = "nncf_ext"
+GRID_VERSION = 1
+
+LAST = "~"
+"""
+Begins the names of hooks' tensors in a file of this package, so that they are the last by name: who is not told the
+floating type of a model takes that of the first tensor, and scales are float16 in every model.
+"""
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _REPEATED = re.compile(r"(layers?|experts?|blocks|depths?)$")
@@ -135,7 +143,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
         with safetensors_of(file) as opened:
             for name in opened.keys():  # noqa: SIM118  # not a dictionary
                 part = opened.get_slice(name)
-                found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+                found[name.removeprefix(LAST)] = Stored(file, tuple(part.get_shape()), part.get_dtype())
     return found
 
 
@@ -272,4 +280,19 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     # In the file, a tensor begins anywhere; kernels add up in another order, and slower, where memory is not aligned.
     with safetensors_of(file) as opened:
-        return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        return {name.removeprefix(LAST): opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+
+
+def shared_names(files: Iterable[Path], tensors: Mapping[str, Any]) -> dict[str, str]:
+    """
+    :param files: Safetensors files.
+    :param tensors: What they hold, by name.
+    :return: The other names of tensors, as their metadata tells: by each of them the name under which it is stored.
+    """
+    shared: dict[str, str] = {}
+    for file in files:
+        with safetensors_of(file) as opened:
+            metadata = {alias.removeprefix(LAST): name for alias, name in (opened.metadata() or {}).items()}
+        metadata = {alias: name.removeprefix(LAST) for alias, name in metadata.items()}
+        shared |= {alias: name for alias, name in metadata.items() if name in tensors and alias not in tensors}
+    return shared

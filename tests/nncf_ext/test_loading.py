@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nncf
 import pytest
@@ -19,7 +21,10 @@ from nncf_ext.structure.surgery import extract_structure
 from nncf_ext.weights.int4 import pack
 from tests.structure_models import logits, tokens
 
-WEIGHTS = {"plain": "model.safetensors", "cut": "nncf_model.safetensors", "int4": "nncf_model.safetensors"}
+WEIGHTS = {
+    **{"plain": "model.safetensors", "cut": "nncf_model.safetensors"},
+    **{"int4": "model.safetensors", "int4 of version 0.1": "nncf_model.safetensors"},
+}
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -35,10 +40,24 @@ def saved(kind: str, model: nn.Module, folder: Path) -> nn.Module:
     """A model of two layers in one of three kinds of folder."""
     if kind == "cut":
         model = extract_structure(model, StructurePlan.dense(model).keep("layers.0.mlp", range(64)))
-    elif kind == "int4":
+    elif "int4" in kind:
         model = on_grid(model)
     nncf_ext.save_pretrained(model, folder)
+    if kind.endswith("0.1"):
+        as_before(folder)
     return model
+
+
+def as_before(folder: Path) -> None:
+    """A folder on the grid as version 0.1 wrote it: the grid is a file of its own."""
+    with safe_open(folder / "model.safetensors", "pt") as opened:
+        state = {name.removeprefix("~"): opened.get_tensor(name) for name in opened.keys()}
+        save_file(state, folder / "nncf_model.safetensors", opened.metadata())
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    grid = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "nncf_config.json").write_text(json.dumps({"compression_state": grid["compression_state"]}))
 
 
 def rewrite(file: Path, **changed: torch.Tensor | None) -> None:
@@ -122,7 +141,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", ["config.json", "nncf_config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
 def test_broken_json(name, text, tiny_llama, tmp_path) -> None:
-    saved("int4" if name == "nncf_config.json" else "plain", tiny_llama(), tmp_path)
+    saved("int4 of version 0.1" if name == "nncf_config.json" else "plain", tiny_llama(), tmp_path)
     if "index" in name:
         (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(text.encode("latin-1"))
@@ -180,7 +199,7 @@ def test_experts_of_a_mixture(tmp_path) -> None:
 
 
 def test_no_quantization_may_be_said(tiny_llama, tmp_path) -> None:
-    for kind in WEIGHTS:
+    for kind in WEIGHTS.keys() - {"int4"}:
         model = saved(kind, tiny_llama(), tmp_path / kind)
         edit(tmp_path / kind / "config.json", quantization_config=None)
         assert torch.equal(logits(nncf_ext.load_pretrained(tmp_path / kind), tokens()), logits(model, tokens()))
@@ -204,10 +223,11 @@ def test_configurations_that_describe_nothing(entries, tiny_llama, tmp_path) -> 
         assert str(tmp_path) in str(error)
 
 
-def changed_grid(folder: Path, **entries: object) -> None:
-    grid = json.loads((folder / "nncf_config.json").read_text())
-    grid["compression_state"][0]["module_config"] |= entries
-    (folder / "nncf_config.json").write_text(json.dumps(grid))
+def regrid(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the description of the grid."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -219,33 +239,45 @@ def changed_grid(folder: Path, **entries: object) -> None:
 )  # fmt: skip
 def test_a_grid_that_fits_no_weight(entries, tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    changed_grid(tmp_path, **entries)
+    regrid(tmp_path, lambda grid: grid["compression_state"][0]["module_config"].update(entries))
     refused(tmp_path, str(tmp_path))
 
 
 @pytest.mark.parametrize("state", [None, 3, [3], [{}], [{"module_cls_name": "PackedInt4Weight"}]], ids=str)
 def test_a_grid_that_is_none(state, tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    (tmp_path / "nncf_config.json").write_text(json.dumps({"compression_state": state}))
-    refused(tmp_path, "nncf_config.json")
-    (tmp_path / "nncf_config.json").write_text("{}")
-    refused(tmp_path, "nncf_config.json")
-    (tmp_path / "nncf_config.json").write_text(json.dumps({"compression_state": []}))
-    refused(tmp_path, "nncf_model.safetensors", UP, "nncf_config.json")
+    regrid(tmp_path, lambda grid: grid.update(compression_state=state))
+    refused(tmp_path, "config.json")
+    regrid(tmp_path, lambda grid: grid.pop("compression_state"))
+    refused(tmp_path, "config.json")
+    regrid(tmp_path, lambda grid: grid.update(compression_state=[]))
+    refused(tmp_path, "model.safetensors", UP, "config.json")
+
+
+@pytest.mark.parametrize("version", [2, "1", None], ids=str)
+def test_a_grid_of_a_later_release(version, tiny_llama, tmp_path) -> None:
+    saved("int4", tiny_llama(), tmp_path)
+    regrid(tmp_path, lambda grid: grid.update(version=version))
+    refused(tmp_path, "config.json", "Upgrade nncf-ext")
+
+
+def test_codes_without_a_grid(tiny_llama, tmp_path) -> None:
+    saved("int4", tiny_llama(), tmp_path)
+    edit(tmp_path / "config.json", quantization_config=None)
+    refused(tmp_path, "model.safetensors", UP)
 
 
 def test_foreign_code_of_a_grid_is_not_imported(tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    grid = json.loads((tmp_path / "nncf_config.json").read_text())
-    grid["compression_state"][0] |= {"module_path": "antigravity", "module_cls_name": "Foreign"}
-    (tmp_path / "nncf_config.json").write_text(json.dumps(grid))
+    foreign = {"module_path": "antigravity", "module_cls_name": "Foreign"}
+    regrid(tmp_path, lambda grid: grid["compression_state"][0].update(foreign))
     refused(tmp_path, str(tmp_path))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scales_are_finite_numbers(value, tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    file = tmp_path / "nncf_model.safetensors"
+    file = tmp_path / "model.safetensors"
     (name,) = [name for name in load_file(file) if name.endswith("_scale")]
     scales = load_file(file)[name]
     scales[7] = value
@@ -255,7 +287,7 @@ def test_scales_are_finite_numbers(value, tiny_llama, tmp_path) -> None:
 
 def test_scales_and_codes_of_other_sizes(tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    file = tmp_path / "nncf_model.safetensors"
+    file = tmp_path / "model.safetensors"
     state = load_file(file)
     (name,) = [name for name in state if name.endswith("_scale")]
     whole = file.read_bytes()
@@ -265,7 +297,7 @@ def test_scales_and_codes_of_other_sizes(tiny_llama, tmp_path) -> None:
     ):  # fmt: skip
         file.write_bytes(whole)
         rewrite(file, **{key: each if each is None else each.contiguous() for key, each in changed.items()})
-        refused(tmp_path, "nncf_model.safetensors")
+        refused(tmp_path, "model.safetensors")
 
 
 def test_one_module_in_two_places_is_saved_for_both(tiny_llama, tmp_path) -> None:

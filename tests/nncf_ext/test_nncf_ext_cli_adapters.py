@@ -191,7 +191,7 @@ def test_adapters_on_a_grid_are_merged_into_codes(folder, text, tmp_path, traine
     code, output = run(*arguments, "--grid", tmp_path / "grid")
     assert code == 0, output
     assert torch.equal(logits(load(out)), logits(model))
-    assert (out / "nncf_config.json").is_file()
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "nncf_ext"
 
     report = tmp_path / "report.json"
     code, output = run(
