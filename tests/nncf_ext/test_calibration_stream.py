@@ -1,6 +1,7 @@
 """Walking a model: what a block is given, how much is held, and models that are no simple chain."""
 
 import gc
+import weakref
 
 import nncf
 import pytest
@@ -12,7 +13,7 @@ from nncf_ext import CompressMode
 from nncf_ext.algorithms.sparse_weights.algorithm import MODES
 from nncf_ext.calibration.chain import shared
 from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
-from nncf_ext.calibration.stream import CalibrationStream, evaluation
+from nncf_ext.calibration.stream import CalibrationStream, _merge_order, evaluation
 from nncf_ext.structure.blocks import survey
 
 WIDTH = 12
@@ -139,6 +140,51 @@ def test_activations_of_one_boundary_are_held():
     boundary = sum(sample.shape[0] * sample.shape[1] * WIDTH for sample in samples)
     assert held[0] == boundary
     assert max(held) == boundary
+
+
+def test_planning_does_not_hold_what_layers_inside_blocks_read():
+    model, samples = Stack("plain", blocks=5), items(2)
+    read, alive = [], []
+    for block in model.layers:
+        block.second.register_forward_pre_hook(lambda module, args: read.append(weakref.ref(args[0])))
+    model.head.register_forward_pre_hook(lambda *_: alive.append(sum(each() is not None for each in read)))
+    found = survey(model)
+    with evaluation(model):
+        CalibrationStream(model, samples, found.block_lists, found.targets)
+    assert alive
+    assert not any(alive)
+
+
+def test_orders_of_items_are_merged():
+    order = []
+    for seen, expected in [
+        ("bdf", "bdf"),
+        ("abcdef", "abcdef"),
+        ("bxf", "abxcdef"),
+        ("yzfw", "yzabxcdefw"),
+        ("fb", "yzabxcdefw"),
+    ]:
+        _merge_order(order, seen)
+        assert "".join(order) == expected
+
+
+def test_orders_of_many_layers_are_merged_at_once():
+    """By counting comparisons: names are compared with their neighbours by hash, not one by one with all others."""
+    compared = []
+
+    class Name(str):
+        def __hash__(self):
+            return super().__hash__()
+
+        def __eq__(self, other):
+            compared.append(other)
+            return super().__eq__(other)
+
+    order = []
+    for _ in range(3):
+        _merge_order(order, [Name(index) for index in range(300)])
+    assert order == [str(index) for index in range(300)]
+    assert len(compared) < 10 * 300
 
 
 def test_equal_masks_are_held_once():
