@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nncf_ext.saving.registration import register as _register
+
 # The public names, one statement each. Type checkers see imports; at run time they are read as text, by _homes().
 if TYPE_CHECKING:
     from nncf_ext.algorithms.elastic_lora.algorithm import ElasticLora as ElasticLora
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from nncf_ext.report import CompressionReport as CompressionReport
     from nncf_ext.report import compression_report as compression_report
     from nncf_ext.saving.checkpoint import save_pretrained as save_pretrained
-    from nncf_ext.saving.loading import load_compressed as load_compressed
+    from nncf_ext.saving.fitting import load_compressed as load_compressed
     from nncf_ext.saving.loading import load_pretrained as load_pretrained
     from nncf_ext.structure.counting import count_costs as count_costs
     from nncf_ext.structure.masking import masked as masked
@@ -65,6 +67,9 @@ if TYPE_CHECKING:
 if os.environ.get("NNCF_EXT_NO_TELEMETRY", "0") not in ("", "0"):
     # openvino and nncf send messages by means of this package, and do without where it is not installed.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+_register()
 
 
 def _homes() -> dict[str, str]:

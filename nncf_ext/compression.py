@@ -12,7 +12,7 @@ from torch import nn
 from nncf_ext.method import Method, Request
 from nncf_ext.parameters import CompressMode, parse_choice
 from nncf_ext.structure.blocks import survey
-from nncf_ext.structure.wrappers import check_plain, leave_inference_mode, plain_arithmetic, unwrapped
+from nncf_ext.structure.wrappers import check_plain, leave_inference_mode, plain_arithmetic, unwrapped, without_shells
 from nncf_ext.weights.records import plan_of
 
 if TYPE_CHECKING:
@@ -74,8 +74,6 @@ def compress(
         raise nncf.UnsupportedModelError(msg)
     model = unwrapped(model)  # type: ignore[assignment]  # what the user built the wrapper around
     check_plain(model)
-    if not do_copy:
-        leave_inference_mode(model)
     if hasattr(model, "peft_config"):
         msg = "The model carries adapters. Merge or remove them first: compress() would treat them as the model's own."
         raise nncf.UnsupportedModelError(msg)
@@ -99,8 +97,7 @@ def compress(
         raise nncf.ParameterNotSupportedError(msg)
     folder = None if resume is None else Path(resume)
     method: Method = import_class(row.home)(Request(mode, ratio, dataset, subset_size, folder, parameters))
-    found = survey(model, ignored_scope)
-    method.check(model, found)
+    method.check(model, survey(model, ignored_scope))
     if do_copy:
         try:
             model = copy.deepcopy(model)
@@ -110,8 +107,9 @@ def compress(
                 "in your own way before."
             )
             raise nncf.ValidationError(msg) from error
-        found = survey(model, ignored_scope)
-    method.apply(model, found)
+    else:
+        leave_inference_mode(model)
+    method.apply(model, survey(model, ignored_scope))
     return model
 
 
@@ -130,7 +128,7 @@ def structure_plan(model: nn.Module) -> "StructurePlan":
     :return: What of the dense model is left, step by step, with scores and costs. ``plan.save(path)`` keeps it.
     :raises nncf.ValidationError: The model was not cut in this process.
     """
-    plan = plan_of(model)
+    plan = plan_of(without_shells(model))
     if plan is None:
         msg = f"{type(model).__name__} was not cut by compress() in this process, so there is no plan of it."
         raise nncf.ValidationError(msg)

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nncf_ext.structure.blocks import Weight, survey
+from nncf_ext.structure.wrappers import without_shells
 from nncf_ext.upstream import INT4SymmetricWeightsDecompressor
 from nncf_ext.weights.int4 import codes_and_scales, weight_hooks
 from nncf_ext.weights.records import LayerRecord, record_of
@@ -165,6 +166,7 @@ def compression_report(model: nn.Module) -> CompressionReport:
     :param model: Any torch model.
     :return: The report.
     """
+    model = without_shells(model)
     hooks = weight_hooks(model)
     counted: set[int] = set()
     rows = []

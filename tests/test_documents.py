@@ -46,15 +46,30 @@ def test_python_blocks_parse(path: Path) -> None:
         ast.parse(block)
 
 
+def output(program: str, folder: Path) -> str:
+    """What a program prints that runs in a folder with the assets of the samples."""
+    (folder / "samples").mkdir()
+    (folder / "samples" / "assets").symlink_to(ROOT / "samples" / "assets")
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True, timeout=600).stdout
+
+
+@pytest.mark.slow
+def test_the_example_of_recovery_recovers(tmp_path: Path) -> None:
+    (example,) = [block for block in python_blocks(ROOT / "nncf_ext" / "README.md") if "DistillationTrainer" in block]
+    printed = output(example, tmp_path)
+    (found,) = re.findall(r"dense (\S+), sparse (\S+), after (\S+)$", printed, re.MULTILINE)
+    dense, sparse, after = map(float, found)
+    assert dense < after < sparse - 0.2 * (sparse - dense)
+    assert "int4 " in printed and (tmp_path / "samples" / "out" / "recovered" / "config.json").is_file()
+
+
 @pytest.mark.slow
 def test_the_complete_example_runs(tmp_path: Path) -> None:
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "assets").symlink_to(ROOT / "samples" / "assets")
     (example,) = python_blocks(ROOT / "README.md")
-    command = [sys.executable, "-c", example]
-    done = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True, timeout=600)
-    assert "of 44 weights packed" in done.stdout  # how many depends on the CPU
-    assert "def read_file(path):" in done.stdout
+    printed = output(example, tmp_path)
+    assert "of 44 weights packed" in printed  # how many depends on the CPU
+    assert "def read_file(path):" in printed
     assert (tmp_path / "samples" / "out" / "readme" / "openvino_model.bin").is_file()
 
 

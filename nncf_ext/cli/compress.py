@@ -17,7 +17,7 @@ from nncf_ext.cli.folders import (
     save_model,
     user_errors,
 )
-from nncf_ext.cli.text import Samples, Window, read_windows
+from nncf_ext.cli.text import SOURCES, Column, DatasetConfig, Samples, Source, Split, Window, read_windows
 from nncf_ext.parameters import CompressMode
 
 
@@ -43,7 +43,10 @@ def compress_folder(
             "where none divides them; ignore: floating."
         ),
     ] = None,
-    dataset: Annotated[Path | None, typer.Option(help="Text to calibrate on: UTF-8, or JSON Lines (.jsonl).")] = None,
+    dataset: Annotated[str | None, typer.Option(help=f"What to calibrate on: {SOURCES}.")] = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = None,
+    column: Column = None,
     samples: Samples = 128,
     window: Window = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layer names to leave alone; repeatable.")] = None,
@@ -76,7 +79,8 @@ def compress_folder(
             group_size_fallback_mode=group_size_fallback,
         )
         model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
-        items = None if dataset is None else read_windows(dataset, tokenizer, samples, window, model)
+        source = None if dataset is None else Source(dataset, dataset_config, split, column)
+        items = None if source is None else read_windows(source, tokenizer, samples, window, model)
         model = compress(
             model,
             mode,

@@ -21,7 +21,7 @@ from nncf_ext.cli.folders import (
     load_adapted,
     user_errors,
 )
-from nncf_ext.cli.text import Samples, Window, read_windows
+from nncf_ext.cli.text import SOURCES, Column, DatasetConfig, Samples, Source, Split, Window, read_windows
 from nncf_ext.parameters import SearchSampler
 
 
@@ -29,7 +29,7 @@ def search_folder(
     model_dir: ModelDir,
     out: Annotated[Path, typer.Argument(help="Report to write (JSON), for nncf-ext extract; must not exist.")],
     adapter: Adapter,
-    dataset: Annotated[Path, typer.Option(help="Validation text: UTF-8, or JSON Lines (.jsonl).")],
+    dataset: Annotated[str, typer.Option(help=f"What to validate on: {SOURCES}.")],
     ranks: Annotated[
         str | None, typer.Option(help="Ranks to choose from for all layers, such as 32,24,16; the adapter's first.")
     ] = None,
@@ -48,7 +48,11 @@ def search_folder(
     limit: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE: at most so much 'perplexity' or 'parameters'; repeatable.")
     ] = None,
-    test: Annotated[Path | None, typer.Option(help="Another text, to measure the chosen point on at the end.")] = None,
+    test: Annotated[str | None, typer.Option(help="Another text, to measure the chosen point on at the end.")] = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = None,
+    test_split: Annotated[str | None, typer.Option(help="Split of the dataset of --test.")] = None,
+    column: Column = None,
     storage: Annotated[Path | None, typer.Option(help="File that keeps results; continues from it.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     samples: Samples = 32,
@@ -89,8 +93,8 @@ def search_folder(
         limits = dict(_limit(each) for each in limit or ())
         model, tokenizer = load_adapted(model_dir, adapter, mode, grid, start, dtype, trust_remote_code)
         texts = [
-            read_windows(each, tokenizer, samples, window, model, "validation")
-            for each in (dataset, test)
+            read_windows(Source(each, dataset_config, part, column, "validation"), tokenizer, samples, window, model)
+            for each, part in ((dataset, split), (test, test_split))
             if each is not None
         ]
         net = make_elastic(model, groups=groups)

@@ -1,10 +1,11 @@
 """
 Compressed models as folders, written. :mod:`nncf_ext.saving.loading` reads them.
 
-A model with zeros is saved as an ordinary Hugging Face folder. A model on the INT4 grid is saved as the same folder
-with two files in place of the weights: ``nncf_model.safetensors`` (the state dict: packed codes, scales and everything
-floating; floating buffers that are no part of it; in its metadata the other names of tied weights) and
-``nncf_config.json`` (what ``nncf.torch.get_config`` returns: where the decompressors stand).
+A model with zeros is saved as an ordinary Hugging Face folder. Of a model on the INT4 grid, ``model.safetensors`` holds
+the state dict (packed codes, scales and everything floating), floating buffers that are no part of it, and in its
+metadata the other names of tied weights. ``quantization_config`` in ``config.json`` holds what
+``nncf.torch.get_config`` returns: where the decompressors stand. Stock classes read the folder by the quantizer of
+:mod:`nncf_ext.saving.quantizer`.
 
 A model whose layers differ in size, or lack a branch, is saved as ``nncf_model.safetensors``, too, in true shapes. Its
 ``config.json`` tells in ``per_layer_config`` what is special about a layer, in transformers' words, and bears a
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import nncf
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,10 +35,11 @@ from nncf_ext.saving.folder import (
     GRID_WEIGHTS,
     STRUCTURE_VERSION,
     STRUCTURED,
-    passing_buffers,
 )
+from nncf_ext.saving.grid import each_once, grid_of
 from nncf_ext.saving.layers import edits_from_config, layer_overrides
-from nncf_ext.saving.report_file import write_report
+from nncf_ext.saving.registration import AUTO_CLASSES
+from nncf_ext.saving.report_file import REPORT, write_report
 from nncf_ext.structure.wrappers import unwrapped
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.sharing import place_of
@@ -46,13 +47,14 @@ from nncf_ext.weights.sharing import place_of
 REMOTE_CODE = Path(__file__).parent.parent / "standalone" / "modeling_nncf_structured.py"
 REMOTE_FILES = (REMOTE_CODE, *(REMOTE_CODE.with_name(f"{name}.py") for name in ("gated_convolution", "skipping")))
 
-_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
-
-# Names of files that transformers, or this module, takes for a part of a model: all shards, indexes and variants.
+# Names of files that transformers, or this module, takes for a part of a model: all shards, indexes and variants. And
+# of those that say how it was made smaller: read beside another model, they would be believed.
 _OF_A_MODEL = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|nncf_model)([.-].*)?\.(safetensors|bin|h5|msgpack)"
     r"|(model|pytorch_model|tf_model|flax_model)\..*index.*\.json"
-    rf"|(generation_)?config\.json|{re.escape(GRID_CONFIG)}|" + "|".join(re.escape(file.name) for file in REMOTE_FILES)
+    rf"|(generation_)?config\.json|{re.escape(GRID_CONFIG)}|{re.escape(REPORT)}"
+    r"|structure_plan\.json|quantize_config\.json|quant_config\.json|"
+    + "|".join(re.escape(file.name) for file in REMOTE_FILES)
 )
 
 
@@ -63,7 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     A folder that is there already is the old one until the new one is complete, and needs the disk space of both. Of
     its files, those of another model (weights of any format and name that transformers reads, their indexes,
-    configurations) go; the others stay: a tokenizer, notes, logs.
+    configurations, ``structure_plan.json`` and the like) go; the others stay: a tokenizer, notes, logs.
 
     :param model: A Hugging Face model, with zeros, on the INT4 grid, with layers of different sizes, or plain.
     :param folder: Where to; made if it does not exist.
@@ -98,11 +100,10 @@ def _save(model: Any, target: Path) -> None:
     if not is_wrapped(model) and not overrides:
         model.save_pretrained(target, safe_serialization=True, **_copied_apart(model))
         return
-    tensors, shared = _each_once(model)
+    tensors, shared = each_once(model)
     _save_config(model, target, overrides)
-    save_file(tensors, target / GRID_WEIGHTS, metadata={"format": "pt", **shared})
-    if is_wrapped(model):
-        (target / GRID_CONFIG).write_text(json.dumps(nncf.torch.get_config(model), indent=1))
+    weights = target / (GRID_WEIGHTS if overrides else "model.safetensors")
+    save_file(tensors, weights, metadata={"format": "pt", **shared})
 
 
 def _copied_apart(model: Any) -> dict[str, dict[str, Tensor]]:
@@ -126,27 +127,6 @@ def _copied_apart(model: Any) -> dict[str, dict[str, Tensor]]:
     return {"state_dict": state | copies} if copies else {}
 
 
-def _each_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """
-    The tensors of a model, each under the first of its names, and by the other names (of tied weights) that first one.
-
-    Among them are floating buffers that are no part of the state dict: they keep the type that the model was turned to.
-    """
-    passing = {name: each for name, each in passing_buffers(model).items() if each.is_floating_point()}
-    tensors: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
-    first: dict[Hashable, str] = {}
-    for name, tensor in {**model.state_dict(), **passing}.items():
-        known = first.setdefault(place_of(tensor), name)
-        if known != name:
-            shared[name] = known
-        elif tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
-            tensors[name] = tensor
-        else:
-            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # a view is saved without the rest
-    return tensors, shared
-
-
 def _overrides(model: nn.Module) -> dict[str, dict[str, Any]]:
     try:
         return layer_overrides(model)
@@ -163,9 +143,13 @@ def _save_config(model: nn.Module, target: Path, overrides: Mapping[str, Any]) -
         from transformers.dynamic_module_utils import custom_object_save
 
         custom_object_save(model, target, config=config)
+    grid, dtype = grid_of(model), next(each.dtype for each in model.parameters() if each.is_floating_point())
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)  # of the model as it was once
+    if grid is not None:
+        config.quantization_config = grid
     if not overrides:
-        config = copy.deepcopy(config)
-        config.architectures = [type(model).__name__]
+        config.architectures, config.dtype = [type(model).__name__], dtype
         config.save_pretrained(target)
         return
     content = json.loads(config.to_json_string())
@@ -173,7 +157,7 @@ def _save_config(model: nn.Module, target: Path, overrides: Mapping[str, Any]) -
         "model_type": STRUCTURED,
         "base_model_type": config.model_type,
         "architectures": [type(model).__name__],
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "per_layer_config": overrides,
         "structure_version": STRUCTURE_VERSION,
     }
@@ -181,11 +165,11 @@ def _save_config(model: nn.Module, target: Path, overrides: Mapping[str, Any]) -
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            stock = type(model)(config)
+            stock = type(model)(model.config)
         content["structure_edits"] = edits_from_config(model, stock)
         content["auto_map"] = {
             "AutoConfig": f"{REMOTE_CODE.stem}.StructuredConfig",
-            **dict.fromkeys(_AUTO_CLASSES, f"{REMOTE_CODE.stem}.StructuredModel"),
+            **dict.fromkeys(AUTO_CLASSES, f"{REMOTE_CODE.stem}.StructuredModel"),
         }
         for file in REMOTE_FILES:
             shutil.copyfile(file, target / file.name)

@@ -9,23 +9,24 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.saving.fitting import load_compressed, load_strictly
 from nncf_ext.saving.folder import (
-    GRID_CONFIG,
     GRID_WEIGHTS,
+    QUANT_METHOD,
     STRUCTURE_VERSION,
     STRUCTURED,
     Stored,
     blamed_on,
     bounded_construction,
     check_counts,
+    check_floating,
     check_size,
     check_tensor,
     check_weight_files,
@@ -33,19 +34,17 @@ from nncf_ext.saving.folder import (
     read_config,
     read_object,
     read_tensors,
-    safetensors_of,
+    shared_names,
     stored_tensors,
 )
+from nncf_ext.saving.grid import check_grid, check_scales, grid_in
 from nncf_ext.saving.layers import apply_overrides
 from nncf_ext.saving.report_file import restore_records
-from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, scale_of
-from nncf_ext.weights.int4 import PackedInt4Weight, decompressors
-from nncf_ext.weights.sharing import names_of_parameters, tie
+from nncf_ext.upstream import HOOKS_PREFIX
+from nncf_ext.weights.sharing import tie
 
 _RUN_CODE = "If you trust it, pass trust_remote_code=True (--trust-remote-code), and it is run."
 _FLOATS = ("F32", "BF16", "F16")
-
-TModel = TypeVar("TModel", bound=nn.Module)
 
 
 def load_pretrained(
@@ -66,22 +65,24 @@ def load_pretrained(
     :return: The model, in evaluation mode.
     :raises nncf.ValidationError: The folder holds no such model, a file is damaged, or a tensor is missing, of another
         shape, or of integers where the model has floating numbers.
+    :raises nncf.UnsupportedModelError: The weights were quantized by another tool.
     """
     source = Path(folder)
     content = read_config(source)
-    on_grid = (source / GRID_CONFIG).is_file() and (source / GRID_WEIGHTS).is_file()
+    grid = grid_in(source, content)
     structured = content.get("model_type") == STRUCTURED
     if structured:
         _check_structure(source, content)
-    if not on_grid and not structured:
+    if grid is None and not structured:
         model = _load_stock(source, content, dtype, trust_remote_code)
     else:
-        model = _load_own(source, content, dtype, trust_remote_code, on_grid)
+        model = _load_own(source, content, grid, dtype, trust_remote_code)
     restore_records(model, source)
     return model.eval()
 
 
 def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | None, trust: bool) -> nn.Module:
+    check_floating(source, content)
     stored = stored_tensors(check_weight_files(source))
     check_counts(source / "config.json", content, stored)
     config = _read_config_object(source, trust)
@@ -132,50 +133,59 @@ def _check_kinds(model: nn.Module, stored: Mapping[str, Stored]) -> None:
 
 
 def _load_own(
-    source: Path, content: dict[str, Any], dtype: torch.dtype | None, trust: bool, on_grid: bool
+    source: Path,
+    content: dict[str, Any],
+    grid: tuple[Path, dict[str, Any]] | None,
+    dtype: torch.dtype | None,
+    trust: bool,
 ) -> nn.Module:
     """A model on the grid, with layers of different sizes, or both."""
-    weights, described = source / GRID_WEIGHTS, source / "config.json"
-    stored = stored_tensors([weights])
-    check_counts(described, content, stored)
+    described = source / "config.json"
+    files = [source / GRID_WEIGHTS] if (source / GRID_WEIGHTS).is_file() else check_weight_files(source)
+    stored = stored_tensors(files)
+    check_counts(described, {key: each for key, each in content.items() if key != "quantization_config"}, stored)
     make = _maker(source, content, trust)
     with bounded_construction(described, stored):
         outline = _on_meta(make)
     check_size(described, outline, stored)
-    _check_tensors(stored, outline, on_grid)
-    grid = read_object(source / GRID_CONFIG) if on_grid else None
+    _check_tensors(stored, outline, grid is not None)
     if grid is not None:
-        with blamed_on(source / GRID_CONFIG):
-            _check_grid(source / GRID_CONFIG, grid, stored, outline)
+        with blamed_on(grid[0]):
+            check_grid(*grid, stored, outline)
     from accelerate import init_empty_weights
 
     # Buffers that no file holds are computed by the constructor; parameters stay empty.
     with bounded_construction(described, stored), init_empty_weights(include_buffers=False):
         model = make()
-    state = read_tensors(weights)
-    with safetensors_of(weights) as opened:
-        shared = {alias: name for alias, name in (opened.metadata() or {}).items() if name in state}
+    state = {name: each for file in files for name, each in read_tensors(file).items()}
+    shared = shared_names(files, state)
     state |= {alias: state[name] for alias, name in shared.items()}
     buffers = {name: state.pop(name) for name in passing_buffers(model) if name in state}
     if dtype is not None:
         state = {name: _as(dtype, each) if not name.startswith(HOOKS_PREFIX) else each for name, each in state.items()}
         # Position embeddings lose more by a short type than weights do.
         buffers = {name: _as(torch.promote_types(each.dtype, dtype), each) for name, each in buffers.items()}
+    weights = files[0] if len(files) == 1 else source
     with blamed_on(source):
         try:
             if grid is None:
-                _load_strictly(model, state)
+                load_strictly(model, state)
             else:
-                for command in grid["compression_state"] if dtype is not None else ():
+                for command in grid[1]["compression_state"] if dtype is not None else ():
                     command["module_config"]["result_dtype"] = str(dtype).removeprefix("torch.")
-                model = load_compressed(model, grid, state)
+                model = load_compressed(model, grid[1], state)
         except nncf.ValidationError as error:
             raise nncf.ValidationError(f"{weights}: {error}") from error
     tie(model, shared)
     for name, buffer in buffers.items():
         module, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(module), own_name, buffer)
-    _check_scales(weights, model)
+    check_scales(weights, model)
+    if grid is not None and content.get("model_type") != STRUCTURED:
+        from nncf_ext.saving.quantizer import GridConfig, GridQuantizer
+
+        own: Any = model
+        own.hf_quantizer = GridQuantizer(GridConfig(grid[1]["compression_state"]))  # for model.save_pretrained
     _load_generation_config(source, model)
     return model
 
@@ -217,7 +227,8 @@ def _maker(source: Path, content: Mapping[str, Any], trust: bool) -> Callable[[]
         config = _read_config_object(source, trust)
         architecture = _architecture(source, config, trust)
         return lambda: _make(architecture, config, trust)
-    own = ("model_type", "base_model_type", "per_layer_config", "structure_version", "structure_edits", "auto_map")
+    own = {"model_type", "base_model_type", "per_layer_config", "structure_version", "structure_edits", "auto_map"}
+    own |= {"quantization_config"}
     with blamed_on(source / "config.json"):
         config = transformers.AutoConfig.for_model(
             content["base_model_type"], **{key: value for key, value in content.items() if key not in own}
@@ -243,8 +254,10 @@ def _read_config_object(source: Path, trust: bool) -> Any:
             if trust or "auto_map" not in read_object(described):
                 raise
             raise nncf.ValidationError(f"{described} needs code of the folder. {_RUN_CODE}") from error
-    if getattr(config, "quantization_config", "") is None:
-        del config.quantization_config  # "null" says that nothing is quantized; transformers takes it for a method
+    quantization = getattr(config, "quantization_config", {})
+    if quantization is None or quantization.get("quant_method") == QUANT_METHOD:
+        # "null" says that nothing is quantized; transformers takes it for a method. Of the grid, the hooks tell.
+        del config.quantization_config
     return config
 
 
@@ -307,97 +320,3 @@ def _check_tensors(stored: Mapping[str, Stored], outline: nn.Module, on_grid: bo
         each = weights[odd[0]]
         msg = f"{each.file}: {odd[0]} is {each.dtype}; weights are {', '.join(_FLOATS)}."
         raise nncf.ValidationError(msg)
-
-
-def _check_grid(path: Path, grid: Mapping[str, Any], stored: Mapping[str, Stored], outline: nn.Module) -> None:
-    """Every packed weight has as many codes as the weight that it stands for, and that weight is the model's."""
-    expected, packed = outline.state_dict(), set()
-    for command in grid["compression_state"]:
-        for hook in command["hook_names_in_model"]:
-            name = decode_hook_name(hook)[1]
-            if command["module_cls_name"] != PackedInt4Weight.__name__ or name not in expected:
-                continue
-            config, each, shape = command["module_config"], stored[name], tuple(expected[name].shape)
-            grouped = tuple(config["compressed_weight_shape"])
-            fits = tuple(config["result_shape"]) == shape and grouped[0] == shape[0] and prod(grouped) == prod(shape)
-            if not fits or each.dtype != "U8" or 2 * prod(each.shape) != prod(shape):
-                msg = (
-                    f"{path} and {each.file.name} do not fit {name}: {config['result_shape']} in groups of "
-                    f"{list(grouped)}, {each.dtype} {list(each.shape)}; the configuration describes {list(shape)}, so "
-                    f"{prod(shape) // 2} bytes of codes."
-                )
-                raise nncf.ValidationError(msg)
-            packed.add(name)
-    for name, each in stored.items():
-        if each.dtype == "U8" and name in expected and expected[name].is_floating_point() and name not in packed:
-            msg = f"{each.file}: {name} holds codes, and {path.name} says nothing about them."
-            raise nncf.ValidationError(msg)
-
-
-def _check_scales(weights: Path, model: nn.Module) -> None:
-    for name, decompressor in decompressors(model).items():
-        scales = scale_of(decompressor)
-        if scales.dtype is not torch.float16 or not bool(scales.isfinite().all()):
-            msg = f"{weights}: scales of {name} are {scales.dtype}, or not finite. Finite float16 numbers are needed."
-            raise nncf.ValidationError(msg)
-
-
-def _load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    try:
-        found = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        raise nncf.ValidationError(f"The weights do not fit {type(model).__name__}: {error}") from error
-    _refuse_misfits(model, _left_out(model, found.missing_keys, state), found.unexpected_keys)
-
-
-def _left_out(model: Any, missing: list[str], state: Mapping[str, Tensor]) -> list[str]:
-    """Ties what the configuration ties, and says what is missing even so."""
-    left = set(missing)
-    if callable(getattr(model, "get_expanded_tied_weights_keys", None)):
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        # Knows which of two tied weights is there; two that are there and differ stay two.
-        model.tie_weights(missing_keys=left, recompute_mapping=False)
-    names = names_of_parameters(model).values()
-    present = {name for each in names if not state.keys().isdisjoint(each) for name in each}
-    return [name for name in missing if name in left and name not in present]
-
-
-def _refuse_misfits(model: nn.Module, missing: list[str], unexpected: list[str]) -> None:
-    if unexpected or missing:
-        msg = f"The weights do not fit {type(model).__name__}: missing {missing[:4]}, unexpected {unexpected[:4]}."
-        raise nncf.ValidationError(msg)
-
-
-def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> TModel:
-    """
-    Puts a model on the INT4 grid together again from what NNCF's own functions gave.
-
-    ``nncf.torch.load_from_config(model, config, allowed_modules=("nncf.*", "nncf_ext.*"))`` places the decompressors,
-    but leaves parameters in their floating shape, into which packed codes cannot be loaded. This gives them the packed
-    shape first.
-
-    :param model: A fresh model of the same class; its own weights may be empty (meta device). Changed in place.
-    :param config: From ``nncf.torch.get_config``.
-    :param state_dict: From ``model.state_dict()``.
-    :return: The model.
-    :raises nncf.ValidationError: The state dict does not belong to this model.
-    """
-    commands = config["compression_state"]
-    behind = {decode_hook_name(hook)[1] for command in commands for hook in command["hook_names_in_model"]}
-    for name in behind:
-        if name in state_dict and state_dict[name].dtype is torch.uint8:
-            module, _, own_name = name.rpartition(".")
-            empty = torch.empty(state_dict[name].shape, dtype=torch.uint8)
-            setattr(model.get_submodule(module), own_name, nn.Parameter(empty, requires_grad=False))
-    hook_state = {name: value for name, value in state_dict.items() if name.startswith(HOOKS_PREFIX)}
-    own_state = {name: value for name, value in state_dict.items() if name not in hook_state}
-    try:
-        missing, unexpected = model.load_state_dict(own_state, strict=False, assign=True)
-        missing = _left_out(model, missing, own_state)
-        model = nncf.torch.load_from_config(model, dict(config), allowed_modules=("nncf.*", "nncf_ext.*"))
-        missing += [name for name in model.state_dict() if name.startswith(HOOKS_PREFIX) and name not in hook_state]
-        unexpected += model.load_state_dict(hook_state, strict=False, assign=True).unexpected_keys
-    except RuntimeError as error:
-        raise nncf.ValidationError(f"The weights do not fit {type(model).__name__}: {error}") from error
-    _refuse_misfits(model, missing, unexpected)
-    return model

@@ -54,17 +54,14 @@ def restore_records(model: nn.Module, folder: Path) -> None:
         logger.warning("The model's report is left out, which the model does not need: %s", error)
         return
     weights, hooks = survey(model).weights, weight_hooks(model)
-    seen = {name: tuple(hook.result_shape) for name, hook in decompressors(model).items()}
-    for weight in weights:
-        row, shape = rows.get(weight.name), seen.get(weight.name, tuple(weight.parameter.shape))
-        if row is not None and row.shape != shape:
-            logger.warning(
-                "%s is of another model and left out: %s is %s there and %s here.",
-                folder / REPORT,
-                weight.name,
-                list(row.shape),
-                list(shape),
-            )
+    packed = {name: tuple(hook.result_shape) for name, hook in decompressors(model).items()}
+    for name, parameter in ((weight.name, weight.parameter) for weight in weights if weight.name in rows):
+        there = rows[name].shape, rows[name].precision == "int4"
+        here = packed.get(name, tuple(parameter.shape)), name in packed
+        if there != here:
+            said, is_now = (f"{'INT4' if int4 else 'floating'} {list(shape)}" for shape, int4 in (there, here))
+            msg = "%s is of another model and left out: it says that %s is %s, and the model has %s there."
+            logger.warning(msg, folder / REPORT, name, said, is_now)
             return
     for weight in weights:
         row = rows.get(weight.name)

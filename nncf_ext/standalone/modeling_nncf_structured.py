@@ -44,6 +44,16 @@ class StructuredModel:
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing to remember: a loaded model is saved by the package that made it."""
 
+    @staticmethod
+    def check_options(options: dict[str, Any]) -> None:
+        """
+        :param options: Of ``from_pretrained``.
+        :raises ValueError: One is not supported.
+        """
+        for name in ("device_map", "quantization_config", "state_dict"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is not supported for a model whose layers differ. Load it, then move it.")
+
     @classmethod
     def from_pretrained(cls, folder: str, *_args: Any, config: StructuredConfig, **options: Any) -> Any:
         """
@@ -54,9 +64,7 @@ class StructuredModel:
         :raises ValueError: An option is not supported, or the weights do not fit.
         """
         dtype = options.get("dtype") or config.dtype  # transformers writes the caller's choice into the configuration
-        for name in ("device_map", "quantization_config", "state_dict"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} is not supported for a model whose layers differ. Load it, then move it.")
+        cls.check_options(options)
         names = ("cache_dir", "revision", "token", "local_files_only", "subfolder", "force_download")
         settings = {name: options[name] for name in names if name in options}
         path: Any = cached_file(folder, WEIGHTS, **settings)

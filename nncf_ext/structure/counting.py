@@ -8,6 +8,7 @@ from torch import nn
 from nncf_ext.structure.dimensions import Dimensions, Kept, axis_length, tensor_at
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import Costs, StructurePlan
+from nncf_ext.structure.wrappers import without_shells
 from nncf_ext.weights.sharing import names_of_parameters
 
 
@@ -21,6 +22,7 @@ def count_costs(model: nn.Module, plan: StructurePlan | None = None, *, dimensio
     :return: Its costs.
     :raises nncf.UnsupportedModelError: The model's structure is unknown.
     """
+    model = without_shells(model)
     dimensions = dimensions_of(model) if dimensions is None else dimensions
     kept = dimensions.all_units() if plan is None else plan.kept
     parameters = {id(each): each for each in model.parameters()}

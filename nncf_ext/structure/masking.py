@@ -27,12 +27,13 @@ def masked(model: nn.Module, plan: StructurePlan, dimensions: Dimensions | None 
 
     Do not carry a cache into or out of the context.
 
-    :param model: The dense model.
+    :param model: The dense model itself. Code that ``torch.compile`` made of it before does not see masks, so a model
+        that is wrapped is refused: mask, and run, the model inside.
     :param plan: What stays.
     :param dimensions: The model's dimensions, from one who knows that the plan fits; None: find them, and check the
         plan.
     :raises nncf.ValidationError: The plan does not fit the model.
-    :raises nncf.UnsupportedModelError: The model's structure is unknown or shared.
+    :raises nncf.UnsupportedModelError: The model is wrapped, or its structure is unknown or shared.
     """
     if dimensions is None:
         dimensions = dimensions_of(model)

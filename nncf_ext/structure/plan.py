@@ -21,6 +21,7 @@ from nncf_ext.files import write_whole
 from nncf_ext.structure.dimensions import Dimensions
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.order import units_at
+from nncf_ext.structure.wrappers import without_shells
 
 VERSION = 2
 _SAMPLE = 4096
@@ -104,6 +105,7 @@ class StructurePlan:
         :return: The plan that keeps everything.
         :raises nncf.UnsupportedModelError: See :func:`nncf_ext.structure.lookup.dimensions_of`.
         """
+        model = without_shells(model)
         dimensions = dimensions_of(model) if dimensions is None else dimensions
         return cls(fingerprint(model), dimensions.all_units())
 

@@ -16,6 +16,7 @@ from nncf_ext.structure.dimensions import Dimension
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.order import Score, units_by_score
 from nncf_ext.structure.plan import Step, StructurePlan
+from nncf_ext.structure.wrappers import without_shells
 
 _MAMBA_SHEDDER = {"pruned_mamba_block_idx": ("mamba", 0), "pruned_ssm_idx": ("mamba", 1)}
 _HYBRID = {**_MAMBA_SHEDDER, "pruned_mha_idx": ("attention", 0), "pruned_mlp_idx": ("mlp", 0)}
@@ -35,6 +36,7 @@ def plan_from_reference(content: Mapping[str, Any], model: nn.Module, score: Sco
     :return: The plan.
     :raises nncf.ValidationError: A number does not fit the model.
     """
+    model = without_shells(model)
     dimensions = dimensions_of(model)
     plan, blocks = StructurePlan.dense(model, dimensions), range(len(dimensions.by_block))
     steps: list[Step] = []
@@ -86,6 +88,7 @@ def plan_to_reference(plan: StructurePlan, model: nn.Module, score: Score | None
     :return: Plain data for ``json.dump``.
     :raises nncf.ValidationError: The plan keeps other units than the reader would.
     """
+    model = without_shells(model)
     dimensions = dimensions_of(model)
     check_plan(model, plan, dimensions)
     content: dict[str, Any] = {}

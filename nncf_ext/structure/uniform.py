@@ -7,6 +7,7 @@ from nncf_ext.structure.checks import check_plan
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.order import Score, units_by_score
 from nncf_ext.structure.plan import StructurePlan
+from nncf_ext.structure.wrappers import without_shells
 
 
 def snap_to_uniform(
@@ -29,6 +30,7 @@ def snap_to_uniform(
     :return: A plan whose layers are alike. The number of heads is one that stock classes accept.
     :raises nncf.ValidationError: The plan does not fit the model, or `multiple` is out of range.
     """
+    model = without_shells(model)
     dimensions = dimensions_of(model)
     check_plan(model, plan, dimensions)
     staying = {index for index, parts in enumerate(dimensions.by_block) if any(plan.kept[each.name] for each in parts)}

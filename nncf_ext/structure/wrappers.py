@@ -30,17 +30,29 @@ def plain_arithmetic() -> Iterator[None]:
         yield
 
 
+def without_shells(model: nn.Module) -> nn.Module:
+    """
+    Takes off what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around a model: for those who
+    only read it.
+
+    :param model: Any torch model.
+    :return: The model inside, the very object; `model` itself where nothing stands around it.
+    """
+    while (shell := _shell(model)) is not None:
+        model = getattr(model, _SHELLS[shell])
+    return model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """
-    Takes off what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around a model.
+    Takes off shells (:func:`without_shells`) from a model that is to be changed or saved.
 
     :param model: Any torch model; what is none comes back as it is, for the caller to refuse.
     :return: The model inside, the very object; `model` itself where nothing stands around it. Its state dict is that of
         a plain model.
     :raises nncf.UnsupportedModelError: A part of it is wrapped, sharded, or masked by ``torch.nn.utils.prune``.
     """
-    while (shell := _shell(model)) is not None:
-        model = getattr(model, _SHELLS[shell])
+    model = without_shells(model)
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         shell = _shell(module)
         if shell is not None:

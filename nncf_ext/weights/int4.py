@@ -44,6 +44,18 @@ class PackedInt4Weight(INT4SymmetricWeightsDecompressor, StatefulModuleInterface
     :param result_dtype: Floating type of the weight that the forward sees.
     """
 
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing() and self.result_dtype is not torch.float32 and self._scale.dtype is torch.float32:
+            # OpenVINO's patch of 16-bit models has widened the scales, and put zeros in place of the biases.
+            msg = (
+                f"OpenVINO converts weights on the INT4 grid from a float32 model; this one is {self.result_dtype}. "
+                'Load it in float32 (torch_dtype="float32" in OVModelForCausalLM.from_pretrained, dtype=torch.float32 '
+                "in nncf_ext.load_pretrained), or export the folder by `nncf-ext export FOLDER OUT`."
+            )
+            raise nncf.ValidationError(msg)
+        decoded: Tensor = super().forward(x)
+        return decoded
+
     def get_config(self) -> dict[str, Any]:
         return {
             "compressed_weight_shape": list(self.compressed_weight_shape),

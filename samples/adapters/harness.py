@@ -1,8 +1,9 @@
-"""A task as files for the lm-eval harness, and its score of an OpenVINO model, packed or not."""
+"""Tasks as files for the lm-eval harness, and their scores of an OpenVINO model, packed or not."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ dataset_path: json
 dataset_kwargs:
   data_files:
     test: {data}
-output_type: generate_until
 test_split: test
-doc_to_text: "{{{{prompt}}}}"
-doc_to_target: "{{{{answer}}}}"
+"""
+_ANSWERS = """\
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
 target_delimiter: ""
 generation_kwargs:
   until: ["<|endoftext|>", "\\n"]
@@ -28,6 +31,15 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
+_PERPLEXITY = """\
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: word_perplexity
+  - metric: byte_perplexity
+  - metric: bits_per_byte
+"""
 
 
 def write_task(task: Task, folder: Path) -> Path:
@@ -36,11 +48,27 @@ def write_task(task: Task, folder: Path) -> Path:
     :param folder: Folder for ``<name>.yaml`` and ``<name>.jsonl``.
     :return: The folder, for ``lm_eval --include_path``.
     """
+    rows = [{"prompt": item.prompt, "answer": item.answer} for item in task.test]
+    return _write(folder, task.name, rows, _ANSWERS)
+
+
+def write_text(documents: Sequence[str], folder: Path, name: str) -> Path:
+    """
+    :param documents: Texts whose perplexity to measure. Each is read from its first token to its last; one that is
+        longer than the model's context, in pieces of that length.
+    :param folder: Folder for ``<name>.yaml`` and ``<name>.jsonl``.
+    :param name: Of the task.
+    :return: The folder, for ``lm_eval --include_path``. The harness gives perplexities of a word and of a byte, and
+        bits per byte, none of which depends on the tokenizer.
+    """
+    return _write(folder, name, [{"text": each} for each in documents], _PERPLEXITY)
+
+
+def _write(folder: Path, name: str, rows: Sequence[dict[str, str]], rest: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    data = (folder / f"{task.name}.jsonl").resolve()
-    lines = [json.dumps({"prompt": item.prompt, "answer": item.answer}) for item in task.test]
-    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / f"{task.name}.yaml").write_text(_YAML.format(name=task.name, data=data), encoding="utf-8")
+    data = (folder / f"{name}.jsonl").resolve()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(_YAML.format(name=name, data=data) + rest, encoding="utf-8")
     return folder
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,9 +45,17 @@ def interval(statistic: Callable[..., float], *samples: Losses, draws: int = 10_
     :param draws: How many.
     :return: The statistic, and the ends of its 95 % interval.
     """
-    chosen = np.random.default_rng(0).integers(0, len(samples[0]), (draws, len(samples[0])))
-    drawn = [statistic(*(sample[rows] for sample in samples)) for rows in chosen]
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    drawn = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=draws,
+        batch=1000,
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    low, high = drawn.confidence_interval
     return statistic(*samples), float(low), float(high)
 
 

@@ -1,6 +1,7 @@
 """Walking a model: what a block is given, how much is held, and models that are no simple chain."""
 
 import gc
+import weakref
 
 import nncf
 import pytest
@@ -12,7 +13,7 @@ from nncf_ext import CompressMode
 from nncf_ext.algorithms.sparse_weights.algorithm import MODES
 from nncf_ext.calibration.chain import shared
 from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
-from nncf_ext.calibration.stream import CalibrationStream, evaluation
+from nncf_ext.calibration.stream import CalibrationStream, _merge_order, evaluation
 from nncf_ext.structure.blocks import survey
 
 WIDTH = 12
@@ -103,10 +104,13 @@ def test_every_layer_sees_what_the_whole_model_would_give_it(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "planning", "passes"), [("plain", 1, 1), ("own mask", 2, 1), ("skip", 1, 5), ("twice", 1, 5)]
+    ("kind", "planning", "passes"), [("plain", 4, 1), ("own mask", 5, 1), ("skip", 4, 5), ("twice", 4, 5)]
 )
 def test_chains_run_each_block_alone(kind, planning, passes):
-    """In a chain, the embedding before the blocks runs once per item (and for planning), not for every block."""
+    """
+    In a chain, the embedding before the blocks runs once per item (and for planning), not for every block. Where blocks
+    differ in their masks, planning takes one forward more, for items of any length.
+    """
     model, samples = Stack(kind, blocks=5), items()
     runs = []
     model.embed.register_forward_hook(lambda *_: runs.append(1))
@@ -115,7 +119,7 @@ def test_chains_run_each_block_alone(kind, planning, passes):
         for unit in CalibrationStream(model, samples, found.block_lists, found.targets).units():
             unit.run()
             unit.advance()
-    assert len(runs) == len(samples) * (planning + passes)
+    assert len(runs) == planning + len(samples) * passes
 
 
 def living_activations():
@@ -139,6 +143,51 @@ def test_activations_of_one_boundary_are_held():
     boundary = sum(sample.shape[0] * sample.shape[1] * WIDTH for sample in samples)
     assert held[0] == boundary
     assert max(held) == boundary
+
+
+def test_planning_does_not_hold_what_layers_inside_blocks_read():
+    model, samples = Stack("plain", blocks=5), items(2)
+    read, alive = [], []
+    for block in model.layers:
+        block.second.register_forward_pre_hook(lambda module, args: read.append(weakref.ref(args[0])))
+    model.head.register_forward_pre_hook(lambda *_: alive.append(sum(each() is not None for each in read)))
+    found = survey(model)
+    with evaluation(model):
+        CalibrationStream(model, samples, found.block_lists, found.targets)
+    assert alive
+    assert not any(alive)
+
+
+def test_orders_of_items_are_merged():
+    order = []
+    for seen, expected in [
+        ("bdf", "bdf"),
+        ("abcdef", "abcdef"),
+        ("bxf", "abxcdef"),
+        ("yzfw", "yzabxcdefw"),
+        ("fb", "yzabxcdefw"),
+    ]:
+        _merge_order(order, seen)
+        assert "".join(order) == expected
+
+
+def test_orders_of_many_layers_are_merged_at_once():
+    """By counting comparisons: names are compared with their neighbours by hash, not one by one with all others."""
+    compared = []
+
+    class Name(str):
+        def __hash__(self):
+            return super().__hash__()
+
+        def __eq__(self, other):
+            compared.append(other)
+            return super().__eq__(other)
+
+    order = []
+    for _ in range(3):
+        _merge_order(order, [Name(index) for index in range(300)])
+    assert order == [str(index) for index in range(300)]
+    assert len(compared) < 10 * 300
 
 
 def test_equal_masks_are_held_once():

@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nncf
 import pytest
@@ -14,12 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nncf_ext
+from nncf_ext.saving.folder import read_tensors
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
 from nncf_ext.weights.int4 import pack
 from tests.structure_models import logits, tokens
 
-WEIGHTS = {"plain": "model.safetensors", "cut": "nncf_model.safetensors", "int4": "nncf_model.safetensors"}
+WEIGHTS = {
+    **{"plain": "model.safetensors", "cut": "nncf_model.safetensors"},
+    **{"int4": "model.safetensors", "int4 of version 0.1": "nncf_model.safetensors"},
+}
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -35,10 +41,24 @@ def saved(kind: str, model: nn.Module, folder: Path) -> nn.Module:
     """A model of two layers in one of three kinds of folder."""
     if kind == "cut":
         model = extract_structure(model, StructurePlan.dense(model).keep("layers.0.mlp", range(64)))
-    elif kind == "int4":
+    elif "int4" in kind:
         model = on_grid(model)
     nncf_ext.save_pretrained(model, folder)
+    if kind.endswith("0.1"):
+        as_before(folder)
     return model
+
+
+def as_before(folder: Path) -> None:
+    """A folder on the grid as version 0.1 wrote it: the grid is a file of its own."""
+    with safe_open(folder / "model.safetensors", "pt") as opened:
+        state = {name.removeprefix("~"): opened.get_tensor(name) for name in opened.keys()}
+        save_file(state, folder / "nncf_model.safetensors", opened.metadata())
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    grid = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "nncf_config.json").write_text(json.dumps({"compression_state": grid["compression_state"]}))
 
 
 def rewrite(file: Path, **changed: torch.Tensor | None) -> None:
@@ -122,7 +142,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", ["config.json", "nncf_config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
 def test_broken_json(name, text, tiny_llama, tmp_path) -> None:
-    saved("int4" if name == "nncf_config.json" else "plain", tiny_llama(), tmp_path)
+    saved("int4 of version 0.1" if name == "nncf_config.json" else "plain", tiny_llama(), tmp_path)
     if "index" in name:
         (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(text.encode("latin-1"))
@@ -180,10 +200,57 @@ def test_experts_of_a_mixture(tmp_path) -> None:
 
 
 def test_no_quantization_may_be_said(tiny_llama, tmp_path) -> None:
-    for kind in WEIGHTS:
+    for kind in WEIGHTS.keys() - {"int4"}:
         model = saved(kind, tiny_llama(), tmp_path / kind)
         edit(tmp_path / kind / "config.json", quantization_config=None)
         assert torch.equal(logits(nncf_ext.load_pretrained(tmp_path / kind), tokens()), logits(model, tokens()))
+
+
+def test_weights_that_another_tool_quantized_are_refused_by_name(tiny_llama, tmp_path) -> None:
+    saved("plain", tiny_llama(), tmp_path)
+    for said, word in (({"quant_method": "gptq", "bits": 4}, "nncf_ext.load_gptq"), ({"bits": 4}, "unnamed"), (3, "3")):
+        edit(tmp_path / "config.json", quantization_config=said)
+        with pytest.raises(nncf.UnsupportedModelError, match=f"quantized already.*{word}"):
+            nncf_ext.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_short_memory_is_no_fault_of_the_folder(kind, error, tiny_llama, tmp_path, monkeypatch) -> None:
+    saved(kind, tiny_llama(), tmp_path)
+
+    def raising(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", raising)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "load_state_dict", raising)
+    with pytest.raises(type(error)) as caught:
+        nncf_ext.load_pretrained(tmp_path)
+    assert caught.value is error
+
+
+def test_only_floating_numbers_that_lie_badly_are_copied(tmp_path) -> None:
+    numbers = {"a": torch.arange(64.0), "b": torch.arange(33.0), "c": torch.arange(16.0)}
+    for kind, tensors, kept in (("numbers", numbers, False), ("codes", {"d": torch.arange(99).to(torch.uint8)}, True)):
+        file = tmp_path / f"{kind}.safetensors"
+        for padding in range(8):  # headers end at multiples of 8 bytes: one of eight of 64
+            save_file(tensors, file, {"padding": "x" * 8 * padding})
+            if (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 64 == 8:
+                break
+        found = read_tensors(file)
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+        assert all(each.data_ptr() % 64 == 0 for each in found.values() if each.is_floating_point())
+        assert (str(file) in Path("/proc/self/maps").read_text()) is kept
 
 
 NOTHING: list[dict[str, object]] = [
@@ -204,10 +271,11 @@ def test_configurations_that_describe_nothing(entries, tiny_llama, tmp_path) -> 
         assert str(tmp_path) in str(error)
 
 
-def changed_grid(folder: Path, **entries: object) -> None:
-    grid = json.loads((folder / "nncf_config.json").read_text())
-    grid["compression_state"][0]["module_config"] |= entries
-    (folder / "nncf_config.json").write_text(json.dumps(grid))
+def regrid(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the description of the grid."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -219,33 +287,45 @@ def changed_grid(folder: Path, **entries: object) -> None:
 )  # fmt: skip
 def test_a_grid_that_fits_no_weight(entries, tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    changed_grid(tmp_path, **entries)
+    regrid(tmp_path, lambda grid: grid["compression_state"][0]["module_config"].update(entries))
     refused(tmp_path, str(tmp_path))
 
 
 @pytest.mark.parametrize("state", [None, 3, [3], [{}], [{"module_cls_name": "PackedInt4Weight"}]], ids=str)
 def test_a_grid_that_is_none(state, tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    (tmp_path / "nncf_config.json").write_text(json.dumps({"compression_state": state}))
-    refused(tmp_path, "nncf_config.json")
-    (tmp_path / "nncf_config.json").write_text("{}")
-    refused(tmp_path, "nncf_config.json")
-    (tmp_path / "nncf_config.json").write_text(json.dumps({"compression_state": []}))
-    refused(tmp_path, "nncf_model.safetensors", UP, "nncf_config.json")
+    regrid(tmp_path, lambda grid: grid.update(compression_state=state))
+    refused(tmp_path, "config.json")
+    regrid(tmp_path, lambda grid: grid.pop("compression_state"))
+    refused(tmp_path, "config.json")
+    regrid(tmp_path, lambda grid: grid.update(compression_state=[]))
+    refused(tmp_path, "model.safetensors", UP, "config.json")
+
+
+@pytest.mark.parametrize("version", [2, "1", None], ids=str)
+def test_a_grid_of_a_later_release(version, tiny_llama, tmp_path) -> None:
+    saved("int4", tiny_llama(), tmp_path)
+    regrid(tmp_path, lambda grid: grid.update(version=version))
+    refused(tmp_path, "config.json", "Upgrade nncf-ext")
+
+
+def test_codes_without_a_grid(tiny_llama, tmp_path) -> None:
+    saved("int4", tiny_llama(), tmp_path)
+    edit(tmp_path / "config.json", quantization_config=None)
+    refused(tmp_path, "model.safetensors", UP)
 
 
 def test_foreign_code_of_a_grid_is_not_imported(tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    grid = json.loads((tmp_path / "nncf_config.json").read_text())
-    grid["compression_state"][0] |= {"module_path": "antigravity", "module_cls_name": "Foreign"}
-    (tmp_path / "nncf_config.json").write_text(json.dumps(grid))
+    foreign = {"module_path": "antigravity", "module_cls_name": "Foreign"}
+    regrid(tmp_path, lambda grid: grid["compression_state"][0].update(foreign))
     refused(tmp_path, str(tmp_path))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scales_are_finite_numbers(value, tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    file = tmp_path / "nncf_model.safetensors"
+    file = tmp_path / "model.safetensors"
     (name,) = [name for name in load_file(file) if name.endswith("_scale")]
     scales = load_file(file)[name]
     scales[7] = value
@@ -255,7 +335,7 @@ def test_scales_are_finite_numbers(value, tiny_llama, tmp_path) -> None:
 
 def test_scales_and_codes_of_other_sizes(tiny_llama, tmp_path) -> None:
     saved("int4", tiny_llama(), tmp_path)
-    file = tmp_path / "nncf_model.safetensors"
+    file = tmp_path / "model.safetensors"
     state = load_file(file)
     (name,) = [name for name in state if name.endswith("_scale")]
     whole = file.read_bytes()
@@ -265,7 +345,7 @@ def test_scales_and_codes_of_other_sizes(tiny_llama, tmp_path) -> None:
     ):  # fmt: skip
         file.write_bytes(whole)
         rewrite(file, **{key: each if each is None else each.contiguous() for key, each in changed.items()})
-        refused(tmp_path, "nncf_model.safetensors")
+        refused(tmp_path, "model.safetensors")
 
 
 def test_one_module_in_two_places_is_saved_for_both(tiny_llama, tmp_path) -> None:

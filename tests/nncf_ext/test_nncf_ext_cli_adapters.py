@@ -191,7 +191,7 @@ def test_adapters_on_a_grid_are_merged_into_codes(folder, text, tmp_path, traine
     code, output = run(*arguments, "--grid", tmp_path / "grid")
     assert code == 0, output
     assert torch.equal(logits(load(out)), logits(model))
-    assert (out / "nncf_config.json").is_file()
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "nncf_ext"
 
     report = tmp_path / "report.json"
     code, output = run(
@@ -247,7 +247,7 @@ MERGE = ["merge", "FOLDER", "OUT", "--adapter", "ADAPTER"]
         ([*SEARCH, "--ranks", "6,4", "--budget", "0"], "at least 1; got 0"),
         ([*SEARCH, "--ranks", "6,4", "--samples", "0"], "--samples is a number of windows"),
         ([*SEARCH, "--ranks", "6,4", "--dataset", "absent.txt"], "no validation text absent.txt"),
-        ([*SEARCH, "--ranks", "6,4", "--dataset", "BAD.jsonl"], "no JSON Lines file"),
+        ([*SEARCH, "--ranks", "6,4", "--dataset", "BAD.jsonl"], "has no text or messages or conversations, but: words"),
         ([*SEARCH, "--ranks", "6,4", "--dataset", "DEEP.jsonl"], "no JSON Lines file"),
         ([*SEARCH, "--ranks", "6,4", "--adapter", "FOLDER"], "is no folder of an adapter"),
         ([*SEARCH, "--ranks", "6,4", "--grid", "FOLDER"], "--grid belongs to --mode quant_aware"),

@@ -111,8 +111,9 @@ def damage(change):
         (damage(lambda content: content["weights"][3].update(shape=[1, "x"])), "something else"),
         (damage(lambda content: content["weights"][3].pop("note")), "something else"),
         (damage(lambda content: content["weights"][3].update(shape=[1, 2])), "of another model"),
+        (damage(lambda content: content["weights"][3].update(precision="int4")), "of another model"),
     ],
-    ids=["torn", "list", "no text", "no weights", "text for a number", "shape", "field missing", "other shape"],
+    ids=["torn", "list", "no text", "no weights", "text for a number", "shape", "field missing", "other shape", "int4"],
 )
 def test_a_report_that_does_not_fit_is_left_out(tiny_llama, token_dataset, tmp_path, edit, warning, caplog):
     model = sparse(tiny_llama, token_dataset)

@@ -1,6 +1,7 @@
 """Models that are wrapped, compiled, sharded, offloaded or masked; callers who are in inference mode or autocast."""
 
 import contextlib
+import operator
 
 import nncf
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 import nncf_ext
 from nncf_ext import AdvancedSparseWeightsParameters, CompressMode
+from nncf_ext.structure.reference import plan_from_reference, plan_to_reference
 
 INT4 = AdvancedSparseWeightsParameters(quantization=nncf.CompressWeightsMode.INT4_SYM)
 SETTINGS = {
@@ -66,6 +68,46 @@ def test_wrapped_models_are_cut_and_saved_as_the_model_inside(tiny_llama, token_
     assert same_state(nncf_ext.extract(wrap(tiny_llama()), plan), nncf_ext.extract(tiny_llama(), plan))
     nncf_ext.save_pretrained(wrap(tiny_llama()), tmp_path)
     assert same_state(nncf_ext.load_pretrained(tmp_path), tiny_llama())
+
+
+@pytest.mark.parametrize("wrap", SHELLS.values(), ids=SHELLS.keys())
+def test_wrapped_models_are_read_as_the_model_inside(tiny_llama, one_process, wrap):
+    model = tiny_llama()
+    wrapped = wrap(model)
+    plan = nncf_ext.StructurePlan.dense(model).keep("layers.1.mlp", range(8))
+    assert nncf_ext.StructurePlan.dense(wrapped) == nncf_ext.StructurePlan.dense(model)
+    assert nncf_ext.count_costs(wrapped) == nncf_ext.count_costs(model)
+    assert nncf_ext.count_costs(wrapped, plan) == nncf_ext.count_costs(model, plan)
+    assert nncf_ext.snap_to_uniform(wrapped, plan) == nncf_ext.snap_to_uniform(model, plan)
+    assert plan_to_reference(plan, wrapped) == plan_to_reference(plan, model)
+    counts = {"pruned_attn_idx": [0]}
+    assert plan_from_reference(counts, wrapped) == plan_from_reference(counts, model)
+
+
+@pytest.mark.parametrize("wrap", SHELLS.values(), ids=SHELLS.keys())
+@settings
+def test_results_that_were_wrapped_are_reported_as_the_model_inside(
+    tiny_llama, token_dataset, one_process, wrap, options
+):
+    result = nncf_ext.compress(tiny_llama(), dataset=token_dataset, **options)
+    result.lm_head.weight.requires_grad_()  # what is distributed must have something to train
+    assert nncf_ext.compression_report(wrap(result)) == nncf_ext.compression_report(result)
+    if options["mode"] is CompressMode.MULTIPRUNER:
+        assert nncf_ext.structure_plan(wrap(result)) is nncf_ext.structure_plan(result)
+
+
+def test_masks_are_not_put_behind_compiled_code(tiny_llama):
+    """It was made without them, and would go on to compute the dense model."""
+    model, ids = tiny_llama(), torch.arange(20)[None]
+    plan = nncf_ext.StructurePlan.dense(model).keep("layers.1.mlp", range(8))
+    fast = compiled(model)
+    with torch.no_grad():
+        dense = fast(ids, use_cache=False).logits
+        with nncf_ext.masked(model, plan):
+            assert torch.equal(fast(ids, use_cache=False).logits, dense)
+            assert not torch.equal(model(ids, use_cache=False).logits, dense)
+    with pytest.raises(nncf.UnsupportedModelError, match="wrapped.*'_orig_mod'"), nncf_ext.masked(fast, plan):
+        pass
 
 
 def adapted(model):
@@ -268,6 +310,24 @@ def test_models_and_items_of_inference_mode(tiny_llama, make_items, options):
         assert [each.requires_grad for each in result.parameters()] == [
             each.requires_grad for each in expected.parameters()
         ]
+
+
+REFUSED_CALLS = {
+    "ratio": {"mode": CompressMode.SPARSE_WANDA, "ratio": 2.0},
+    "method": {"mode": CompressMode.SPARSE_WANDA, "ratio": 0.5, "advanced_parameters": object()},
+    "scope": {"mode": "sparse_wanda", "ratio": 0.5, "ignored_scope": nncf.IgnoredScope(names=["nowhere"])},
+    "out of reach": {"mode": CompressMode.MULTIPRUNER, "ratio": 0.999},
+}
+
+
+@pytest.mark.parametrize("options", REFUSED_CALLS.values(), ids=REFUSED_CALLS.keys())
+def test_a_refused_call_leaves_parameters_of_inference_mode_in_place(tiny_llama, token_dataset, options):
+    with torch.inference_mode():
+        model = tiny_llama()
+    before = list(model.parameters())
+    with pytest.raises((nncf.ValidationError, nncf.ParameterNotSupportedError)):
+        nncf_ext.compress(model, dataset=token_dataset, **options)
+    assert all(map(operator.is_, model.parameters(), before))
 
 
 def test_tied_weights_of_inference_mode_stay_tied(tiny_llama, make_items):
