@@ -13,22 +13,18 @@ _TAG = "nncf-ext"
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
-def write_card(model: nn.Module, folder: Path, report: CompressionReport, pruned: str | None) -> None:
+def write_card(model: nn.Module, folder: Path, report: CompressionReport, cut: bool) -> None:
     """
-    Writes the card, unless somebody else's is there.
-
     Licence, language and base model are those of the card of the model it was made from, where that is on this disk.
 
     :param model: The model that was saved, with the place it came from in its configuration.
     :param folder: Its folder.
     :param report: What was done to its weights.
-    :param pruned: What was removed from its structure, in words; None for a model of the original shape.
+    :param cut: Whether parts of its structure were removed.
     """
-    if not is_ours(folder):
-        return
     config: Any = model.config
     source = str(getattr(config, "_name_or_path", "") or "")
-    data = ModelCardData(library_name="transformers", tags=[_TAG, *_tags(report, pruned)], **_carried(source))
+    data = ModelCardData(library_name="transformers", tags=[_TAG, *_tags(report, cut)], **_carried(source))
     text = f"""---
 {data.to_yaml()}
 ---
@@ -37,7 +33,7 @@ def write_card(model: nn.Module, folder: Path, report: CompressionReport, pruned
 
 Made with [nncf-ext](https://pypi.org/project/nncf-ext/), a plugin suite for OpenVINO and NNCF.
 
-{_done(report, pruned)}
+{_done(report, cut)}
 
 ## How to load it
 
@@ -46,6 +42,8 @@ import nncf_ext
 
 model = nncf_ext.load_pretrained("path/of/this/folder")
 ```
+
+After `import nncf_ext`, the classes of transformers read it, too.
 
 For OpenVINO, packed so that zeros are neither stored nor read: `nncf-ext export FOLDER OUT --pack`.
 """
@@ -77,15 +75,16 @@ def _carried(source: str) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name in (*_CARRIED, "base_model")}
 
 
-def _tags(report: CompressionReport, pruned: str | None) -> list[str]:
+def _tags(report: CompressionReport, cut: bool) -> list[str]:
     tags = {weight.precision for weight in report.compressed if weight.precision.startswith("int")}
     if any(weight.sparsity > 0.05 for weight in report.compressed):
         tags.add("sparse")
-    return sorted(tags | ({"pruned"} if pruned else set()))
+    return sorted(tags | ({"pruned"} if cut else set()))
 
 
-def _done(report: CompressionReport, pruned: str | None) -> str:
-    lines = [f"* {pruned}"] if pruned else []
+def _done(report: CompressionReport, cut: bool) -> str:
+    lines = ["* Parts of the structure were removed: layers differ in size (`per_layer_config` in `config.json`)."]
+    lines = lines if cut else []
     kinds: dict[tuple[str, str], list[WeightReport]] = {}
     for weight in report.compressed:
         kinds.setdefault((str(weight.mode), weight.precision), []).append(weight)

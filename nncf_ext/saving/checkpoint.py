@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from nncf_ext.drafts import whole_folder
 from nncf_ext.files import let_others_read
 from nncf_ext.report import compression_report
+from nncf_ext.saving.card import CARD, is_ours, write_card
 from nncf_ext.saving.folder import (
     ADAPTER_CONFIG,
     GRID_CONFIG,
@@ -61,7 +62,8 @@ _OF_A_MODEL = re.compile(
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     Writes a compressed Hugging Face model. Weights go into safetensors files only; what compression noted about the
-    layers goes into ``compression_report.json`` (weights from before rounding do not).
+    layers goes into ``compression_report.json`` (weights from before rounding do not), in short into the model card
+    (README.md) where there is none by somebody else.
 
     A folder that is there already is the old one until the new one is complete, and needs the disk space of both. Of
     its files, those of another model (weights of any format and name that transformers reads, their indexes,
@@ -88,10 +90,18 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "there. Name another folder."
         )
         raise nncf.ValidationError(msg)
-    with whole_folder(folder, keeps=lambda name: is_adapter or not _OF_A_MODEL.fullmatch(name)) as draft:
+    carded = not is_adapter and is_ours(Path(folder))
+
+    def keeps(name: str) -> bool:
+        return is_adapter or not (_OF_A_MODEL.fullmatch(name) or (carded and name == CARD))
+
+    with whole_folder(folder, keeps=keeps) as draft:
         _save(model, draft)
         if not is_adapter:
-            write_report(compression_report(model), draft)
+            report = compression_report(model)
+            write_report(report, draft)
+            if carded:
+                write_card(model, draft, report, cut=bool(_overrides(model)))
         let_others_read(draft)
 
 
