@@ -20,42 +20,47 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 try:
     import fcntl
 except ImportError:  # Windows: what a killed process left stays there
     fcntl = None  # type: ignore[assignment]
 
+_DRAFT = re.compile(r"\.(.+)\.draft-[0-9a-f]{8}", re.DOTALL)
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _HERE = -100  # AT_FDCWD of <fcntl.h>
 _NO_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOST = (*_FULL, errno.EIO)  # what a synchronization reports of bytes that are not on the disk
+_APPEARED = (errno.EEXIST, errno.ENOTEMPTY)
 _NO_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)  # a mount point, or a folder of an image's layer
 
 
 @contextmanager
-def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_file(target: str | os.PathLike[str], clean_up: bool = True) -> Iterator[Path]:
     """
     A file that is the old one or the complete new one, whenever the process ends.
 
     :param target: The file. Of a link, the file it leads to.
+    :param clean_up: Whether to look for what killed processes left of this file, which lists its folder. False for one
+        of many files, where :func:`remove_leftovers` has looked for all of them.
     :return: Context manager. It gives a path of the same name, to be written in the block.
     :raises OSError: It cannot be written; of a full disk the message says what to do.
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_file():
         raise FileExistsError(errno.EEXIST, "This is no regular file, so it cannot be replaced", str(target))
-    with aside(target) as place:
+    with aside(target, clean_up=clean_up) as place:
         draft = place / target.name
         yield draft
         if target.exists():
             _take_rights(draft, target)
         else:  # the umask shows in the folder; safetensors makes files that only their owner reads
-            draft.chmod(place.stat().st_mode & 0o666)
+            with suppress(OSError):
+                draft.chmod(place.stat().st_mode & 0o666)
         _sync(draft)
         os.replace(draft, target)
-        _sync(target.parent)
+        _sync_names(target.parent)
 
 
 @contextmanager
@@ -67,7 +72,8 @@ def whole_folder(
 
     Both change places in one step where the system can (Linux; else two renames, and a kill between them leaves the old
     folder to the next writer). A folder that cannot be renamed, because it is a mount point, the current folder, or in
-    a folder that may not be written, gets its new files one by one, and holds no model meanwhile.
+    a folder that may not be written, gets its new files one by one, and holds no model meanwhile. So does one with
+    files that stay and cannot have a second name (no hard links): these are not touched.
 
     :param target: The folder; made if it is not there. Of a link, the folder it leads to.
     :param keeps: Tells of a name in the old folder whether it stays, beside the new ones. None: nothing does.
@@ -86,38 +92,29 @@ def whole_folder(
             for path in (folder, *(os.path.join(folder, name) for name in files)):
                 _sync(path)
         written = {entry.name for entry in new.iterdir()}
-        if place.parent == target:
+        if place.parent == target or not _take_place(new, target, written, keeps):
             _put_one_by_one(new, target, written, keeps)
-            return
-        if target.is_dir():
-            for entry in target.iterdir() if keeps is not None else ():
-                if keeps is not None and keeps(entry.name) and entry.name not in written:
-                    _link(entry, new / entry.name)
-            _take_rights(new, target)
-            _sync(new)
-        try:
-            _put(new, target)
-        except OSError as error:
-            if error.errno not in _NO_RENAME or not target.is_dir():
-                raise
-            _put_one_by_one(new, target, written, keeps)
-        _sync(target.parent)
+        else:
+            _sync_names(target.parent)
 
 
 @contextmanager
-def aside(target: Path, size: int = 0) -> Iterator[Path]:
+def aside(target: Path, size: int = 0, clean_up: bool = True) -> Iterator[Path]:
     """
     A hidden folder on the file system of a target, for the time of a block.
 
     :param target: What will be written, a resolved path.
     :param size: Bytes that the block writes, where its writer does not say why it fails (OpenVINO): if there is no room
         for so many, that is the reason.
+    :param clean_up: See :func:`whole_file`.
     :return: Context manager. It gives the folder.
-    :raises OSError: The disk is full. Whatever else is raised in the block stays as it is.
+    :raises OSError: The target's disk is full. Whatever else is raised in the block stays as it is.
     """
     home = _home(target)
     home.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
+    if clean_up:
+        for folder in (target.parent, *([target] if target.is_dir() else [])):
+            remove_leftovers(folder, target.name)
     place = home / f".{target.name}.draft-{secrets.token_hex(4)}"
     # Ctrl-C may fall between here and the caller's block, where no frame of ours is left that could clean up.
     clean = partial(shutil.rmtree, place, ignore_errors=True)
@@ -136,7 +133,7 @@ def aside(target: Path, size: int = 0) -> Iterator[Path]:
                 break
         yield place
     except Exception as error:
-        number = _full_disk(error, place, size)
+        number = _full_disk(error, target, place, size)
         if number is None:
             raise
         text = f"{os.strerror(number)}. Nothing was written. Free some space, or choose another disk"
@@ -160,22 +157,37 @@ def _home(target: Path) -> Path:
     return target if fixed else target.parent
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Removes drafts of processes that were killed, and puts an old folder back that one had renamed."""
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """
+    Removes drafts of processes that were killed, and puts an old folder back that one had renamed.
+
+    :param folder: Where drafts can lie. Nothing is done in one that cannot be listed.
+    :param name: The name of the target. None: of any.
+    """
     if fcntl is None:
         return
-    name = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
-    for home in (target.parent, *([target] if target.is_dir() else [])):
-        for place in [entry for entry in home.iterdir() if name.fullmatch(entry.name)]:
-            try:
-                lock = _lock(place)
-            except OSError:
-                continue  # not ours, gone, or on a file system without locks
-            if lock is not None:
-                if not target.exists() and _old(place / target.name).exists():
-                    _old(place / target.name).rename(target)
+    try:
+        drafts = [(entry, of) for entry in folder.iterdir() if (of := _target_of(entry)) and name in (None, of)]
+    except OSError:
+        return
+    for place, of in drafts:
+        try:
+            lock = _lock(place)
+        except OSError:
+            continue  # not ours, gone, or on a file system without locks
+        if lock is not None:
+            with suppress(OSError):  # an old folder that cannot be put back stays where it is
+                target = folder / of
+                if not target.exists() and _old(place / of).exists():
+                    _old(place / of).rename(target)
                 shutil.rmtree(place, ignore_errors=True)
-                os.close(lock)
+            os.close(lock)
+
+
+def _target_of(place: Path) -> str | None:
+    """:return: The name of the target, if this can be a draft."""
+    match = _DRAFT.fullmatch(place.name)
+    return match[1] if match else None
 
 
 def _lock(place: Path) -> int | None:
@@ -196,17 +208,53 @@ def _lock(place: Path) -> int | None:
     return None
 
 
-def _put(new: Path, target: Path) -> None:
-    """Gives a folder its place. What was there lies in the draft afterwards."""
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
+def _take_place(new: Path, target: Path, written: set[str], keeps: Callable[[str], bool] | None) -> bool:
+    """Gives a folder its place, with what stays of the old one; False where only its files can be put one by one."""
+    while True:
+        there = target.is_dir()
+        if there:
+            try:
+                for entry in _staying(target, written, keeps):
+                    if not os.path.lexists(new / entry.name):
+                        _link(entry, new / entry.name)
+            except OSError:
+                return False
+            _take_rights(new, target)
+            _sync(new)
         try:
+            if there:
+                _put(new, target)
+            else:
+                new.rename(target)
+        except OSError as error:
+            if error.errno in _APPEARED and target.is_dir():
+                continue  # another process has just put one there: it is the old one now
+            if error.errno in _NO_RENAME and target.is_dir():
+                return False
+            raise
+        return True
+
+
+def _staying(target: Path, written: set[str], keeps: Callable[[str], bool] | None) -> list[Path]:
+    """What is in a folder and not replaced."""
+    return [
+        entry for entry in target.iterdir() if keeps is not None and keeps(entry.name) and entry.name not in written
+    ]
+
+
+def _put(new: Path, target: Path) -> None:
+    """Gives a folder the place of another. That one lies in the draft afterwards."""
+    if _exchange(new, target):
+        return
+    if _old(new).exists():  # this is not the first attempt
+        _old(new).rename(new.with_name(secrets.token_hex(4)))
+    try:
+        with suppress(FileNotFoundError):  # another process is here, too
             target.rename(_old(new))
-            new.rename(target)
-        finally:
-            if not target.exists():  # an error or an interrupt between the two
-                _old(new).rename(target)
+        new.rename(target)
+    finally:
+        if not target.exists() and _old(new).exists():  # an error or an interrupt between the two
+            _old(new).rename(target)
 
 
 def _old(new: Path) -> Path:
@@ -225,26 +273,21 @@ def _put_one_by_one(new: Path, target: Path, written: set[str], keeps: Callable[
     def configurations_first(entry: Path) -> tuple[bool, str]:
         return entry.name != "config.json" and entry.suffix != ".xml", entry.name
 
+    staying = _staying(target, written, keeps)
     for entry in sorted(target.iterdir(), key=configurations_first):
-        if entry != new.parent and (entry.name in written or keeps is None or not keeps(entry.name)):
+        if entry not in staying and _target_of(entry) != target.name:  # another process may write here, too
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
     for name in sorted(written, key=lambda name: configurations_first(Path(name)), reverse=True):
         shutil.move(new / name, target / name)
-    _sync(target)
+    _sync_names(target)
 
 
 def _link(source: Path, place: Path) -> None:
-    """Lets a file, or all files of a folder, stand at a second place, too. Copies where there are no hard links."""
-
-    def link(file: Any, second: Any) -> None:
-        try:
-            os.link(file, second, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(file, second, follow_symlinks=False)
-
+    """Lets a file, or all files of a folder, stand at a second place, too. A copy would miss what is still written."""
+    link = partial(os.link, follow_symlinks=False)
     if source.is_dir() and not source.is_symlink():
         shutil.copytree(source, place, symlinks=True, copy_function=link)
     else:
@@ -252,28 +295,44 @@ def _link(source: Path, place: Path) -> None:
 
 
 def _take_rights(new: Path, old: Path) -> None:
-    """What replaces a file or folder has its owner, as far as this process may, and its permissions."""
+    """What replaces a file or folder has its owner and its permissions, as far as this process may give them."""
     status = old.stat()
     if hasattr(os, "chown"):
         with suppress(OSError):
             os.chown(new, status.st_uid, status.st_gid)
-    new.chmod(stat.S_IMODE(status.st_mode))
+    with suppress(OSError):
+        new.chmod(stat.S_IMODE(status.st_mode))
 
 
 def _sync(path: str | os.PathLike[str]) -> None:
-    """Waits until a file, or the list of names in a folder, is on the disk."""
+    """Waits until a file, or the list of names in a folder, is on the disk, where the file system can tell."""
     if os.path.islink(path) or not (os.path.isfile(path) or hasattr(os, "O_DIRECTORY")):
         return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in _LOST:
+            raise
 
 
-def _full_disk(error: Exception, place: Path, size: int) -> int | None:
-    """:return: The number of the system's error, where a full disk is behind an error of any library; else None."""
+def _sync_names(folder: Path) -> None:
+    """The same of a folder that holds the result already: an error there would deny what stands."""
+    with suppress(OSError):
+        _sync(folder)
+
+
+def _full_disk(error: Exception, target: Path, place: Path, size: int) -> int | None:
+    """:return: The number of the system's error, where the target's full disk is behind an error of any library."""
     if isinstance(error, OSError) and error.errno is not None:
+        name = error.filename if error.filename2 is None else error.filename2  # of a copy: the second
+        if isinstance(name, str | bytes):
+            path = Path(os.path.realpath(os.fsdecode(name)))
+            if not path.is_relative_to(place) and not path.is_relative_to(target):
+                return None  # another disk: that of temporary files or of a cache
         return error.errno if error.errno in _FULL else None
     # Rust leaves the number in its text. C++ leaves nothing, and has removed what it wrote before we can look.
     if found := re.search(r"\(os error (\d+)\)", str(error)):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import nncf
 from safetensors import SafetensorError
 
+from nncf_ext.drafts import remove_leftovers
 from nncf_ext.files import write_whole
 
 _VERSION = 2
@@ -40,6 +41,7 @@ class Journal:
         self._begun = json.dumps(asked, sort_keys=True)
         if (folder / _HEADER).is_file():
             _check_header(folder, what, self._parsed(_HEADER, read_json), asked)
+            remove_leftovers(folder)  # here and not at each entry: a search keeps thousands
             return
         # A run that was killed while it wrote the header has left a draft of it at most.
         drafts = set(folder.glob(f".{_HEADER}.*")) if folder.is_dir() else set()
@@ -75,8 +77,8 @@ class Journal:
         :param writer: Writes all of the entry to the path that it is given.
         """
         self._seal_of(name).unlink(missing_ok=True)
-        write_whole(self._folder / name, writer)
-        write_whole(self._seal_of(name), lambda aside: aside.write_bytes(self._seal(name)))
+        write_whole(self._folder / name, writer, clean_up=False)
+        write_whole(self._seal_of(name), lambda aside: aside.write_bytes(self._seal(name)), clean_up=False)
 
     def _seal_of(self, name: str) -> Path:
         return self._folder / f"{name}{_SEAL}"

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,20 @@ def make(folder: Path, tree: dict) -> None:
 def write(target: Path, keep=None) -> None:
     with drafts.whole_folder(target, keep) as draft:
         make(draft, NEW)
+
+
+def write_text(target: Path, text: str) -> None:
+    with drafts.whole_file(target) as draft:
+        draft.write_text(text)
+
+
+def refuse(number: int):
+    """A call that the system refuses."""
+
+    def call(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return call
 
 
 def begin(target: Path) -> None:
@@ -104,7 +119,7 @@ def test_a_file_of_a_killed_writer_is_old_or_new(tmp_path, there) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("fixed", ["mount", "current", "busy"])
+@pytest.mark.parametrize("fixed", ["mount", "current", "busy", "no links"])
 def test_where_a_folder_cannot_be_renamed_no_half_is_readable(tmp_path, monkeypatch, fixed) -> None:
     """Its files are replaced one by one. A reader needs the configuration, which is there before and afterwards."""
     target = tmp_path / "out"
@@ -123,6 +138,8 @@ def test_where_a_folder_cannot_be_renamed_no_half_is_readable(tmp_path, monkeypa
         monkeypatch.setattr(Path, "is_mount", lambda self: self == target)
     elif fixed == "busy":
         monkeypatch.setattr(drafts, "_put", busy)
+    elif fixed == "no links":
+        monkeypatch.setattr(os, "link", refuse(errno.EPERM))
     monkeypatch.chdir(tmp_path)
     for _ in kill_points(lambda: write(target, keeps), prepare):
         begin(target)
@@ -172,6 +189,66 @@ def test_a_draft_of_a_living_process_stays(tmp_path) -> None:
         process.communicate()
     assert process.returncode == 0
     assert contents(target) == b"theirs" and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two renames"])
+def test_two_writers_of_a_new_folder_both_succeed(tmp_path, monkeypatch, exchange) -> None:
+    """The last one's files are there, and what it keeps of the other one's."""
+    if not exchange:
+        monkeypatch.setattr(drafts, "_exchange", lambda one, other: False)
+    met, rename, failed = threading.Barrier(2, timeout=20), Path.rename, []
+
+    def at_once(path: Path, place) -> Path:
+        if threading.current_thread() not in past and Path(place) == tmp_path / "out":
+            past.append(threading.current_thread())
+            met.wait()
+        return rename(path, place)
+
+    def writer(name: str) -> None:
+        try:
+            with drafts.whole_folder(tmp_path / "out", lambda name: name.startswith("note")) as draft:
+                make(draft, {"config.json": name.encode(), f"note {name}": b"", f"weights {name}": b""})
+        except BaseException as error:
+            failed.append(error)
+
+    past: list[threading.Thread] = []
+    monkeypatch.setattr(Path, "rename", at_once)
+    writers = [threading.Thread(target=writer, args=(name,)) for name in "ab"]
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    assert failed == [] and len(past) == 2
+    found = contents(tmp_path / "out")
+    last = found["config.json"].decode()
+    assert found == {"config.json": last.encode(), "note a": b"", "note b": b"", f"weights {last}": b""}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("keep", [None, keeps], ids=["replaces", "keeps"])
+def test_a_writer_one_by_one_leaves_the_draft_of_another(tmp_path, monkeypatch, keep) -> None:
+    target = tmp_path / "out"
+    make(target, OLD)
+    monkeypatch.chdir(target)  # so drafts lie in it
+    with drafts.whole_folder(target, keep) as draft:
+        make(draft, {"config.json": b"last", "weights": b"last"})
+        write(target, keep)
+    assert contents(target)["config.json"] == b"last"
+    assert not [path for path in target.iterdir() if path.name.startswith(".")]
+
+
+def test_what_stays_is_the_same_file_where_there_are_no_hard_links(tmp_path, monkeypatch) -> None:
+    """Not a copy of it: a log that is open goes on, and a Trainer's checkpoints need no room twice."""
+    target = tmp_path / "out"
+    make(target, OLD)
+    log = target / "logs" / "deep" / "1.txt"
+    with log.open("ab") as opened:
+        monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+        monkeypatch.setattr(shutil, "copy2", refuse(errno.ENOSPC))
+        write(target, keeps)
+        opened.write(b", more")
+    assert contents(target) == BOTH | {"logs": {"deep": {"1.txt": b"mine, more"}}}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_drafts_of_the_same_target_are_removed(tmp_path) -> None:
@@ -234,6 +311,83 @@ def test_a_full_disk_is_said_with_the_path_and_what_to_do(tmp_path, error, numbe
         assert os.strerror(number) in str(caught.value) and "Free some space" in str(caught.value)
         assert caught.value.__cause__ is error
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("where", ["target", "draft", "temporary"])
+@pytest.mark.parametrize("copied", [True, False])
+def test_only_the_full_disk_of_the_target_is_blamed_on_it(tmp_path, where, copied) -> None:
+    """An error that names a file says which disk it is. Of two names, as shutil gives, the second is the copy's."""
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(OSError) as caught, drafts.whole_folder(tmp_path / "out") as draft:
+        folder = {"target": tmp_path / "out", "draft": draft, "temporary": tmp_path / "elsewhere"}[where]
+        names = (str(tmp_path / "cache"), None, str(folder / "a")) if copied else (str(folder / "a"),)
+        error = OSError(errno.ENOSPC, "No space left on device", *names)
+        raise error
+    if where == "temporary":
+        assert caught.value is error
+    else:
+        assert caught.value.filename == str(tmp_path / "out") and caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP])
+def test_what_a_file_system_cannot_do_loses_no_result(tmp_path, monkeypatch, number) -> None:
+    """Network and user-space file systems: no synchronization, and permissions that cannot be set."""
+    for name in ("fsync", "chmod"):
+        monkeypatch.setattr(os, name, refuse(number))
+    for _ in ("new", "old"):
+        write(tmp_path / "out", keeps)
+        with drafts.whole_file(tmp_path / "plan.json") as draft:
+            draft.write_text("new")
+        assert contents(tmp_path) == {"out": NEW, "plan.json": b"new"}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("placed", [True, False], ids=["after", "before"])
+def test_bytes_that_are_not_on_the_disk_replace_nothing(tmp_path, monkeypatch, number, placed) -> None:
+    """But once they have replaced what was there, a failure would be a lie."""
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        after = os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path)
+        (refuse(number) if after == placed else fsync)(descriptor)
+
+    make(tmp_path / "out", OLD)
+    (tmp_path / "plan.json").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", failing)
+    for save in (lambda: write(tmp_path / "out"), lambda: write_text(tmp_path / "plan.json", "new")):
+        if placed:
+            save()
+        else:
+            with pytest.raises(OSError) as caught:
+                save()
+            assert caught.value.errno == number
+    assert contents(tmp_path) == ({"out": NEW, "plan.json": b"new"} if placed else {"out": OLD, "plan.json": b"old"})
+
+
+def test_a_folder_of_ones_own_in_a_home_that_cannot_be_listed(tmp_path, monkeypatch) -> None:
+    """``/home`` with mode 0711: others' names are nobody's business, but each may write into the own folder."""
+    home = tmp_path / "home"
+    make(home, {"me": OLD})
+    real, synchronized = os.open, []
+
+    def open_unlisted(path, flags, *rest, **options):
+        if os.fspath(path) == str(home):
+            synchronized.append(path)
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *rest, **options)
+
+    def unlisted(self: Path):
+        if self == home:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return [self / name for name in os.listdir(self)]
+
+    monkeypatch.setattr(os, "open", open_unlisted)
+    monkeypatch.setattr(Path, "iterdir", unlisted)
+    for writable in (True, False):
+        monkeypatch.setattr(os, "access", lambda path, mode, writable=writable: writable)
+        write(home / "me", keeps)
+        assert contents(home / "me") == BOTH
+    assert synchronized and os.listdir(home) == ["me"]
 
 
 def test_permissions_are_those_of_the_old_or_of_the_umask(tmp_path) -> None:

@@ -37,6 +37,7 @@ LAYERS = (
     "drafts",
     "noise",
     "files",
+    "memory",
     "progress",
     "journal",
     "standalone",

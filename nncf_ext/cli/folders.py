@@ -182,6 +182,7 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
     :param trust_remote_code: Run code that lies in the folder.
     :return: The model in evaluation mode, and the tokenizer.
     :raises nncf.ValidationError: One of them cannot be loaded, or they do not match.
+    :raises nncf.UnsupportedModelError: The weights were quantized by another tool.
     """
     import nncf
 
@@ -193,7 +194,6 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
 
     from nncf_ext.saving.loading import load_pretrained
 
-    _check_floating(folder)
     try:
         model: Any = load_pretrained(
             folder, dtype=None if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
@@ -217,30 +217,6 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, 
         )
         raise nncf.ValidationError(msg)
     return model, tokenizer
-
-
-def _check_floating(folder: Path) -> None:
-    """
-    :param folder: Folder of a model.
-    :raises nncf.UnsupportedModelError: Its weights were quantized by another tool.
-    """
-    import nncf
-
-    from nncf_ext.saving.folder import QUANT_METHOD, read_config
-
-    described = read_config(folder).get("quantization_config")
-    if described is None:
-        return
-    method = described.get("quant_method", "unnamed") if isinstance(described, dict) else described
-    if method == QUANT_METHOD:
-        return
-    msg = (
-        f"{folder} holds weights that are quantized already (quantization_config in config.json: {method}). Give the "
-        "floating model it was made of."
-    )
-    if method == "gptq":
-        msg += " In Python, nncf_ext.load_gptq(FOLDER, floating_model) reads it as the grid of make_mergeable()."
-    raise nncf.UnsupportedModelError(msg)
 
 
 def _brings_code(folder: Path) -> bool:
@@ -282,11 +258,14 @@ def load_adapted(
 
     from nncf_ext.algorithms.sqft.algorithm import make_mergeable
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
+    from nncf_ext.memory import is_out_of_memory
     from nncf_ext.saving.loading import load_pretrained
 
     try:
         model = PeftModel.from_pretrained(base, adapter)
     except (ValueError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         msg = f"The adapter of {adapter} does not fit the model of {folder}: {error}"
         raise nncf.ValidationError(msg) from error
     if mode is MergeMode.SPARSE:

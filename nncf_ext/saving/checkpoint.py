@@ -39,7 +39,7 @@ from nncf_ext.saving.folder import (
 from nncf_ext.saving.grid import each_once, grid_of
 from nncf_ext.saving.layers import edits_from_config, layer_overrides
 from nncf_ext.saving.registration import AUTO_CLASSES
-from nncf_ext.saving.report_file import write_report
+from nncf_ext.saving.report_file import REPORT, write_report
 from nncf_ext.structure.wrappers import unwrapped
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.sharing import place_of
@@ -47,11 +47,14 @@ from nncf_ext.weights.sharing import place_of
 REMOTE_CODE = Path(__file__).parent.parent / "standalone" / "modeling_nncf_structured.py"
 REMOTE_FILES = (REMOTE_CODE, *(REMOTE_CODE.with_name(f"{name}.py") for name in ("gated_convolution", "skipping")))
 
-# Names of files that transformers, or this module, takes for a part of a model: all shards, indexes and variants.
+# Names of files that transformers, or this module, takes for a part of a model: all shards, indexes and variants. And
+# of those that say how it was made smaller: read beside another model, they would be believed.
 _OF_A_MODEL = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|nncf_model)([.-].*)?\.(safetensors|bin|h5|msgpack)"
     r"|(model|pytorch_model|tf_model|flax_model)\..*index.*\.json"
-    rf"|(generation_)?config\.json|{re.escape(GRID_CONFIG)}|" + "|".join(re.escape(file.name) for file in REMOTE_FILES)
+    rf"|(generation_)?config\.json|{re.escape(GRID_CONFIG)}|{re.escape(REPORT)}"
+    r"|structure_plan\.json|quantize_config\.json|quant_config\.json|"
+    + "|".join(re.escape(file.name) for file in REMOTE_FILES)
 )
 
 
@@ -62,7 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     A folder that is there already is the old one until the new one is complete, and needs the disk space of both. Of
     its files, those of another model (weights of any format and name that transformers reads, their indexes,
-    configurations) go; the others stay: a tokenizer, notes, logs.
+    configurations, ``structure_plan.json`` and the like) go; the others stay: a tokenizer, notes, logs.
 
     :param model: A Hugging Face model, with zeros, on the INT4 grid, with layers of different sizes, or plain.
     :param folder: Where to; made if it does not exist.

@@ -7,6 +7,7 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.memory import is_out_of_memory
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name
 from nncf_ext.weights.sharing import names_of_parameters
 
@@ -24,6 +25,8 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     try:
         found = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise nncf.ValidationError(f"The weights do not fit {type(model).__name__}: {error}") from error
     _refuse_misfits(model, _left_out(model, found.missing_keys, state), found.unexpected_keys)
 
@@ -74,6 +77,8 @@ def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mappin
         missing += [name for name in model.state_dict() if name.startswith(HOOKS_PREFIX) and name not in hook_state]
         unexpected += model.load_state_dict(hook_state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise nncf.ValidationError(f"The weights do not fit {type(model).__name__}: {error}") from error
     _refuse_misfits(model, missing, unexpected)
     return model

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from nncf_ext.memory import is_out_of_memory
+
 GRID_WEIGHTS = "nncf_model.safetensors"
 GRID_CONFIG = "nncf_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -32,6 +34,7 @@ floating type of a model takes that of the first tensor, and scales are float16 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _REPEATED = re.compile(r"(layers?|experts?|blocks|depths?)$")
 _FEW = 1000
+_ALIGNMENT = 64  # bytes, as in memory that torch allocates
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
         raise nncf.ValidationError(msg)
     return read_object(folder / "config.json")
+
+
+def check_floating(folder: Path, content: Mapping[str, Any]) -> None:
+    """
+    :param folder: A model folder.
+    :param content: What its ``config.json`` says.
+    :raises nncf.UnsupportedModelError: Its weights were quantized by another tool.
+    """
+    described = content.get("quantization_config")
+    if described is None:
+        return
+    method = described.get("quant_method", "unnamed") if isinstance(described, dict) else described
+    msg = (
+        f"{folder} holds weights that are quantized already (quantization_config in config.json: {method}). Give the "
+        "floating model it was made of."
+    )
+    if method in ("gptq", "auto-round"):
+        msg += " In Python, nncf_ext.load_gptq(FOLDER, floating_model) reads it as the grid of make_mergeable()."
+    raise nncf.UnsupportedModelError(msg)
 
 
 def check_weight_files(folder: Path) -> list[Path]:
@@ -204,18 +226,19 @@ def bounded_construction(source: Path, stored: Mapping[str, Stored]) -> Iterator
 
     handle = register_module_parameter_registration_hook(count)
     try:
-        with blamed_on(source):
+        with blamed_on(source, even_for_memory=True):  # on the meta device, only what is described can need too much
             yield
     finally:
         handle.remove()
 
 
 @contextmanager
-def blamed_on(source: Path) -> Iterator[None]:
+def blamed_on(source: Path, *, even_for_memory: bool = False) -> Iterator[None]:
     """
     Whatever transformers makes of what a damaged file says becomes an error that names the file.
 
     :param source: The file or folder.
+    :param even_for_memory: Whether it is to blame where memory is short, too.
     :raises nncf.ValidationError: In place of any other error, but those of the system and of missing packages.
     """
     try:
@@ -227,6 +250,8 @@ def blamed_on(source: Path) -> Iterator[None]:
             raise
         raise nncf.ValidationError(f"{source}: {error}") from error
     except Exception as error:
+        if is_out_of_memory(error) and not even_for_memory:
+            raise
         msg = f"{source} describes no model that can be loaded ({type(error).__name__}: {error})."
         raise nncf.ValidationError(msg) from error
 
@@ -275,12 +300,16 @@ def passing_buffers(model: nn.Module) -> dict[str, Tensor]:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     :param file: A safetensors file.
-    :return: Its tensors by name, in memory of their own.
+    :return: Its tensors by name; as in transformers, memory-mapped, but for floating numbers where they lie badly.
     :raises nncf.ValidationError: It is damaged.
     """
-    # In the file, a tensor begins anywhere; kernels add up in another order, and slower, where memory is not aligned.
     with safetensors_of(file) as opened:
-        return {name.removeprefix(LAST): opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        return {name.removeprefix(LAST): _aligned(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Kernels add up in another order, and slower, where memory is not aligned; in a file, a tensor begins anywhere."""
+    return tensor.clone() if tensor.is_floating_point() and tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def shared_names(files: Iterable[Path], tensors: Mapping[str, Any]) -> dict[str, str]:

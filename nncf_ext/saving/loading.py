@@ -26,6 +26,7 @@ from nncf_ext.saving.folder import (
     blamed_on,
     bounded_construction,
     check_counts,
+    check_floating,
     check_size,
     check_tensor,
     check_weight_files,
@@ -64,6 +65,7 @@ def load_pretrained(
     :return: The model, in evaluation mode.
     :raises nncf.ValidationError: The folder holds no such model, a file is damaged, or a tensor is missing, of another
         shape, or of integers where the model has floating numbers.
+    :raises nncf.UnsupportedModelError: The weights were quantized by another tool.
     """
     source = Path(folder)
     content = read_config(source)
@@ -80,6 +82,7 @@ def load_pretrained(
 
 
 def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | None, trust: bool) -> nn.Module:
+    check_floating(source, content)
     stored = stored_tensors(check_weight_files(source))
     check_counts(source / "config.json", content, stored)
     config = _read_config_object(source, trust)

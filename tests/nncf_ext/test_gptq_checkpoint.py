@@ -211,6 +211,14 @@ BAD_FILES = [
     ({}, {"checkpoint_format": "marlin"}, nncf.ParameterNotSupportedError, r"format is 'marlin'.*Save it as 'gptq'"),
     ({}, {"is_marlin_format": True}, nncf.ParameterNotSupportedError, r"format is 'marlin'"),
     ({}, {"quant_method": "awq"}, nncf.ParameterNotSupportedError, r"format is 'awq'"),
+    (
+        {},
+        {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"},
+        nncf.ParameterNotSupportedError,
+        r"format is 'auto_round:auto_awq'",
+    ),
+    ({}, {"group_size": 64.5}, nncf.ValidationError, r"group_size is 64.5; it must be of type int"),
+    ({}, {"group_size": 128.0}, nncf.ValidationError, r"2 groups for 128 inputs.*says group_size=128"),
     ({}, {"group_size": 128}, nncf.ValidationError, r"2 groups for 128 inputs.*says group_size=128"),
     ({}, {"group_size": -1}, nncf.ValidationError, r"says group_size=-1"),
     ({}, {"group_size": 0}, nncf.ValidationError, r"says group_size=0"),
@@ -262,6 +270,23 @@ def test_what_the_tensors_agree_with_is_read(tmp_path):
     expected = grid_of(nncf_ext.load_gptq(write(tmp_path, layers), partner), "layer")
     found = grid_of(nncf_ext.load_gptq(write(tmp_path, layers, config), partner), "layer")
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
+        {"quant_method": "intel/auto-round", "packing_format": "auto_round:gptq"},
+        {"quant_method": "auto-round"},
+        {"quant_method": "gptq", "group_size": 64.0},
+    ],
+    ids=str,
+)
+def test_other_writers_of_the_same_words_are_read(config, tmp_path):
+    codes, scales = np.arange(16 * 128).reshape(16, 128) * 7 % 16, np.full((16, 2), 0.5, np.float16)
+    write(tmp_path, {"layer": packed(codes, scales)}, {"bits": 4, "sym": True, **config})
+    found = grid_of(nncf_ext.load_gptq(tmp_path, OneLayer(128, 16)), "layer")
+    assert np.array_equal(found[0], codes - 8) and np.array_equal(found[1], scales)
 
 
 class Transposed(nn.Module):

@@ -96,6 +96,22 @@ def test_a_kill_before_the_header_leaves_a_folder_that_can_be_used(tmp_path):
     assert Journal(tmp_path, "search", HEADER).names("*.txt") == ["a.txt"]
 
 
+def test_drafts_of_a_killed_run_are_looked_for_once(tmp_path, monkeypatch):
+    """Not at each entry: then a search of thousands of trials would list thousands of files for each."""
+    Journal(tmp_path, "search", HEADER)
+    for name in ("a.txt", "a.txt.sha256", "never written again.txt"):
+        (tmp_path / f".{name}.draft-0123abcd").mkdir()
+    journal = Journal(tmp_path, "search", HEADER)
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.json"]
+    listed = []
+    for function in ("listdir", "scandir"):
+        real = getattr(os, function)
+        monkeypatch.setattr(os, function, lambda path=".", real=real: (listed.append(path), real(path))[1])
+    journal.write("a.txt", lambda aside: aside.write_text("a"))
+    assert not [path for path in listed if not isinstance(path, int) and os.path.samefile(path, tmp_path)]
+    assert journal.names("*.txt") == ["a.txt"]
+
+
 def test_foreign_folders_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for place in (tmp_path, tmp_path / "notes.txt"):
@@ -223,3 +239,20 @@ def test_units_that_do_not_fit_the_layer_are_refused(tmp_path, changes, text):
     units, weight = stored(tmp_path, **changes)
     with pytest.raises(nncf.ValidationError, match=f"does not fit layer: .*{text}.*Delete it"):
         units.load("unit", {"layer": weight})
+
+
+def test_a_resumed_run_reads_each_entry_once(tmp_path):
+    _, weight = stored(tmp_path)
+    reads = []
+
+    class Counting(Journal):
+        def read(self, name, reader):
+            reads.append(name)
+            return super().read(name, reader)
+
+    units = FinishedUnits(Counting(tmp_path, "compression", {}))
+    assert units.layers() == {"layer"}
+    assert torch.equal(units.load("unit", {"layer": weight})["layer"].weight, weight)
+    assert len(reads) == 1
+    units.store("unit", {"layer": LayerResult(2 * weight, None, None, LayerRecord("sparse_gpt"))}, {"layer": weight})
+    assert torch.equal(units.load("unit", {"layer": weight})["layer"].weight, 2 * weight)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nncf_ext
+from nncf_ext.saving.folder import read_tensors
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
 from nncf_ext.weights.int4 import pack
@@ -203,6 +204,53 @@ def test_no_quantization_may_be_said(tiny_llama, tmp_path) -> None:
         model = saved(kind, tiny_llama(), tmp_path / kind)
         edit(tmp_path / kind / "config.json", quantization_config=None)
         assert torch.equal(logits(nncf_ext.load_pretrained(tmp_path / kind), tokens()), logits(model, tokens()))
+
+
+def test_weights_that_another_tool_quantized_are_refused_by_name(tiny_llama, tmp_path) -> None:
+    saved("plain", tiny_llama(), tmp_path)
+    for said, word in (({"quant_method": "gptq", "bits": 4}, "nncf_ext.load_gptq"), ({"bits": 4}, "unnamed"), (3, "3")):
+        edit(tmp_path / "config.json", quantization_config=said)
+        with pytest.raises(nncf.UnsupportedModelError, match=f"quantized already.*{word}"):
+            nncf_ext.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_short_memory_is_no_fault_of_the_folder(kind, error, tiny_llama, tmp_path, monkeypatch) -> None:
+    saved(kind, tiny_llama(), tmp_path)
+
+    def raising(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", raising)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "load_state_dict", raising)
+    with pytest.raises(type(error)) as caught:
+        nncf_ext.load_pretrained(tmp_path)
+    assert caught.value is error
+
+
+def test_only_floating_numbers_that_lie_badly_are_copied(tmp_path) -> None:
+    numbers = {"a": torch.arange(64.0), "b": torch.arange(33.0), "c": torch.arange(16.0)}
+    for kind, tensors, kept in (("numbers", numbers, False), ("codes", {"d": torch.arange(99).to(torch.uint8)}, True)):
+        file = tmp_path / f"{kind}.safetensors"
+        for padding in range(8):  # headers end at multiples of 8 bytes: one of eight of 64
+            save_file(tensors, file, {"padding": "x" * 8 * padding})
+            if (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 64 == 8:
+                break
+        found = read_tensors(file)
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+        assert all(each.data_ptr() % 64 == 0 for each in found.values() if each.is_floating_point())
+        assert (str(file) in Path("/proc/self/maps").read_text()) is kept
 
 
 NOTHING: list[dict[str, object]] = [

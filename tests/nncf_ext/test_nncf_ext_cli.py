@@ -212,14 +212,14 @@ def change_config(folder, **entries):
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
+@pytest.mark.parametrize("method", ["gptq", "auto-round", "awq", "bitsandbytes", "torchao"])
 def test_quantized_folder_is_refused_before_it_is_loaded(folder, tmp_path, method):
     change_config(folder, quantization_config={"quant_method": method, "bits": 4})
     (folder / "model.safetensors").write_bytes(b"never read")
     code, output = run(folder, tmp_path / "out", "--mode", "sparse_magnitude")
     assert code == 2 and f"quantized already (quantization_config in config.json: {method})" in output, output
     assert "floating model it was made of" in output
-    assert ("nncf_ext.load_gptq" in output) is (method == "gptq")
+    assert ("nncf_ext.load_gptq" in output) is (method in ("gptq", "auto-round"))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -67,6 +67,13 @@ OLD_FILES = {
         (folder / "tf_model.h5").write_bytes(b""),
         (folder / "flax_model.msgpack").write_bytes(b""),
     ),
+    "notes on how it was made": lambda model, folder: (
+        model.save_pretrained(folder),
+        (folder / "structure_plan.json").write_text("{}"),
+        (folder / "compression_report.json").write_text("{}"),
+        (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 64}'),
+        (folder / "quant_config.json").write_text('{"w_bit": 4, "q_group_size": 64}'),
+    ),
 }
 NEW_FILES = {
     "int4": {"model.safetensors"},
@@ -91,6 +98,16 @@ def test_no_file_of_the_old_model_stays(make, tiny_llama, logits_of, tmp_path, n
         assert {name: contents(folder / name) for name in MINE} == MINE
     assert torch.equal(logits_of(nncf_ext.load_pretrained(folder)), logits_of(model))
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), logits_of(model))
+
+
+def test_models_are_saved_where_permissions_cannot_be_set(make, tmp_path, monkeypatch) -> None:
+    def refused(*arguments, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refused)
+    for model in ("plain", "int4"):
+        nncf_ext.save_pretrained(make[model](), tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_an_adapter_is_not_put_beside_a_model(tiny_llama, tmp_path) -> None:

@@ -35,6 +35,9 @@ class LayerResult:
     record: LayerRecord
 
 
+_Entry = tuple[dict[str, LayerResult], dict[str, str]]
+
+
 class FinishedUnits:
     """
     :param journal: The run's journal.
@@ -42,14 +45,16 @@ class FinishedUnits:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self._seen: dict[str, _Entry] = {}  # memory-mapped; to make sure of a file takes reading all of it
 
     def layers(self) -> set[str]:
         """
         :return: Paths of all finished layers.
         :raises nncf.ValidationError: A file cannot be read.
         """
-        entries = (self._journal.read(name, _read) for name in self._journal.names("unit-*.safetensors"))
-        return {layer for entry in entries if entry is not None for layer in entry[0]}
+        entries = {name: self._journal.read(name, _read) for name in self._journal.names("unit-*.safetensors")}
+        self._seen = {name: entry for name, entry in entries.items() if entry is not None}
+        return {layer for results, _ in self._seen.values() for layer in results}
 
     def load(self, unit: str, weights: Mapping[str, Tensor]) -> dict[str, LayerResult] | None:
         """
@@ -58,7 +63,7 @@ class FinishedUnits:
         :return: Its finished layers by path, or None if the unit is not finished.
         :raises nncf.ValidationError: The file cannot be read, or is about other weights.
         """
-        entry = self._journal.read(_file(unit), _read)
+        entry = self._seen.pop(_file(unit), None) or self._journal.read(_file(unit), _read)
         if entry is None:
             return None
         results, before = entry
@@ -94,6 +99,7 @@ class FinishedUnits:
         records = {name: {key: getattr(result.record, key) for key in names} for name, result in results.items()}
         before = {name: digest([weight]) for name, weight in weights.items()}
         metadata = {"records": json.dumps(records), "before": json.dumps(before)}
+        self._seen.pop(_file(unit), None)
         self._journal.write(_file(unit), lambda aside: save_file(tensors, aside, metadata=metadata))
 
 
@@ -101,7 +107,7 @@ def _file(unit: str) -> str:
     return f"unit-{hashlib.sha256(unit.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _read(path: Path) -> tuple[dict[str, LayerResult], dict[str, str]]:
+def _read(path: Path) -> _Entry:
     """Results (memory-mapped) and digests of the original weights, by layer."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

@@ -1,4 +1,4 @@
-"""Reads checkpoints in the format of AutoGPTQ, GPTQModel and Optimum onto the INT4 grid of this package."""
+"""Reads checkpoints in the format of AutoGPTQ, GPTQModel, Optimum and AutoRound onto the INT4 grid of this package."""
 
 import copy
 import json
@@ -20,6 +20,7 @@ _BITS = 4
 _ZERO_POINT = 8
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 _FORMATS = ("gptq", "gptq_v2")
+_AUTOROUND = ("auto-round", "auto_round", "intel/auto-round")
 _SAID = ("group_size", "sym", "desc_act")
 _WORDS = (torch.int32,)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -149,12 +150,17 @@ def _config_of(folder: Path) -> _Config:
             msg = f"The checkpoint has {bits} bits a weight. Here only 4 are read."
             raise nncf.ParameterNotSupportedError(msg)
         form = config.get("checkpoint_format", config.get("format"))
-        told = ["marlin" if config.get("is_marlin_format") else form, config.get("quant_method", "gptq")]
+        told = ["marlin" if config.get("is_marlin_format") else form, config.get("quant_method")]
+        if told[1] in _AUTOROUND:
+            packing = config.get("packing_format")  # "auto_round:auto_gptq" has the words of "gptq"
+            told[1] = "gptq" if str(packing).endswith("gptq") else packing
         if others := [each for each in told if each not in (None, *_FORMATS)]:
             msg = f"The checkpoint's format is {others[0]!r}, whose words are packed in another way. Save it as 'gptq'."
             raise nncf.ParameterNotSupportedError(msg)
         for name, kind in (("group_size", int), ("sym", bool), ("desc_act", bool)):
             value = config.get(name)
+            if kind is int and isinstance(value, float) and value.is_integer():
+                config[name] = value = int(value)
             if value is not None and type(value) is not kind:
                 msg = f"The checkpoint's {name} is {value!r}; it must be of type {kind.__name__}."
                 raise nncf.ValidationError(msg)
