@@ -6,7 +6,7 @@ hidden state (masks, position embeddings, flags) is kept and given to it again.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,18 +140,36 @@ def agreed(chains: Iterable[Chain | None]) -> Chain | None:
     return Chain(*links.pop(), uniform) if len(links) == 1 else None
 
 
-def kind_of(value: Any) -> Any:
+def kind_of(value: Any, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:
     """
-    :param value: Inputs of a block, or a part of them.
-    :return: The same without the numbers in tensors: equal for inputs that differ in nothing else.
+    :param value: Inputs of a model or block, or a part of them.
+    :param of_tensor: What counts of a tensor: :func:`axes_of`, :func:`sizes_of` or :func:`marks_of`.
+    :return: Equal for inputs that differ in nothing that counts. What is neither plain nor a dense tensor is of a kind
+        of its own.
     """
-    if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape)
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
+        return of_tensor(value)
     if isinstance(value, tuple | list):
-        return tuple(kind_of(part) for part in value)
+        return tuple(kind_of(part, of_tensor) for part in value)
     if isinstance(value, Mapping):
-        return tuple((key, kind_of(part)) for key, part in value.items())
-    return value
+        return tuple((key, kind_of(part, of_tensor)) for key, part in value.items())
+    return value if isinstance(value, _PLAIN) else object()
+
+
+def axes_of(value: Tensor) -> Hashable:
+    """:return: Its type, and how many axes it has."""
+    return value.dtype, value.dim()
+
+
+def sizes_of(value: Tensor) -> Hashable:
+    """:return: Its type and shape."""
+    return value.dtype, tuple(value.shape)
+
+
+def marks_of(value: Tensor) -> Hashable:
+    """:return: Type, shape, and what models look for in masks (is something masked?) and positions (a new text?)."""
+    steps = torch.atleast_1d(value).diff(dim=-1)
+    return sizes_of(value), bool(value.all()), bool(value.any()), bool((steps == 1).all())
 
 
 @contextmanager

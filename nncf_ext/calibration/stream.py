@@ -10,7 +10,7 @@ or there are none, the whole model is run for each unit: right for any model, an
 
 import inspect
 import logging
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,12 +26,15 @@ from nncf_ext.calibration.chain import (
     Chain,
     Inputs,
     agreed,
+    axes_of,
     disturbed_outputs,
     find_chain,
     joined,
     kind_of,
+    marks_of,
     same_further_inputs,
     shared,
+    sizes_of,
     split,
     trace_calls,
 )
@@ -146,8 +149,8 @@ class CalibrationStream:
 
     def _plan(self, block_lists: Sequence[BlockList], layers: Mapping[str, nn.Linear]) -> list[_Segment]:
         """
-        Traces one forward of every item and decides how each list of blocks, and each layer outside, will be visited.
-        One item is not enough: what blocks are given (masks of some kind, or none) may differ between items.
+        Traces one forward for every kind of item and decides how each list of blocks, and each layer outside, will be
+        visited. One item is not enough: what blocks are given (masks of some kind, or none) may differ between items.
         """
         blocks = {name: block for each in block_lists for name, block in each.blocks.items()}
         # Of blocks that share a module, the first has it: so the last is written first.
@@ -157,9 +160,13 @@ class CalibrationStream:
         # For each layer outside blocks and each item: the first layer that read the very same tensor.
         leaders: dict[str, list[str | None]] = {name: [] for name in layers if block_of[name] is None}
         chains: dict[str, list[Chain | None]] = {each.name: [] for each in block_lists}
+        traced: set[Any] = set()
         independent: set[Any] = set()
         for index in range(len(self._items)):
-            calls, inputs = self._trace(index, block_lists, layers, leaders)
+            found = self._trace(index, block_lists, layers, leaders, traced)
+            if found is None:
+                continue
+            calls, inputs = found
             _merge_order(order, inputs)
             first_reader: dict[int, str] = {}
             for name, own in leaders.items():
@@ -167,7 +174,7 @@ class CalibrationStream:
                 own.append(None if read is None else first_reader.setdefault(id(read), name))
             for each in block_lists:
                 chains[each.name].append(self._chain(each, index, calls, independent))
-            del calls, inputs  # activations at all block boundaries: of one item at a time
+            del found, calls, inputs  # activations at all block boundaries: of one item at a time
         seen = set(order)
         order += [name for name in layers if name not in seen]
 
@@ -195,13 +202,28 @@ class CalibrationStream:
         return sorted(segments, key=lambda segment: min(place[n] for own in segment.units.values() for n in own))
 
     def _trace(
-        self, index: int, block_lists: Sequence[BlockList], layers: Mapping[str, nn.Linear], outside: Container[str]
-    ) -> tuple[list[BlockCall], dict[str, Any]]:
+        self,
+        index: int,
+        block_lists: Sequence[BlockList],
+        layers: Mapping[str, nn.Linear],
+        outside: Collection[str],
+        traced: set[Any],
+    ) -> tuple[list[BlockCall], dict[str, Any]] | None:
         """
         Runs the model on one item: the calls of its blocks, and the layers in running order, each with what it read
         first if it stands outside of blocks. What layers in blocks read may go as soon as the model lets it go.
+
+        None, from the first blocks on, if neither the item nor what these are given is of a new kind, and all layers
+        stand in blocks. `traced` collects the kinds.
         """
         inputs: dict[str, Any] = {}
+        own = kind_of(self._items[index], marks_of)
+        given: dict[str, Any] = {}
+
+        def begin(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given.setdefault(name, kind_of(joined(args, kwargs), sizes_of))
+            if len(given) == len(block_lists) and not outside and (own, *given.items()) in traced:
+                raise _Reached
 
         def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             read = args[0] if args else kwargs.get("input")
@@ -211,14 +233,20 @@ class CalibrationStream:
             calls = hooks.enter_context(trace_calls(block_lists))
             for name, layer in layers.items():
                 hooks.callback(layer.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
+            for each in block_lists:
+                start = next(iter(each.blocks.values()))
+                hooks.callback(start.register_forward_pre_hook(partial(begin, each.name), with_kwargs=True).remove)
             try:
                 self._call(self._items[index])
+            except _Reached:
+                return None
             except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
                 msg = (
                     f"The model cannot be run on item {index} of the calibration dataset ({type(error).__name__}: "
                     f"{error}). Items must be what model(...) takes; a transform_func of nncf.Dataset can make them so."
                 )
                 raise nncf.ValidationError(msg) from error
+        traced.add((own, *given.items()))
         return calls, inputs
 
     def _chain(self, each: BlockList, index: int, calls: Sequence[BlockCall], independent: set[Any]) -> Chain | None:
@@ -229,7 +257,7 @@ class CalibrationStream:
         # Blocks differ in their inputs besides the hidden state. Keeping these is right only if they do not depend on
         # hidden states, which compression changes: so the hidden states are disturbed, and the inputs compared.
         before = [call for call in calls if call.block in each.blocks]
-        kind = each.name, kind_of([call.inputs for call in before])
+        kind = each.name, kind_of([call.inputs for call in before], axes_of)
         if kind in independent:
             return chain
         with disturbed_outputs(each, chain), trace_calls([each]) as again:

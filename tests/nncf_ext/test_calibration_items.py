@@ -211,6 +211,101 @@ def test_layers_that_share_an_input_on_some_items_only(kind, make):
             unit.advance()
 
 
+LLAMA = partial(transformers.LlamaConfig, **GROUPED)
+
+
+@dataclass(frozen=True)
+class Planning:
+    """A model, items, and how often planning may run its last block."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    items: Callable[[], list[dict[str, Any]]]
+    forwards: int
+
+
+PLANNINGS = [
+    Planning("one length", lambda: transformers.LlamaForCausalLM(LLAMA()), lambda: [text(9) for _ in range(6)], 1),
+    Planning(
+        "three lengths",
+        lambda: transformers.LlamaForCausalLM(LLAMA()),
+        lambda: [text(9 + index % 3) for index in range(6)],
+        3,
+    ),
+    Planning(
+        "padded and not",
+        lambda: transformers.LlamaForCausalLM(LLAMA()),
+        lambda: [text(9, attention_mask=mask(9, padded)) for padded in (0, 2, 0, 3, 4, 0)],
+        2,
+    ),
+    Planning("masks of two kinds", partial(gemma2, "sdpa"), lambda: [text(20) for _ in range(6)], 2),
+    Planning(
+        "masks of two kinds, any length", partial(gemma2, "sdpa"), lambda: [text(20 + index) for index in range(6)], 7
+    ),
+]
+
+
+@pytest.mark.parametrize("planning", PLANNINGS, ids=lambda planning: planning.name)
+def test_planning_runs_one_item_of_a_kind(planning):
+    """The items hold no token 0, so that all texts are of a kind."""
+    torch.manual_seed(0)
+    model, items = planning.make().eval(), planning.items()
+    items = [{**item, "input_ids": item["input_ids"].clamp_min(1)} for item in items]
+    found, runs = survey(model), []
+    list(found.block_lists[0].blocks.values())[-1].register_forward_hook(lambda *_: runs.append(1))
+    with evaluation(model):
+        CalibrationStream(model, items, found.block_lists, found.targets)
+    assert len(runs) == planning.forwards
+
+
+class LateMask(nn.Module):
+    """Only the last block is given a mask, and only where something is masked, or where positions begin anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.layers = nn.ModuleList(LateMasked() for _ in range(3))
+
+    def forward(self, x, attention_mask, position_ids):
+        late = None
+        if not attention_mask.all() or (position_ids.diff() != 1).any():
+            late = (attention_mask * position_ids)[..., None]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, late if index == 2 else None)
+        return x
+
+
+class LateMasked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        x = torch.tanh(self.inner(x))
+        return self.outer(x if mask is None else x * mask)
+
+
+@pytest.mark.parametrize("other", ["masked", "packed"])
+def test_numbers_in_masks_and_positions_decide_what_later_blocks_are_given(other):
+    torch.manual_seed(7)
+    ones, counted = torch.ones(1, 6, dtype=torch.long), torch.arange(6)[None]
+    masks = [ones, mask(6, 2) if other == "masked" else ones, ones]
+    positions = [counted, counted % 3 if other == "packed" else counted, counted]
+    items = [
+        {"x": torch.randn(1, 6, 8), "attention_mask": one, "position_ids": place}
+        for one, place in zip(masks, positions, strict=True)
+    ]
+    model = LateMask().eval()
+    found = survey(model)
+    with evaluation(model):
+        for unit in CalibrationStream(model, items, found.block_lists, found.targets).units():
+            plain = linear_inputs(model, lambda: [model(**item) for item in items])
+            walked = linear_inputs(model, unit.run)
+            for name in unit.layers:
+                assert all(map(torch.equal, walked[name], plain[name])), name
+            unit.advance()
+
+
 class Chained(nn.Module):
     """Blocks in a row, between which something may happen in place; later items may skip the last block."""
 
