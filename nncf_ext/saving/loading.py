@@ -6,9 +6,12 @@ the tensor.
 """
 
 import copy
+import inspect
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,9 @@ from nncf_ext.weights.sharing import tie
 
 _RUN_CODE = "If you trust it, pass trust_remote_code=True (--trust-remote-code), and it is run."
 _FLOATS = ("F32", "BF16", "F16")
+_OF_TRAINING = ("masked_spec_embed",)  # last parts of names that evaluation does not use, and folders often lack
+
+logger = logging.getLogger("nncf_ext")
 
 
 def load_pretrained(
@@ -91,24 +97,31 @@ def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | N
         with bounded_construction(source / "config.json", stored):
             outline = _on_meta(lambda: _make(architecture, config))
         check_size(source / "config.json", outline, stored)
+    read = partial(
+        architecture.from_pretrained,
+        source,
+        config=config,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=trust,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+    )
     with blamed_on(source):
-        model, info = architecture.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
+        model, info = read()
+        if _only_a_pooler(info["missing_keys"], type(model)):
+            model, info = read(add_pooling_layer=False)
     files = {each.file for each in stored.values()}
     weights = files.pop() if len(files) == 1 else source / "model.safetensors.index.json"
     for name, found, wanted in sorted(info["mismatched_keys"]):
         where = stored[name].file if name in stored else weights
         msg = f"{where}: {name} is {list(found)}; the configuration describes {list(wanted)}."
         raise nncf.ValidationError(msg)
-    if missing := sorted(info["missing_keys"]):
+    unused = [name for name in info["missing_keys"] if name.rpartition(".")[2] in _OF_TRAINING]
+    for name in unused:
+        model.get_parameter(name).data.zero_()
+    if missing := sorted({*info["missing_keys"]} - {*unused}):
         msg = (
             f"{weights} lacks {', '.join(missing[:4])}{' and more' * (len(missing) > 4)}, which {type(model).__name__} "
             "needs. Weights are not made up: name the class that was saved under 'architectures' in config.json."
@@ -117,6 +130,12 @@ def _load_stock(source: Path, content: Mapping[str, Any], dtype: torch.dtype | N
     if getattr(config, "quantization_config", None) is None:
         _check_kinds(model, stored)
     return model
+
+
+def _only_a_pooler(missing: Collection[str], kind: type[nn.Module]) -> bool:
+    """Whether files lack nothing but the layer behind an encoder that its class can be made without."""
+    only = bool(missing) and all(name.startswith("pooler.") for name in missing)
+    return only and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
 
 
 def _check_kinds(model: nn.Module, stored: Mapping[str, Stored]) -> None:
@@ -276,6 +295,13 @@ def _architecture(source: Path, config: Any, trust: bool) -> Any:
     found = getattr(transformers, str(names[0]), None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
+    name = names[0] if isinstance(names, list) else None
+    if isinstance(name, str) and not own and not hasattr(transformers, name):
+        # A subclass, or an old spelling. What its files lack is refused, so a head is never made up.
+        auto = f"AutoModel{''.join(name.partition('For')[1:]) or 'ForCausalLM'}"
+        if hasattr(transformers, auto):
+            logger.warning("transformers has no class %s, which %s names: %s reads it.", name, source, auto)
+            return getattr(transformers, auto)
     remedy = _RUN_CODE if own else "Name the saved class."
     msg = f"{source / 'config.json'} names {names[0]!r}, which is no model that transformers knows. {remedy}"
     raise nncf.ValidationError(msg)

@@ -256,7 +256,7 @@ def test_only_floating_numbers_that_lie_badly_are_copied(tmp_path) -> None:
 NOTHING: list[dict[str, object]] = [
     *({"model_type": 7}, {"hidden_size": "many"}, {"hidden_size": -1}, {"num_attention_heads": 0}),
     *({"hidden_act": "none"}, {"dtype": "int4"}, {"rope_parameters": {"rope_type": "magic"}}, {"layer_types": 3}),
-    *({"architectures": each} for each in ([3], ["AutoModel"], ["GhostForCausalLM"], "Llama")),
+    *({"architectures": each} for each in ([3], ["AutoModel"], ["GhostForNothing"], "Llama")),
     {"transformers_weights": "../model.safetensors"},
 ]
 
@@ -404,6 +404,42 @@ def test_the_class_that_was_saved_is_loaded(name, quantized, tmp_path) -> None:
         item = {"pixel_values": torch.ones(1, 3, 16, 16)}
     with torch.no_grad():
         assert torch.equal(loaded(**item)[0], model(**item)[0])
+
+
+@pytest.mark.parametrize("name", ["MyLlamaForCausalLM", "LLaMAForCausalLM", "MyLlama"])
+def test_a_class_that_transformers_lacks_is_read_by_an_auto_class(name, tiny_llama, tmp_path, caplog) -> None:
+    model = saved("plain", tiny_llama(), tmp_path)
+    edit(tmp_path / "config.json", architectures=[name])
+    found = nncf_ext.load_pretrained(tmp_path)
+    assert type(found) is transformers.LlamaForCausalLM and torch.equal(
+        logits(found, tokens()), logits(model, tokens())
+    )
+    assert f"no class {name}" in caplog.text
+    rewrite(tmp_path / "model.safetensors", **{"lm_head.weight": None})
+    refused(tmp_path, "lacks lm_head.weight")
+
+
+def test_encoders_without_a_pooler(tmp_path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=100), add_pooling_layer=False)
+    image = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+    for model in (bert, transformers.ViTModel(image, add_pooling_layer=False)):
+        nncf_ext.save_pretrained(model, tmp_path / type(model).__name__)
+        found = nncf_ext.load_pretrained(tmp_path / type(model).__name__)
+        assert found.pooler is None and found.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(each, model.state_dict()[name]) for name, each in found.state_dict().items())
+
+
+def test_what_only_training_uses_may_be_missing(tmp_path) -> None:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=32, conv_dim=(32,),
+        conv_stride=(5,), conv_kernel=(10,), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    model = transformers.Wav2Vec2ForCTC(config).eval()
+    nncf_ext.save_pretrained(model, tmp_path)
+    rewrite(tmp_path / "model.safetensors", **{"wav2vec2.masked_spec_embed": None})
+    found, sound = nncf_ext.load_pretrained(tmp_path), torch.randn(1, 400)
+    assert torch.equal(found(sound).logits, model(sound).logits)
 
 
 def test_a_head_that_the_files_lack_is_not_made_up(tiny_llama, tmp_path) -> None:
