@@ -7,6 +7,7 @@ from torch import nn
 from nncf_ext.algorithms.elastic_lora.algorithm import ElasticLora
 from nncf_ext.algorithms.elastic_lora.parameters import RankGroup
 from nncf_ext.parameters import ElasticMode, parse_choice
+from nncf_ext.structure.wrappers import check_not_compiled
 
 
 def make_elastic(
@@ -32,8 +33,9 @@ def make_elastic(
     :raises nncf.ValidationError: Groups match nothing or overlap, ranks do not begin with the rank of the adapters, a
         layer stands in no block, the adapter is unknown, merged or already elastic.
     :raises nncf.UnsupportedModelError: The model is not a PEFT model with plain LoRA (DoRA, bias, modules_to_save and
-        others are refused), or the rank of a layer in a group cannot be elastic.
+        others are refused), it is compiled, or the rank of a layer in a group cannot be elastic.
     :raises nncf.ParameterNotSupportedError: The mode is unknown.
     """
     parse_choice(mode, ElasticMode)
+    check_not_compiled(model)
     return ElasticLora(model, groups, adapter_name)

@@ -38,6 +38,7 @@ from nncf_ext.calibration.chain import (
     split,
     trace_calls,
 )
+from nncf_ext.memory import is_out_of_memory
 from nncf_ext.structure.blocks import BlockList
 
 logger = logging.getLogger("nncf_ext")
@@ -241,6 +242,8 @@ class CalibrationStream:
             except _Reached:
                 return None
             except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+                if is_out_of_memory(error):
+                    raise
                 msg = (
                     f"The model cannot be run on item {index} of the calibration dataset ({type(error).__name__}: "
                     f"{error}). Items must be what model(...) takes; a transform_func of nncf.Dataset can make them so."

@@ -78,6 +78,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_not_compiled(model: nn.Module) -> None:
+    """
+    Refuses a model on whose layers something is to be put that code compiled before would not see.
+
+    :param model: Any torch model.
+    :raises nncf.UnsupportedModelError: It stands in what ``torch.compile`` gave.
+    """
+    while (shell := _shell(model)) is not None:
+        inside = getattr(model, _SHELLS[shell])
+        if shell == "OptimizedModule":
+            msg = (
+                "The model is compiled (OptimizedModule), and code that was compiled before does not see what is put "
+                f"on its layers. Give the model inside, its attribute {_SHELLS[shell]!r}, and compile the result."
+            )
+            raise nncf.UnsupportedModelError(msg)
+        model = inside
+
+
 def check_plain(model: nn.Module) -> None:
     """
     Refuses a model whose weights are not where its modules say, or whose forward does not run its modules.

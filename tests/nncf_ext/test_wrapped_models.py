@@ -381,3 +381,13 @@ def test_transformer_encoder_with_a_padding_mask(options):
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in treated} == {"linear1", "linear2"}
     assert min(treated.values()) >= 0.5
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("shell", ["compiled", "both"])
+def test_ranks_are_not_made_elastic_behind_compiled_code(tiny_llama, one_process, shell):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    groups = [nncf_ext.RankGroup([r".*\.q_proj$"], (2, 1))]
+    with pytest.raises(nncf.UnsupportedModelError, match="compile the result"):
+        nncf_ext.make_elastic(SHELLS[shell](model), groups=groups)
