@@ -5,6 +5,8 @@ that was written, or the error says what to do. Both packages are imported, and 
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,15 +185,16 @@ def tokens(folder: Path, _model: nn.Module, tokenizer: Any) -> None:
     assert AutoTokenizer.from_pretrained(folder)(PROMPT).input_ids == tokenizer(PROMPT).input_ids
 
 
-def expected(model: Any, tokenizer: Any) -> str:
+def expected(model: Any, tokenizer: Any, use_cache: bool = False) -> str:
+    """What torch writes: without a cache, each token from scratch. Its cached Mamba-2 differs from that a little."""
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    made = model.generate(ids, use_cache=False, **GREEDY)  # from scratch for every token
+    made = model.generate(ids, use_cache=use_cache, **GREEDY)
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def pipeline(folder: Path, model: nn.Module, tokenizer: Any) -> None:
     made = transformers.pipeline("text-generation", str(folder))(PROMPT, return_full_text=False, **GREEDY)
-    assert made[0]["generated_text"] == expected(model, tokenizer)
+    assert made[0]["generated_text"] == expected(model, tokenizer, use_cache=True)
 
 
 def optimum(**options: Any) -> Callable[[Path, nn.Module, Any], None]:
@@ -226,6 +229,13 @@ CLASSES: dict[str, Callable[[Path, nn.Module, Any], None]] = {
 }
 
 
+# In a process of their own: here, another test may have taught these libraries the operations of ov_ext.
+STRANGERS = {
+    "OVModelForCausalLM": "from optimum.intel import OVModelForCausalLM; OVModelForCausalLM.from_pretrained({!r})",
+    "LLMPipeline": "import openvino_genai; openvino_genai.LLMPipeline({!r}, 'CPU')",
+}
+
+
 @pytest.mark.parametrize(("row", "column"), [(row, column) for row in TABLE for column in TABLE[row]])
 def test_cell(row, column, written, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"asked: {question}"))
@@ -233,8 +243,13 @@ def test_cell(row, column, written, tokenizer, monkeypatch) -> None:
     if cell is None:
         CLASSES[column](folder, model, tokenizer)
         return
-    with pytest.raises((OSError, ValueError, RuntimeError)) as caught:
-        CLASSES[column](folder, model, tokenizer)
-    assert re.search(cell.error, str(caught.value), re.DOTALL), caught.value
+    if cell is PACKED and column in STRANGERS:
+        command = [sys.executable, "-c", STRANGERS[column].format(str(folder))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode and re.search(cell.error, done.stderr, re.DOTALL), done.stderr
+    else:
+        with pytest.raises((OSError, ValueError, RuntimeError)) as caught:
+            CLASSES[column](folder, model, tokenizer)
+        assert re.search(cell.error, str(caught.value), re.DOTALL), caught.value
     if cell.card:
         assert re.search(cell.card, (folder / "README.md").read_text())
