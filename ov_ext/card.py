@@ -16,23 +16,23 @@ tags:
 """
 EXPORTED = (
     "In OpenVINO",
-    """The folder holds an OpenVINO IR with its tokenizer, exported by [nncf-ext](https://pypi.org/project/nncf-ext/).
-It loads in OpenVINO, Optimum-Intel (`OVModelForCausalLM.from_pretrained(FOLDER)`) and OpenVINO GenAI
+    """The folder holds an OpenVINO IR with its tokenizer, exported by nncf-ext. It loads in OpenVINO,
+Optimum-Intel (`OVModelForCausalLM.from_pretrained(FOLDER)`) and OpenVINO GenAI
 (`openvino_genai.LLMPipeline(FOLDER, "CPU")`). `ov-ext pack FOLDER OUT` packs its sparse weights.
 """,
 )
 PACKED = (
     "Packed weights",
     """The weights are packed: zeros are neither stored nor read. OpenVINO reads them with the extension of
-[nncf-ext](https://pypi.org/project/nncf-ext/) (`pip install 'nncf-ext[genai]'` or `'nncf-ext[optimum]'`). Without it,
-the message is "unsupported opset: ov_ext".
+nncf-ext (`pip install 'nncf-ext[genai]'` or `'nncf-ext[optimum]'`). Without it, the message is
+"unsupported opset: ov_ext".
 
 ```python
-import ov_ext, ov_ext.genai, ov_ext.optimum
+import openvino, ov_ext, ov_ext.genai, ov_ext.optimum
 
-pipeline = ov_ext.genai.pipeline("FOLDER")          # OpenVINO GenAI
-model = ov_ext.optimum.load("FOLDER")               # Optimum-Intel
-core = ov_ext.add_extension(openvino.Core())        # OpenVINO
+pipeline = ov_ext.genai.pipeline("FOLDER")  # OpenVINO GenAI
+model = ov_ext.optimum.load("FOLDER")  # Optimum-Intel
+core = ov_ext.add_extension(openvino.Core())  # OpenVINO
 ```
 
 `ov-ext unpack FOLDER OUT` restores the stock model, for other tools and devices.

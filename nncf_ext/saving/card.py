@@ -31,7 +31,7 @@ def write_card(model: nn.Module, folder: Path, report: CompressionReport, cut: b
 
 # {type(model).__name__}{f" from {Path(source).name}" if source else ""}, compressed
 
-Made with [nncf-ext](https://pypi.org/project/nncf-ext/), a plugin suite for OpenVINO and NNCF.
+Made with nncf-ext, a plugin suite for OpenVINO and NNCF.
 
 {_done(report, cut)}
 

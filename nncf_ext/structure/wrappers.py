@@ -169,9 +169,8 @@ def reparametrization(module: nn.Module, own_name: str) -> str | None:
     """
     if isinstance(module, parametrize.ParametrizationList):
         kinds = ", ".join(type(each).__name__.lstrip("_") for each in module)
-        return f"computes a weight by a parametrization ({kinds}): undo it by torch.nn.utils.parametrize." + (
-            "remove_parametrizations"
-        )
+        undo = "torch.nn.utils.parametrize.remove_parametrizations"
+        return f"computes a weight by a parametrization ({kinds}): undo it by {undo}"
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm | SpectralNorm) and own_name.startswith(f"{hook.name}_"):
             kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
