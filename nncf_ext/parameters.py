@@ -48,6 +48,8 @@ class CompressMode(StrEnum):
         input norm. Weights that stay are not changed. https://arxiv.org/abs/2306.11695
     :param SPARSE_GPT: Zeros the weights whose removal costs least in the layer's output, block of columns by block of
         columns, and corrects the weights that stay. https://arxiv.org/abs/2301.00774
+    :param SPARSE_ADMM: Finds zeros and weights together by taking turns between the best weights and the nearest sparse
+        ones. The smallest error of the four, and the longest time. https://arxiv.org/abs/2401.02938
     :param MULTIPRUNER: Removes whole attention and MLP branches, then MLP channels, then attention heads, by the loss
         of the whole model on calibration text. Nothing is trained. https://arxiv.org/abs/2501.09949
     :param MAMBA_SHEDDER: Removes Mamba blocks or their state spaces, in hybrids also attention and MLPs, in the same
@@ -66,6 +68,7 @@ class CompressMode(StrEnum):
     SPARSE_MAGNITUDE = "sparse_magnitude", _SPARSE_WEIGHTS
     SPARSE_WANDA = "sparse_wanda", _SPARSE_WEIGHTS
     SPARSE_GPT = "sparse_gpt", _SPARSE_WEIGHTS
+    SPARSE_ADMM = "sparse_admm", _SPARSE_WEIGHTS
     MULTIPRUNER = (
         "multipruner",
         OneShotMethod(

@@ -16,20 +16,13 @@ import nncf
 import torch
 from torch import nn
 
+from nncf_ext.algorithms.sparse_weights.layer import Curvature, LayerSolver
 from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters, smaller_groups
-from nncf_ext.algorithms.sparse_weights.solver import (
-    AdaptiveMask,
-    FixedMask,
-    Solution,
-    dead_columns,
-    inverse_factor,
-    solve,
-)
+from nncf_ext.algorithms.sparse_weights.solver import Solution
 from nncf_ext.algorithms.sparse_weights.units import FinishedUnits, LayerResult
 from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
 from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, read_items
 from nncf_ext.files import digest
-from nncf_ext.importance.weights import magnitude_score, pattern_mask, smallest_mask, wanda_score
 from nncf_ext.journal import Journal
 from nncf_ext.method import Request
 from nncf_ext.parameters import CompressMode
@@ -41,7 +34,12 @@ from nncf_ext.weights.records import LayerRecord, record_of, set_record
 
 logger = logging.getLogger("nncf_ext")
 
-MODES = (CompressMode.SPARSE_MAGNITUDE, CompressMode.SPARSE_WANDA, CompressMode.SPARSE_GPT)
+MODES = (
+    CompressMode.SPARSE_MAGNITUDE,
+    CompressMode.SPARSE_WANDA,
+    CompressMode.SPARSE_GPT,
+    CompressMode.SPARSE_ADMM,
+)
 
 
 class SparseWeights:
@@ -59,6 +57,7 @@ class SparseWeights:
         self._mode = mode
         self._ratio = request.ratio
         self._parameters = parameters
+        self._solver = LayerSolver(mode, request.ratio, parameters)
         self._resume = request.resume
         self._pattern = parameters.keep_and_run
         self._quantize = parameters.quantization is not None
@@ -207,10 +206,11 @@ class SparseWeights:
     def _solve_unit(self, unit: Unit) -> dict[str, LayerResult]:
         statistics: Mapping[str, InputStatistics] = {}
         if self._items:
-            full = self._quantize or self._mode is CompressMode.SPARSE_GPT
+            full = self._quantize or self._solver.corrects
             statistics = observe_inputs(unit, full=full)
         results: dict[str, LayerResult] = {}
-        factors: dict[int, torch.Tensor] = {}
+        # Layers with the same inputs share the statistic, and so what is derived from it.
+        curvatures = {id(each): Curvature(each, self._parameters.damping) for each in statistics.values() if each.full}
         for name, layer in unit.layers.items():
             statistic = statistics.get(name)
             if self._items and statistic is None:
@@ -218,50 +218,9 @@ class SparseWeights:
                 record = LayerRecord(untouched="saw no calibration token", bytes_before=layer.weight.nbytes)
                 results[name] = LayerResult(layer.weight.detach(), None, None, record)
                 continue
-            solution = self._solve_layer(layer, statistic, factors)
+            solution = self._solver.solve(layer.weight, statistic, curvatures.get(id(statistic)))
             results[name] = self._result(layer, statistic, solution)
         return results
-
-    def _solve_layer(
-        self, layer: nn.Linear, statistic: InputStatistics | None, factors: dict[int, torch.Tensor]
-    ) -> Solution:
-        weight = layer.weight.detach().float().clone()
-        adaptive = self._mode is CompressMode.SPARSE_GPT
-        group_size = self._group_of(layer)
-        if not adaptive and group_size is None:
-            return Solution(weight.masked_fill_(self._row_mask(weight, statistic), 0.0))
-        if statistic is None:
-            msg = f"{self._mode} reached a column walk without input statistics."
-            raise nncf.InternalError(msg)
-        hessian = statistic.hessian
-        mask = None if adaptive else self._row_mask(weight, statistic)
-        weight[:, dead_columns(hessian)] = 0.0
-        zeros = weight == 0
-        choose: AdaptiveMask | FixedMask
-        if mask is not None:
-            choose = FixedMask(mask | zeros)
-        else:
-            choose = AdaptiveMask(zeros, self._ratio, *(self._pattern or (0, None)))
-        # Layers with the same inputs share the statistic, and so the factor.
-        if id(statistic) not in factors:
-            factors[id(statistic)] = inverse_factor(hessian, self._parameters.damping)
-        return solve(
-            weight,
-            factors[id(statistic)],
-            choose,
-            block_size=self._parameters.block_size,
-            group_size=group_size,
-            keep_prerounding=self._parameters.keep_prerounding and group_size is not None,
-        )
-
-    def _row_mask(self, weight: torch.Tensor, statistic: InputStatistics | None) -> torch.Tensor:
-        if self._mode is CompressMode.SPARSE_WANDA and statistic is not None:
-            scores = wanda_score(weight, statistic.mean_square)
-        else:
-            scores = magnitude_score(weight)
-        if self._pattern is not None:
-            return pattern_mask(scores, *self._pattern)
-        return smallest_mask(scores, int(weight.shape[1] * self._ratio))
 
     def _result(self, layer: nn.Linear, statistic: InputStatistics | None, solution: Solution) -> LayerResult:
         old = layer.weight.detach()

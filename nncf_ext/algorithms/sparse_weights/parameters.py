@@ -22,7 +22,10 @@ def smaller_groups(group_size: int) -> tuple[int, ...]:
 @dataclass
 class AdvancedSparseWeightsParameters:
     """
-    Parameters of the modes SPARSE_MAGNITUDE, SPARSE_WANDA and SPARSE_GPT.
+    Parameters of the modes SPARSE_MAGNITUDE, SPARSE_WANDA, SPARSE_GPT and SPARSE_ADMM.
+
+    The published SparseGPT and GPTQ, in one walk over the columns, are ``least_squares_steps=0, activation_order=False,
+    scale_search=False, rounding_passes=0``.
 
     :param pattern: None zeros weights wherever they matter least. ``"N:M"`` keeps N of every M consecutive input
         columns (``"2:4"``, ``"4:8"``); the ratio must then be ``1 - N / M``.
@@ -38,6 +41,15 @@ class AdvancedSparseWeightsParameters:
     :param block_size: Columns that SparseGPT and GPTQ treat together; SparseGPT chooses its mask for one such block at
         a time. A multiple of M and, with quantization, of the group size.
     :param damping: Part of the Hessian's mean diagonal that is added to the diagonal, above 0.
+    :param least_squares_steps: SPARSE_GPT and SPARSE_ADMM, and every mode with quantization: once the zeros are found,
+        the weights that stay are fitted to the layer's outputs by so many steps of conjugate gradients. 0: what the
+        walk over columns gives.
+    :param activation_order: Quantization: columns are rounded from the most to the least active input. Groups stay
+        those of neighbouring columns.
+    :param scale_search: Quantization: of several scales of a group the one that rounds best, an error in a column
+        counting as the Hessian's diagonal says. False: the one that just covers the group.
+    :param rounding_passes: Quantization: how often, after rounding, the scales are fitted to the codes, and the codes
+        chosen anew one by one given all others.
     :param include: Regular expressions, from the start of a path, for layers that are left alone by default and shall
         be treated: routers of experts and gates of one output, such as ``r".*shared_expert_gate$"``.
     """
@@ -49,6 +61,10 @@ class AdvancedSparseWeightsParameters:
     keep_prerounding: bool = False
     block_size: int = 128
     damping: float = 0.01
+    least_squares_steps: int = 10
+    activation_order: bool = True
+    scale_search: bool = True
+    rounding_passes: int = 2
     include: Sequence[str] = ()
 
     @property
@@ -75,6 +91,14 @@ class AdvancedSparseWeightsParameters:
         adjusts = self.group_size_fallback_mode == nncf.GroupSizeFallbackMode.ADJUST
         sizes = (self.group_size, *(size for size in smaller_groups(self.group_size) if adjusts))
         return next((size for size in sizes if in_features % size == 0), None)
+
+    def refines(self, group_size: int | None) -> bool:
+        """
+        :param group_size: Of a layer; None if it is not to be quantized.
+        :return: Whether anything is asked for beyond the walk of the papers, which zeros and rounds in one.
+        """
+        rounding = self.activation_order or self.scale_search or self.rounding_passes > 0
+        return self.least_squares_steps > 0 or (group_size is not None and rounding)
 
     def check(self, ratio: float) -> None:
         """
@@ -106,6 +130,10 @@ class AdvancedSparseWeightsParameters:
         if self.damping <= 0:
             msg = f"damping must be above 0 (0.01 is usual); got {self.damping}."
             raise nncf.ValidationError(msg)
+        for name in ("least_squares_steps", "rounding_passes"):
+            if getattr(self, name) < 0:
+                msg = f"{name} is a number of steps, 0 or more; got {getattr(self, name)}."
+                raise nncf.ValidationError(msg)
         unit = max(pattern[1] if pattern else 1, self.group_size if self.quantization else 1)
         if self.block_size < 1 or self.block_size % unit:
             msg = f"block_size must be a positive multiple of {unit} (pattern and group size); got {self.block_size}."

@@ -147,6 +147,7 @@ def solve(
     *,
     block_size: int,
     group_size: int | None = None,
+    column_scales: Tensor | None = None,
     keep_prerounding: bool = False,
 ) -> Solution:
     """
@@ -157,15 +158,17 @@ def solve(
     :param choose_mask: Which weights to zero. They are exactly zero in the result, and have code 0 on the grid.
     :param block_size: Columns treated before the error is passed on to all that follow.
     :param group_size: Columns that share a scale; None leaves floating weights. Divides `block_size` and in_features.
+        Scales are taken when the walk reaches the group, from weights already corrected and masked.
+    :param column_scales: In place of a group size: the scale of every weight ``[out_features, in_features]``, float16.
     :param keep_prerounding: Also return the weight as it was before rounding.
-    :return: The new weight and, with a group size, its codes and scales. Scales are taken when the walk reaches the
-        group, from weights already corrected and masked.
+    :return: The new weight; with a group size or scales, its codes; with a group size, its scales.
 
     Source: Frantar & Alistarh, SparseGPT, algorithm 1; Frantar et al., GPTQ, algorithm 1.
     """
     rows, columns = weight.shape
     result = torch.empty_like(weight)
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device) if group_size else None
+    rounds = group_size is not None or column_scales is not None
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device) if rounds else None
     prerounding = torch.empty_like(weight) if keep_prerounding else None
     scales = []
     for start in range(0, columns, block_size):
@@ -189,9 +192,10 @@ def solve(
             if prerounding is not None:
                 prerounding[:, start + column] = kept
             if codes is not None:
-                code = nearest_code(kept.unsqueeze(1), scales[-1])
+                scale = scales[-1] if column_scales is None else column_scales[:, start + column, None]
+                code = nearest_code(kept.unsqueeze(1), scale)
                 codes[:, start + column] = code.squeeze(1).to(torch.int8)
-                kept = grid_value(code, scales[-1]).squeeze(1)
+                kept = grid_value(code, scale).squeeze(1)
             result[:, start + column] = kept
             # d / U_jj, to be passed on along U_j,: as above: within the block at once, behind it for all columns of the
             # block in one matrix product, which is much faster and the same sum.

@@ -1,0 +1,120 @@
+"""
+Better scales and codes of an INT4 weight than the walk over its columns gives by itself.
+
+All of it makes the error of the layer's outputs smaller, the trace of ``(Q - W) H (Q - W)^T``: W is the weight before,
+Q the one on the grid, H the Hessian of the layer's inputs. Zeros of the mask have code 0 and keep it.
+"""
+
+import torch
+from torch import Tensor
+
+from nncf_ext.weights.int4 import HIGHEST_CODE, LOWEST_CODE, dequantize, grid_value, nearest_code
+
+_SHRINKING = torch.linspace(0.65, 1.1, 16)  # of the scale that just covers a group
+_TINY = torch.finfo(torch.float32).eps
+_BLOCK = 64  # columns between updates of the whole gradient
+_DAMPING = 1e-3
+
+
+def search_scales(weight: Tensor, importance: Tensor, group_size: int) -> Tensor:
+    """
+    For each group, of the scales around the one that just covers it, with both signs, the one that rounds best.
+
+    :param weight: ``[out_features, in_features]``, float32.
+    :param importance: What an error in a column costs ``[in_features]``: the Hessian's diagonal.
+    :param group_size: Columns that share a scale.
+    :return: Scales ``[out_features, groups]``, float16, never zero. The sign says whether the group's range reaches
+        further down (positive) or up (negative).
+    """
+    rows = len(weight)
+    groups = weight.reshape(rows, -1, group_size)
+    costs = importance.reshape(-1, group_size)
+    highest, lowest = groups.amax(dim=2).clamp_(min=0.0), groups.amin(dim=2).clamp_(max=0.0)
+    # The end of the range that reaches further, -8, stands for the lowest or for the highest weight.
+    covering = [torch.maximum(-lowest / -LOWEST_CODE, highest / HIGHEST_CODE)]
+    covering.append(-torch.maximum(highest / -LOWEST_CODE, -lowest / HIGHEST_CODE))
+    best = torch.full((rows, groups.shape[1]), torch.inf, device=weight.device)
+    found = torch.empty_like(best, dtype=torch.float16)
+    for extent in covering:
+        for shrinking in _SHRINKING.tolist():
+            scale = _storable(extent * shrinking)
+            rounded = grid_value(nearest_code(groups, scale.unsqueeze(2)), scale.unsqueeze(2))
+            error = ((rounded - groups).square_() * costs).sum(dim=2)
+            found = torch.where(error < best, scale, found)
+            best = torch.minimum(error, best)
+    return found
+
+
+def fit_scales(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
+    """
+    The scales with the smallest output error for given codes: for each row a small system of least squares.
+
+    :param codes: ``[out_features, in_features]``, int8.
+    :param scales: The present scales ``[out_features, groups]``, float16. A scale whose fit has another sign, or whose
+        codes are all zero, stays.
+    :param target: The weight before ``[out_features, in_features]``, float32.
+    :param hessian: Of the inputs, damped: ``[in_features, in_features]``, float32.
+    :return: The new scales ``[out_features, groups]``, float16.
+    """
+    rows, groups = scales.shape
+    values, old = codes.float(), scales.float()
+    group_size = values.shape[1] // groups
+
+    def by_group(matrix: Tensor) -> Tensor:
+        return (matrix * values).reshape(rows, groups, group_size).sum(dim=2)
+
+    right = by_group(target @ hessian)
+    left = torch.stack(
+        [
+            by_group(values[:, columns] @ hessian[columns])
+            for columns in torch.arange(values.shape[1]).split(group_size)
+        ],
+        dim=1,
+    )
+    diagonal = left.diagonal(dim1=1, dim2=2)
+    empty = diagonal <= 0
+    damping = _DAMPING * diagonal.mean(dim=1, keepdim=True) + empty
+    fitted = torch.linalg.solve(left + torch.diag_embed(damping), right + damping * old)
+    usable = (fitted.sign() == old.sign()) & fitted.isfinite() & ~empty
+    return torch.where(usable, _storable(fitted), scales)
+
+
+def descend(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    One pass of coordinate descent: column by column, the codes with the smallest output error given all others.
+
+    :param codes: ``[out_features, in_features]``, int8.
+    :param scales: ``[out_features, groups]``, float16.
+    :param target: The weight before ``[out_features, in_features]``, float32.
+    :param hessian: Of the inputs, damped: ``[in_features, in_features]``, float32, positive definite.
+    :param zeros: Weights whose code stays 0 ``[out_features, in_features]``, bool.
+    :return: The new codes, int8, and what was rounded to them, float32; both ``[out_features, in_features]``.
+
+    Source: Behdin et al., QuantEase, arXiv 2309.01885, section 3.
+    """
+    rows, columns = codes.shape
+    group_size = columns // scales.shape[1]
+    weight = dequantize(codes, scales)
+    codes, before = codes.clone(), torch.zeros_like(weight)
+    gradient = (weight - target) @ hessian  # half of it, as in all that follows
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        local, curvature = gradient[:, start:stop].clone(), hessian[start:stop, start:stop]
+        changes = torch.empty_like(local)
+        for column in range(stop - start):
+            at = start + column
+            scale = scales[:, at // group_size, None]
+            best = (weight[:, at] - local[:, column] / curvature[column, column]).masked_fill_(zeros[:, at], 0.0)
+            code = nearest_code(best[:, None], scale)
+            new = grid_value(code, scale)[:, 0]
+            before[:, at], codes[:, at] = best, code[:, 0].to(torch.int8)
+            changes[:, column] = new - weight[:, at]
+            weight[:, at] = new
+            local[:, column + 1 :].addr_(changes[:, column], curvature[column, column + 1 :])
+        gradient.addmm_(changes, hessian[start:stop])
+    return codes, before
+
+
+def _storable(scale: Tensor) -> Tensor:
+    """As float16, and never zero."""
+    return torch.where(scale.abs() < _TINY, torch.full_like(scale, _TINY).copysign_(scale), scale).half()
