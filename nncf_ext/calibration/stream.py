@@ -38,6 +38,7 @@ from nncf_ext.calibration.chain import (
     split,
     trace_calls,
 )
+from nncf_ext.calibration.trainable_block import TrainableBlock
 from nncf_ext.memory import is_out_of_memory
 from nncf_ext.structure.blocks import BlockList
 
@@ -55,12 +56,14 @@ class Unit:
     :param layers: Linear layers to compress together, by path.
     :param run: Runs every calibration sample through the unit as it is now; outputs are dropped.
     :param advance: To be called once the unit is compressed: its outputs become the inputs of the next unit.
+    :param block: How to train the unit by itself; None where it cannot be run by itself, or nobody asked.
     """
 
     name: str
     layers: Mapping[str, nn.Linear]
     run: Callable[[], None]
     advance: Callable[[], None]
+    block: TrainableBlock | None = None
 
 
 @dataclass
@@ -102,6 +105,8 @@ class CalibrationStream:
     :param items: Model inputs.
     :param block_lists: Repeated blocks found in the model.
     :param layers: The layers to visit, by path. Layers in no block are grouped by shared input.
+    :param trainable: Give units with :class:`TrainableBlock`. The hidden states of the model as it was are then kept
+        as well, at one block boundary, and each block runs once more on every sample.
     :raises nncf.ValidationError: The model cannot be run on an item.
     """
 
@@ -111,8 +116,10 @@ class CalibrationStream:
         items: Sequence[Any],
         block_lists: Sequence[BlockList],
         layers: Mapping[str, nn.Linear],
+        trainable: bool = False,
     ) -> None:
         self._model = model
+        self._trainable = trainable
         self._items = items
         self._device = next(model.parameters()).device
         # A key/value cache would make a block remember the previous run.
@@ -274,24 +281,39 @@ class CalibrationStream:
         """Visits a chain of blocks, holding the hidden states at one block boundary."""
         hidden, further = self._capture(segment, chain)
 
-        def outputs(block: nn.Module, inputs: Sequence[Inputs]) -> Iterator[Any]:
-            for sample, rest in enumerate(inputs):
-                args, kwargs = split({**rest, chain.entry: hidden[sample]})
-                yield block(*args, **kwargs)
+        def call(inputs: Sequence[Inputs], sample: int, function: Callable[..., Any], states: list[Tensor]) -> Any:
+            args, kwargs = split({**inputs[sample], chain.entry: states[sample]})
+            return function(*args, **kwargs)
+
+        def state(output: Any) -> Tensor:
+            found: Tensor = output if chain.exit is None else output[chain.exit]
+            return found
 
         def run(block: nn.Module, inputs: Sequence[Inputs]) -> None:
-            for _ in outputs(block, inputs):
-                pass
+            for sample in range(len(hidden)):
+                call(inputs, sample, block, hidden)
 
-        def advance(block: nn.Module, inputs: Sequence[Inputs]) -> None:
-            for sample, output in enumerate(outputs(block, inputs)):
-                hidden[sample] = output if chain.exit is None else output[chain.exit]
+        def advance(block: nn.Module, inputs: Sequence[Inputs], states: list[Tensor]) -> None:
+            for sample in range(len(states)):
+                states[sample] = state(call(inputs, sample, block, states))
 
+        def output(inputs: Sequence[Inputs], sample: int, function: Callable[..., Any]) -> Tensor:
+            return state(call(inputs, sample, function, hidden))
+
+        # A block that shares weights with an earlier one is compressed by then: nothing tells what it gave before.
+        known = [id(each) for block in segment.blocks.values() for each in block.parameters()]
+        trainable = self._trainable and len(set(known)) == len(known)
+        dense = list(hidden)
         last = list(segment.units)[-1]
         for index, (name, layers) in enumerate(segment.units.items()):
-            given = segment.blocks[name], further[0 if chain.uniform else index]
+            block, inputs = segment.blocks[name], further[0 if chain.uniform else index]
+            part = None
+            if trainable:
+                advance(block, inputs, dense)
+                part = TrainableBlock(block, dense, partial(output, inputs))
             # Nothing reads the outputs of the last block: layers after it run by the whole model.
-            yield Unit(name, layers, partial(run, *given), (lambda: None) if name == last else partial(advance, *given))
+            onward = (lambda: None) if name == last else partial(advance, block, inputs, hidden)
+            yield Unit(name, layers, partial(run, block, inputs), onward, part)
 
     def _capture(self, segment: _Segment, chain: Chain) -> tuple[list[Tensor], list[list[Inputs]]]:
         """

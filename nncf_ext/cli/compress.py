@@ -43,6 +43,13 @@ def compress_folder(
             "where none divides them; ignore: floating."
         ),
     ] = None,
+    reconstruction_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Train each block's weights that stay to give what the dense model gives, so often on all windows. "
+            "Default: 0, not at all."
+        ),
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help=f"What to calibrate on: {SOURCES}.")] = None,
     dataset_config: DatasetConfig = None,
     split: Split = None,
@@ -77,6 +84,7 @@ def compress_folder(
             quantization=quantization,
             group_size=group_size,
             group_size_fallback_mode=group_size_fallback,
+            reconstruction_epochs=reconstruction_epochs,
         )
         model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
         source = None if dataset is None else Source(dataset, dataset_config, split, column)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import nncf
@@ -18,6 +19,7 @@ from torch import nn
 
 from nncf_ext.algorithms.sparse_weights.layer import Curvature, LayerSolver
 from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters, smaller_groups
+from nncf_ext.algorithms.sparse_weights.reconstruction import reconstruct
 from nncf_ext.algorithms.sparse_weights.solver import Solution
 from nncf_ext.algorithms.sparse_weights.units import FinishedUnits, LayerResult
 from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
@@ -62,8 +64,10 @@ class SparseWeights:
         self._pattern = parameters.keep_and_run
         self._quantize = parameters.quantization is not None
         self._items: list[Any] = []
-        if mode is not CompressMode.SPARSE_MAGNITUDE or self._quantize:
-            what = f"{mode.value}{' with quantization' if self._quantize else ''}"
+        self._epochs = parameters.reconstruction_epochs
+        if mode is not CompressMode.SPARSE_MAGNITUDE or self._quantize or self._epochs:
+            further = " with quantization" if self._quantize else " with reconstruction" if self._epochs else ""
+            what = f"{mode.value}{further}"
             if request.dataset is None:
                 msg = f"{what} looks at the inputs of each layer and needs a dataset; got None."
                 raise nncf.ValidationError(msg)
@@ -150,6 +154,12 @@ class SparseWeights:
         foreign = sorted(set(packed) - (finished.layers() if finished is not None else set()))
         if foreign:
             raise nncf.ValidationError(_already_compressed(foreign[0], "INT4 codes, not from this journal"))
+        if packed and self._epochs:
+            msg = (
+                f"{packed[0]} is compressed already, and reconstruction compares with the model as it was. Resume with "
+                "the original model: load it again."
+            )
+            raise nncf.ValidationError(msg)
         for name in packed:
             unpack(model, f"{name}.weight")
         done = 0
@@ -158,7 +168,9 @@ class SparseWeights:
             task = progress.add_task(f"Applying {self._mode.value}", total=None)
             try:
                 if self._items:
-                    stream = CalibrationStream(model, self._items, survey.block_lists, targets)
+                    stream = CalibrationStream(
+                        model, self._items, survey.block_lists, targets, trainable=self._epochs > 0
+                    )
                     units, total = stream.units(), len(stream)
                 else:
                     units, total = _single_layers(targets), len(targets)
@@ -183,7 +195,7 @@ class SparseWeights:
             unit.advance()
             return
         originals = {name: layer.weight.data for name, layer in unit.layers.items()}
-        earlier = finished.load(unit.name, originals) if finished is not None else None
+        earlier = finished.load(unit.name, originals, original=self._epochs > 0) if finished is not None else None
         results = self._solve_unit(unit) if earlier is None else earlier
         with ExitStack() as undo:
             for name, layer in unit.layers.items():
@@ -208,19 +220,33 @@ class SparseWeights:
         if self._items:
             full = self._quantize or self._solver.corrects
             statistics = observe_inputs(unit, full=full)
-        results: dict[str, LayerResult] = {}
         # Layers with the same inputs share the statistic, and so what is derived from it.
         curvatures = {id(each): Curvature(each, self._parameters.damping) for each in statistics.values() if each.full}
-        for name, layer in unit.layers.items():
-            statistic = statistics.get(name)
-            if self._items and statistic is None:
-                logger.warning("%s saw no calibration token and is left untouched.", name)
-                record = LayerRecord(untouched="saw no calibration token", bytes_before=layer.weight.nbytes)
-                results[name] = LayerResult(layer.weight.detach(), None, None, record)
-                continue
-            solution = self._solver.solve(layer.weight, statistic, curvatures.get(id(statistic)))
-            results[name] = self._result(layer, statistic, solution)
-        return results
+        curvature_of = {name: curvatures.get(id(each)) for name, each in statistics.items()}
+        unseen = [name for name in unit.layers if self._items and name not in statistics]
+        layers = {name: layer for name, layer in unit.layers.items() if name not in unseen}
+        trains = unit.block is not None and bool(layers)
+        if self._epochs and unit.block is None:
+            logger.warning("%s cannot be trained by itself: its layers are solved one by one only.", unit.name)
+        solver = self._solver.floating() if trains else self._solver
+        solutions = {
+            name: solver.solve(layer.weight, statistics.get(name), curvature_of.get(name))
+            for name, layer in layers.items()
+        }
+        if unit.block is not None and trains:
+            train = partial(
+                reconstruct,
+                unit.block,
+                layers,
+                epochs=self._epochs,
+                learning_rate=self._parameters.reconstruction_learning_rate,
+            )
+            solutions = train(solutions)
+            if self._quantize:
+                rounded = {name: self._solver.round(each, curvature_of[name]) for name, each in solutions.items()}
+                solutions = train(rounded)
+        results = {name: self._result(layer, statistics.get(name), solutions[name]) for name, layer in layers.items()}
+        return results | {name: _left_alone(name, unit.layers[name]) for name in unseen}
 
     def _result(self, layer: nn.Linear, statistic: InputStatistics | None, solution: Solution) -> LayerResult:
         old = layer.weight.detach()
@@ -243,7 +269,7 @@ class SparseWeights:
             error=error,
             error_of=error_of,
             note=self._group_note(layer),
-            prerounding=solution.prerounding,
+            prerounding=solution.prerounding if self._parameters.keep_prerounding else None,
         )
         return LayerResult(new, codes, scales, record)
 
@@ -307,6 +333,12 @@ def _already_compressed(name: str, kind: str) -> str:
 def _single_layers(targets: Mapping[str, nn.Linear]) -> Iterator[Unit]:
     for name, layer in targets.items():
         yield Unit(name, {name: layer}, lambda: None, lambda: None)
+
+
+def _left_alone(name: str, layer: nn.Linear) -> LayerResult:
+    logger.warning("%s saw no calibration token and is left untouched.", name)
+    record = LayerRecord(untouched="saw no calibration token", bytes_before=layer.weight.nbytes)
+    return LayerResult(layer.weight.detach(), None, None, record)
 
 
 def _weight_error(old: torch.Tensor, new: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
 """One layer: from its weight and what is known of its inputs to the new weight."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import nncf
@@ -105,6 +105,23 @@ class LayerSolver:
             return self._walk(weight, chosen, curvature, group_size)
         sparse, zeros = self._sparse(weight, chosen, curvature)
         return Solution(sparse) if group_size is None else self._rounded(weight, sparse, zeros, curvature, group_size)
+
+    def floating(self) -> "LayerSolver":
+        """:return: The same without quantization."""
+        return replace(self, parameters=replace(self.parameters, quantization=None, keep_prerounding=False))
+
+    def round(self, solution: Solution, curvature: Curvature | None) -> Solution:
+        """
+        :param solution: A floating weight.
+        :param curvature: Of the layer's inputs.
+        :return: The same on the grid, with its zeros and with `prerounding`; unchanged if no group fits.
+        """
+        weight = solution.weight
+        group_size = self.parameters.group_of(weight.shape[1])
+        if group_size is None or curvature is None:
+            return solution
+        solver = replace(self, parameters=replace(self.parameters, keep_prerounding=True))
+        return solver._rounded(weight, weight, weight == 0, curvature, group_size)
 
     def _row_mask(self, weight: Tensor, statistic: InputStatistics | None) -> Tensor:
         if self.mode is CompressMode.SPARSE_WANDA and statistic is not None:

@@ -50,6 +50,10 @@ class AdvancedSparseWeightsParameters:
         counting as the Hessian's diagonal says. False: the one that just covers the group.
     :param rounding_passes: Quantization: how often, after rounding, the scales are fitted to the codes, and the codes
         chosen anew one by one given all others.
+    :param reconstruction_epochs: After the layers of a block are solved one by one, its weights that stay are trained
+        together to give what the dense model gave behind the block: so often on each calibration item, and as often
+        again on the grid. 0: not at all.
+    :param reconstruction_learning_rate: The highest; Adam, a short warm-up, a cosine to zero.
     :param include: Regular expressions, from the start of a path, for layers that are left alone by default and shall
         be treated: routers of experts and gates of one output, such as ``r".*shared_expert_gate$"``.
     """
@@ -65,6 +69,8 @@ class AdvancedSparseWeightsParameters:
     activation_order: bool = True
     scale_search: bool = True
     rounding_passes: int = 2
+    reconstruction_epochs: int = 0
+    reconstruction_learning_rate: float = 6e-4
     include: Sequence[str] = ()
 
     @property
@@ -130,10 +136,14 @@ class AdvancedSparseWeightsParameters:
         if self.damping <= 0:
             msg = f"damping must be above 0 (0.01 is usual); got {self.damping}."
             raise nncf.ValidationError(msg)
-        for name in ("least_squares_steps", "rounding_passes"):
+        for name in ("least_squares_steps", "rounding_passes", "reconstruction_epochs"):
             if getattr(self, name) < 0:
-                msg = f"{name} is a number of steps, 0 or more; got {getattr(self, name)}."
+                msg = f"{name} is a whole number, 0 or more; got {getattr(self, name)}."
                 raise nncf.ValidationError(msg)
+        if not 0 < self.reconstruction_learning_rate < 1:
+            rate = self.reconstruction_learning_rate
+            msg = f"reconstruction_learning_rate is between 0 and 1 (6e-4 is usual); got {rate}."
+            raise nncf.ValidationError(msg)
         unit = max(pattern[1] if pattern else 1, self.group_size if self.quantization else 1)
         if self.block_size < 1 or self.block_size % unit:
             msg = f"block_size must be a positive multiple of {unit} (pattern and group size); got {self.block_size}."

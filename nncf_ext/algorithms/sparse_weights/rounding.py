@@ -8,9 +8,10 @@ Q the one on the grid, H the Hessian of the layer's inputs. Zeros of the mask ha
 import torch
 from torch import Tensor
 
-from nncf_ext.weights.int4 import HIGHEST_CODE, LOWEST_CODE, dequantize, grid_value, nearest_code
+from nncf_ext.weights.int4 import LOWEST_CODE, dequantize, grid_value, nearest_code
 
-_SHRINKING = torch.linspace(0.65, 1.1, 16)  # of the scale that just covers a group
+# Of the scale that puts a group's largest magnitude on code -8; up to what puts it on code 7.
+_SHRINKING = [each / 40 for each in range(25, 47)]
 _TINY = torch.finfo(torch.float32).eps
 _BLOCK = 64  # columns between updates of the whole gradient
 _DAMPING = 1e-3
@@ -18,7 +19,7 @@ _DAMPING = 1e-3
 
 def search_scales(weight: Tensor, importance: Tensor, group_size: int) -> Tensor:
     """
-    For each group, of the scales around the one that just covers it, with both signs, the one that rounds best.
+    For each group, of the scales around the one that just covers it, of both signs, the one that rounds best.
 
     :param weight: ``[out_features, in_features]``, float32.
     :param importance: What an error in a column costs ``[in_features]``: the Hessian's diagonal.
@@ -29,15 +30,12 @@ def search_scales(weight: Tensor, importance: Tensor, group_size: int) -> Tensor
     rows = len(weight)
     groups = weight.reshape(rows, -1, group_size)
     costs = importance.reshape(-1, group_size)
-    highest, lowest = groups.amax(dim=2).clamp_(min=0.0), groups.amin(dim=2).clamp_(max=0.0)
-    # The end of the range that reaches further, -8, stands for the lowest or for the highest weight.
-    covering = [torch.maximum(-lowest / -LOWEST_CODE, highest / HIGHEST_CODE)]
-    covering.append(-torch.maximum(highest / -LOWEST_CODE, -lowest / HIGHEST_CODE))
+    extent = groups.abs().amax(dim=2) / -LOWEST_CODE
     best = torch.full((rows, groups.shape[1]), torch.inf, device=weight.device)
     found = torch.empty_like(best, dtype=torch.float16)
-    for extent in covering:
-        for shrinking in _SHRINKING.tolist():
-            scale = _storable(extent * shrinking)
+    for sign in (1.0, -1.0):
+        for shrinking in _SHRINKING:
+            scale = _storable(sign * extent * shrinking)
             rounded = grid_value(nearest_code(groups, scale.unsqueeze(2)), scale.unsqueeze(2))
             error = ((rounded - groups).square_() * costs).sum(dim=2)
             found = torch.where(error < best, scale, found)

@@ -56,10 +56,11 @@ class FinishedUnits:
         self._seen = {name: entry for name, entry in entries.items() if entry is not None}
         return {layer for results, _ in self._seen.values() for layer in results}
 
-    def load(self, unit: str, weights: Mapping[str, Tensor]) -> dict[str, LayerResult] | None:
+    def load(self, unit: str, weights: Mapping[str, Tensor], *, original: bool) -> dict[str, LayerResult] | None:
         """
         :param unit: Name of a unit.
         :param weights: The present weights of its layers by path: the original ones, or those found here.
+        :param original: Refuse those found here.
         :return: Its finished layers by path, or None if the unit is not finished.
         :raises nncf.ValidationError: The file cannot be read, or is about other weights.
         """
@@ -69,7 +70,8 @@ class FinishedUnits:
         results, before = entry
         for name, weight in weights.items():
             result = results.get(name)
-            if result is None or digest([weight]) not in (before.get(name), digest([result.weight])):
+            known = {before.get(name)} if original or result is None else {before.get(name), digest([result.weight])}
+            if result is None or digest([weight]) not in known:
                 msg = (
                     f"The journal's {_file(unit)} was made from another weight of {name}. Resume with the same model, "
                     "or name a new folder."
