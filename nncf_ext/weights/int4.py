@@ -96,9 +96,9 @@ def nearest_code(weight: Tensor, scale: Tensor) -> Tensor:
     """
     Rounds to the nearest grid point of a group. Computed in float32.
 
-    :param weight: Weights ``[out_features, columns]`` of one group, float32.
-    :param scale: Scale ``[out_features, 1]``, float16.
-    :return: Codes ``[out_features, columns]``, float32 holding integers in -8..7.
+    :param weight: Weights ``[out_features, columns]`` of one group, or of one column ``[out_features]``, float32.
+    :param scale: Scale ``[out_features, 1]``, or ``[out_features]``, float16.
+    :return: Codes, float32 holding integers in -8..7, of the weights' shape.
     """
     return (weight / scale.float()).round_().clamp_(LOWEST_CODE, HIGHEST_CODE)
 
@@ -107,9 +107,9 @@ def grid_value(code: Tensor, scale: Tensor) -> Tensor:
     """
     The number a code stands for: the product rounded to float16, as the decompressor computes it.
 
-    :param code: Codes ``[out_features, columns]`` of one group, any type.
-    :param scale: Scale ``[out_features, 1]``, float16.
-    :return: Values ``[out_features, columns]``, float32.
+    :param code: Codes ``[out_features, columns]`` of one group, or of one column ``[out_features]``, any type.
+    :param scale: Scale ``[out_features, 1]``, or ``[out_features]``, float16.
+    :return: Values of the codes' shape, float32.
     """
     # A 4-bit code times an 11-bit mantissa is exact in float32, so this rounds once, like a float16 multiplication.
     return (code.float() * scale.float()).half().float()

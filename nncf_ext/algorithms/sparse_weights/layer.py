@@ -143,7 +143,7 @@ class LayerSolver:
         else:
             choose = AdaptiveMask(zeros, self.ratio, *(self.parameters.keep_and_run or (0, None)))
         return solve(
-            weight.clone(),
+            weight,
             curvature.factor,
             choose,
             block_size=self.parameters.block_size,

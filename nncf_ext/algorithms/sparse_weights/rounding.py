@@ -90,27 +90,27 @@ def descend(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor, zero
 
     Source: Behdin et al., QuantEase, arXiv 2309.01885, section 3.
     """
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     group_size = columns // scales.shape[1]
-    weight = dequantize(codes, scales)
-    codes, before = codes.clone(), torch.zeros_like(weight)
-    gradient = (weight - target) @ hessian  # half of it, as in all that follows
+    # Turned, so that what is treated at a time, a column, lies together in memory.
+    weight, code_of, gone = (each.T.contiguous() for each in (dequantize(codes, scales), codes, zeros))
+    scale_of = scales.T.contiguous()
+    before = torch.empty_like(weight)
+    gradient = hessian @ (weight - target.T)  # half of it, as in all that follows
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        local, curvature = gradient[:, start:stop].clone(), hessian[start:stop, start:stop]
+        local, curvature = gradient[start:stop], hessian[start:stop, start:stop]
         changes = torch.empty_like(local)
         for column in range(stop - start):
             at = start + column
-            scale = scales[:, at // group_size, None]
-            best = (weight[:, at] - local[:, column] / curvature[column, column]).masked_fill_(zeros[:, at], 0.0)
-            code = nearest_code(best[:, None], scale)
-            new = grid_value(code, scale)[:, 0]
-            before[:, at], codes[:, at] = best, code[:, 0].to(torch.int8)
-            changes[:, column] = new - weight[:, at]
-            weight[:, at] = new
-            local[:, column + 1 :].addr_(changes[:, column], curvature[column, column + 1 :])
-        gradient.addmm_(changes, hessian[start:stop])
-    return codes, before
+            scale = scale_of[at // group_size]
+            best = (weight[at] - local[column] / curvature[column, column]).masked_fill_(gone[at], 0.0)
+            code = nearest_code(best, scale)
+            changes[column] = grid_value(code, scale) - weight[at]
+            before[at], code_of[at] = best, code.to(torch.int8)
+            local[column + 1 :].addr_(curvature[column, column + 1 :], changes[column])
+        gradient[stop:].addmm_(hessian[stop:, start:stop], changes)
+    return code_of.T.contiguous(), before.T.contiguous()
 
 
 def _storable(scale: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def solve(
     """
     Walks over the columns of a weight: mask, round, and pass each column's error on to the columns after it.
 
-    :param weight: ``[out_features, in_features]``, float32, with zeros in dead columns. Overwritten.
+    :param weight: ``[out_features, in_features]``, float32, with zeros in dead columns.
     :param factor: From :func:`inverse_factor`, ``[in_features, in_features]``, float32.
     :param choose_mask: Which weights to zero. They are exactly zero in the result, and have code 0 on the grid.
     :param block_size: Columns treated before the error is passed on to all that follow.
@@ -165,41 +165,50 @@ def solve(
 
     Source: Frantar & Alistarh, SparseGPT, algorithm 1; Frantar et al., GPTQ, algorithm 1.
     """
-    rows, columns = weight.shape
-    result = torch.empty_like(weight)
+    columns = weight.shape[1]
+    # Turned, so that what is treated at a time, a column, lies together in memory.
+    turned = weight.T.contiguous()
+    result = torch.empty_like(turned)
     rounds = group_size is not None or column_scales is not None
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device) if rounds else None
-    prerounding = torch.empty_like(weight) if keep_prerounding else None
-    scales = []
+    codes = torch.empty_like(turned, dtype=torch.int8) if rounds else None
+    prerounding = torch.empty_like(turned) if keep_prerounding else None
+    scale_of = None if column_scales is None else column_scales.T.contiguous()
+    scales: list[Tensor] = []
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        block = weight[:, start:stop].clone()
+        block = turned[start:stop]
         local = factor[start:stop, start:stop]
         diagonal = local.diagonal()
-        mask = choose_mask(block, diagonal, start)
+        mask = choose_mask(block.T, diagonal, start).T.contiguous()
         errors = torch.empty_like(block)
         for column in range(stop - start):
+            at = start + column
             if choose_mask.run is not None and column % choose_mask.run == 0:
                 ahead = slice(column, column + choose_mask.run)
-                mask[:, ahead] = choose_mask(block[:, ahead], diagonal[ahead], start + column)  # corrected by now
-            if group_size is not None and (start + column) % group_size == 0:
+                mask[ahead] = choose_mask(block[ahead].T, diagonal[ahead], at).T  # corrected by now
+            if group_size is not None and at % group_size == 0:
                 ahead = slice(column, column + group_size)
                 # Later columns of the group will still be corrected, and a pattern may still choose others of them.
                 # What then exceeds the grid is clamped to its end.
-                scales.append(group_scale(block[:, ahead].masked_fill(mask[:, ahead], 0.0)))
-            current = block[:, column]
-            kept = current.masked_fill(mask[:, column], 0.0)
+                scales.append(group_scale(block[ahead].masked_fill(mask[ahead], 0.0).T))
+            current = block[column]
+            kept = current.masked_fill(mask[column], 0.0)
             if prerounding is not None:
-                prerounding[:, start + column] = kept
+                prerounding[at] = kept
             if codes is not None:
-                scale = scales[-1] if column_scales is None else column_scales[:, start + column, None]
-                code = nearest_code(kept.unsqueeze(1), scale)
-                codes[:, start + column] = code.squeeze(1).to(torch.int8)
-                kept = grid_value(code, scale).squeeze(1)
-            result[:, start + column] = kept
+                scale = scales[-1][:, 0] if scale_of is None else scale_of[at]
+                code = nearest_code(kept, scale)
+                codes[at] = code.to(torch.int8)
+                kept = grid_value(code, scale)
+            result[at] = kept
             # d / U_jj, to be passed on along U_j,: as above: within the block at once, behind it for all columns of the
             # block in one matrix product, which is much faster and the same sum.
-            errors[:, column] = (current - kept) / diagonal[column]
-            block[:, column + 1 :].addr_(errors[:, column], local[column, column + 1 :], alpha=-1.0)
-        weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1.0)
-    return Solution(result, codes, torch.cat(scales, dim=1) if scales else None, prerounding)
+            errors[column] = (current - kept) / diagonal[column]
+            block[column + 1 :].addr_(local[column, column + 1 :], errors[column], alpha=-1.0)
+        turned[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
+    return Solution(
+        result.T.contiguous(),
+        None if codes is None else codes.T.contiguous(),
+        torch.cat(scales, dim=1) if scales else None,
+        None if prerounding is None else prerounding.T.contiguous(),
+    )
