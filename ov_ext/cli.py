@@ -156,7 +156,8 @@ def pack(
         reports[name] = pack_sparse_weights(model, policy)[1]
         return bool(reports[name].replaced)
 
-    _rewrite(source, out, overwrite, pack_one)
+    with Console(stderr=True).status("Packing. The first time, this CPU is measured, too: ten seconds at most"):
+        _rewrite(source, out, overwrite, pack_one)
     for name, each in reports.items():
         _show(f"{name}:", each if verbose else each.summary())
     if not any(each.replaced for each in reports.values()):

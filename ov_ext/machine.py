@@ -1,4 +1,4 @@
-"""What is this machine: its CPU's name, its largest cache, the CPUs of this process?"""
+"""What is this machine: its CPU's name, its largest cache, its memory, the CPUs of this process?"""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ def last_level_cache() -> int:
         text = path.read_text().strip()
         sizes.append(int(text[:-1]) << _UNITS[text[-1]])
     return max(sizes)
+
+
+def memory() -> int:
+    """:return: Bytes of physical memory; 0 when unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def cpu_count() -> int:

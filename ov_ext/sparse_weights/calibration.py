@@ -21,7 +21,7 @@ logger = logging.getLogger("ov_ext")
 ROWS = (1, 4, 16, 128, 512)
 ZEROS = (0.0, 0.5, 0.8)
 LONGEST = 60.0  # seconds
-SHORT = 10.0  # seconds that packing spends on its own
+SHORT = 9.0  # seconds that packing spends on its own; the last step may take a little longer
 CERTAIN = 0.05  # relative error of a median above which a table is not believed: forms differ by 10 % to be chosen
 _ROUNDS = (7, 120)  # fewest, most
 
@@ -77,9 +77,8 @@ def known_or_measured(kinds: Sequence[str]) -> CostTable | None:
             table = store.read()  # another process may have measured meanwhile
             missing = [kind for kind in missing if table is None or kind not in table.kinds]
             if missing and alone:
-                logger.info("Measuring this CPU with %s weights, once: %.0f seconds at most", ", ".join(missing), SHORT)
-                left = max(deadline - time.monotonic(), SHORT / 2)
-                measured = _measured(missing, left, lambda text, done: None)
+                logger.info("Measuring this CPU with %s weights, once, in ten seconds at most", ", ".join(missing))
+                measured = _measured(missing, deadline - time.monotonic(), lambda text, done: None)
                 _given_up.update(missing - measured.kinds.keys())
                 table = store.read() or measured
     return table
@@ -122,13 +121,14 @@ def measure(
     :return: The times; None, after a warning, where they are too uncertain.
     """
     arms = trials.arms(kind, ZEROS)
-    layers, timed = trials.layer_count(kind, ZEROS), {}
+    layers, timed = trials.layer_count(kind, ZEROS), dict[Arm, TimedArm]()
     for i, arm in enumerate(arms):
         on_progress("making layers", 0.4 * i / len(arms))
-        with suppress(RuntimeError):  # OpenVINO has no primitive for stock in this setting
-            timed[arm] = make(kind, arm, layers)
+        with suppress(RuntimeError):  # OpenVINO has no primitive for stock in this setting, and says so when it runs
+            trial = make(kind, arm, layers)
             for rows in ROWS:
-                timed[arm].seconds(rows)  # caches, and code that OpenVINO compiles
+                trial.seconds(rows)  # caches, and code that OpenVINO compiles
+            timed[arm] = trial
         if clock() > deadline:
             logger.warning("There was no time to measure %s weights: packing takes times of another CPU", kind)
             return None

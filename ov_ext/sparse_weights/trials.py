@@ -6,6 +6,7 @@ than the last-level cache, and the others were read in between.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ import openvino.opset13 as ops
 from openvino import Output
 from openvino.utils.node_factory import NodeFactory
 
+from ov_ext import machine
 from ov_ext.cpu_plugin.sparse_matmul import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
 from ov_ext.extension import extension_path
-from ov_ext.machine import last_level_cache
 from ov_ext.sparse_weights.cost import Form
 from ov_ext.sparse_weights.packed import OPERATION
 from ov_ext.sparse_weights.stock import stock_weight
@@ -31,6 +32,7 @@ _PROMPT_OUTPUTS = 2048  # prompts are bound by arithmetic: fewer weights do, and
 PROMPT_ROWS = 64  # from so many rows on
 _LAYERS = (4, 12)  # fewest: a call then takes long beside its fixed costs; most: memory and time to make them
 _CACHES = 3.0  # so many times the last-level cache are read before a form has its turn again
+_MEMORY = 0.1  # of the machine's memory may be taken
 _DRAWS = 256
 
 
@@ -91,10 +93,13 @@ def arms(kind: str, zeros: tuple[float, ...]) -> list[Arm]:
 
 
 def layer_count(kind: str, zeros: tuple[float, ...]) -> int:
-    """:return: Layers in each arm, so that all arms together are larger than the last-level cache."""
+    """:return: Layers in each arm, so that all arms together are larger than the last-level cache, as far as memory
+    allows."""
     value = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}[kind]
     each = _SIDE * _SIDE * (2 * value + sum(1 / 8 + value * (1 - share) for share in zeros))
-    return int(np.clip(np.ceil(_CACHES * last_level_cache() / each), *_LAYERS))
+    fewest, most = _LAYERS
+    wanted = math.ceil(_CACHES * machine.last_level_cache() / each)
+    return max(fewest, min(most, wanted, int(_MEMORY * machine.memory() / each)))
 
 
 def _layer(kind: str, outputs: int, zeros: float, rng: np.random.Generator) -> Weight:

@@ -54,13 +54,14 @@ def fake(clock: Clock, cost: Callable[[Arm, int, int], float], seconds: float = 
     class Timed:
         def __init__(self, kind: str, arm: Arm, layers: int) -> None:
             self.arm, self.calls = arm, 0
-            if "refused" in str(cost(arm, 1, 0)):
-                raise RuntimeError("no primitive")
 
         def seconds(self, rows: int) -> float:
             clock.now += seconds
             self.calls += 1
-            return float(cost(self.arm, rows, self.calls)) * 1e-12
+            picoseconds = cost(self.arm, rows, self.calls)
+            if picoseconds == "refused":
+                raise RuntimeError("no primitive")
+            return float(picoseconds) * 1e-12
 
     return Timed
 
