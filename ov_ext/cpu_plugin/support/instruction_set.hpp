@@ -6,6 +6,6 @@
 
 namespace ov_ext {
 
-enum class InstructionSet : uint8_t { reference, avx2, avx2_vnni, avx512, avx512_bf16, amx };  // weakest first
+enum class InstructionSet : uint8_t { reference, avx2, avx2_vnni, avx512_core, avx512_core_vnni, avx512, avx512_bf16, amx };  // weakest first
 
 }  // namespace ov_ext
