@@ -36,7 +36,7 @@ class _PlainErrors(typer.core.TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's Context is typer's base class
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):  # derived from RuntimeError
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # no mistakes: the first two derive from RuntimeError
             raise
         except ImportError as error:
             typer.secho(f"Error: {error}. This command needs: pip install 'nncf-ext[llm]'", err=True, fg="red")
@@ -50,7 +50,12 @@ class _PlainErrors(typer.core.TyperGroup):
         raise typer.Exit(1)
 
 
-app = typer.Typer(cls=_PlainErrors, help=__doc__, no_args_is_help=True)
+app = typer.Typer(
+    cls=_PlainErrors,
+    help="Look at this machine, pack and unpack model folders, generate text, time models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # as in nncf-ext
+)
 UNLIMITED = 10_000  # columns of a file or a pipe, which has no width of its own; tables take what they need
 
 SourceFolder = Annotated[Path, typer.Argument(help="Model folder with *.xml and *.bin.", metavar="IN")]
