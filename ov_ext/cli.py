@@ -30,6 +30,12 @@ from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weig
 from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
 
 
+def _missing(error: ModuleNotFoundError) -> str:
+    """What is not installed, and the smallest extra that brings it along."""
+    extra = "genai" if str(error.name).startswith("openvino_") else "optimum"
+    return f"{error.name} is not installed. This needs: pip install 'nncf-ext[{extra}]'."
+
+
 class _PlainErrors(typer.core.TyperGroup):
     """A user's mistake becomes one line instead of a traceback, and so does an error that nobody expected."""
 
@@ -38,9 +44,9 @@ class _PlainErrors(typer.core.TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):  # no mistakes: the first two derive from RuntimeError
             raise
-        except ImportError as error:
-            typer.secho(f"Error: {error}. This command needs: pip install 'nncf-ext[llm]'", err=True, fg="red")
-        except (ValueError, RuntimeError, OSError) as error:
+        except ModuleNotFoundError as error:
+            typer.secho(f"Error: {_missing(error)}", err=True, fg="red")
+        except (ImportError, ValueError, RuntimeError, OSError) as error:
             typer.secho(f"Error: {error}", err=True, fg="red")
         except Exception as error:
             if hasattr(error, "exit_code"):  # typer's own, for wrong options
@@ -243,8 +249,10 @@ def _add_tokenizer(folder: Path) -> None:
         return
     try:
         save_tokenizer_ir(load_tokenizer(folder), folder)
+    except ModuleNotFoundError as error:
+        reason = f"The tokenizer is not converted: {_missing(error)}"
     except ImportError as error:
-        reason = f"{error}. Converting it needs: pip install 'nncf-ext[llm]'."
+        reason = f"The tokenizer is not converted: {error}."
     except TokenizerError as error:
         reason = str(error)
     else:
