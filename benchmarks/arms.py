@@ -18,7 +18,12 @@ _WEIGHT_TYPE = {"bf16": "bf16", "int8": "i8", "int4": "i4"}
 
 # Instruction sets that OpenVINO can be capped to: oneDNN's name, and the dynamic quantization groups that stock layers
 # then run with. 2026.4 still asks for what the CPU has in other settings, and finds no primitive.
-CAPS = {"avx2": ("AVX2", ("0",)), "avx2_vnni": ("AVX2_VNNI", ("0", "128"))}
+CAPS = {
+    "avx2": ("AVX2", ("0",)),
+    "avx2_vnni": ("AVX2_VNNI", ("0", "128")),
+    "avx512_core": ("AVX512_CORE", ("0", "128")),
+    "avx512_core_vnni": ("AVX512_CORE_VNNI", ("0", "128")),
+}
 _ONEDNN_CAP = "ONEDNN_MAX_CPU_ISA"
 _CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 

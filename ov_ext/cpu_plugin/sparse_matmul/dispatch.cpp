@@ -137,7 +137,8 @@ void multiply_strip(const std::vector<Product>& products, const Kernel& kernel, 
 // clang-format off
 constexpr const Kernel* kernels[] = {  // best first
 #if defined(__x86_64__)
-    &amx_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx2_vnni_kernel, &avx2_kernel,
+    &amx_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx512_core_vnni_kernel, &avx512_core_kernel,
+    &avx2_vnni_kernel, &avx2_kernel,
 #endif
     &reference_kernel};
 // clang-format on
