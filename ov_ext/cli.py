@@ -36,17 +36,23 @@ from ov_ext.sparse_weights.report import PackReport
 from ov_ext.sparse_weights.workload import Workload
 
 
+def _missing(error: ModuleNotFoundError) -> str:
+    """What is not installed, and the smallest extra that brings it along."""
+    extra = "genai" if str(error.name).startswith("openvino_") else "optimum"
+    return f"{error.name} is not installed. This needs: pip install 'nncf-ext[{extra}]'."
+
+
 class _PlainErrors(typer.core.TyperGroup):
     """A user's mistake becomes one line instead of a traceback, and so does an error that nobody expected."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's Context is typer's base class
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):  # derived from RuntimeError
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # no mistakes: the first two derive from RuntimeError
             raise
-        except ImportError as error:
-            typer.secho(f"Error: {error}. This command needs: pip install 'nncf-ext[llm]'", err=True, fg="red")
-        except (ValueError, RuntimeError, OSError) as error:
+        except ModuleNotFoundError as error:
+            typer.secho(f"Error: {_missing(error)}", err=True, fg="red")
+        except (ImportError, ValueError, RuntimeError, OSError) as error:
             typer.secho(f"Error: {error}", err=True, fg="red")
         except Exception as error:
             if hasattr(error, "exit_code"):  # typer's own, for wrong options
@@ -56,7 +62,12 @@ class _PlainErrors(typer.core.TyperGroup):
         raise typer.Exit(1)
 
 
-app = typer.Typer(cls=_PlainErrors, help=__doc__, no_args_is_help=True)
+app = typer.Typer(
+    cls=_PlainErrors,
+    help="Look at this machine, pack and unpack model folders, generate text, time models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # as in nncf-ext
+)
 UNLIMITED = 10_000  # columns of a file or a pipe, which has no width of its own; tables take what they need
 
 SourceFolder = Annotated[Path, typer.Argument(help="Model folder with *.xml and *.bin.", metavar="IN")]
@@ -293,8 +304,10 @@ def _add_tokenizer(folder: Path) -> None:
         return
     try:
         save_tokenizer_ir(load_tokenizer(folder), folder)
+    except ModuleNotFoundError as error:
+        reason = f"The tokenizer is not converted: {_missing(error)}"
     except ImportError as error:
-        reason = f"{error}. Converting it needs: pip install 'nncf-ext[llm]'."
+        reason = f"The tokenizer is not converted: {error}."
     except TokenizerError as error:
         reason = str(error)
     else:

