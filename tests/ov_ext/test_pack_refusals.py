@@ -115,8 +115,8 @@ REFUSALS = [
     Refusal("INT8_ASYM", lambda: build(Form("u8", 0, "wide")).model, "CompressWeightsMode.INT8_SYM"),
     Refusal(
         "INT8 without AVX-512",
-        lambda: build(INT8, sparsity=0.6).model,
-        "no share of zeros helps",
+        lambda: build(INT8, sparsity=0.3).model,
+        "zeros on ours is faster on avx2_vnni",
         for_target("avx2_vnni"),
     ),
     Refusal("dense int8", lambda: build(INT8, sparsity=0.2).model, "would give 1.01x stock", for_target("amx")),
