@@ -30,6 +30,13 @@ def _bytes(blob: np.ndarray) -> tuple[np.ndarray, ctypes.c_void_p, ctypes.c_uint
     return blob, pointer(blob), ctypes.c_uint64(blob.nbytes)
 
 
+def packed_bytes(weight: Weight, dense: bool = False) -> int:
+    """:return: Bytes of the blob that :func:`pack` would write."""
+    size = ctypes.c_uint64()
+    call("ov_ext_packed_bytes", ctypes.byref(_arguments(weight, dense)[0]), ctypes.byref(size))
+    return size.value
+
+
 def pack(weight: Weight, dense: bool = False) -> np.ndarray:
     """Write a weight as an SPW1 blob, in parallel.
 
@@ -37,19 +44,20 @@ def pack(weight: Weight, dense: bool = False) -> np.ndarray:
     :param dense: Store every element and no mask.
     :return: ``[blob_bytes]`` uint8, equal to ``pack.pack(weight, dense)``.
     """
-    values = np.ascontiguousarray(weight.values)
-    scales = None if weight.scales is None else np.ascontiguousarray(weight.scales)
-    bias = None if weight.bias is None else np.ascontiguousarray(weight.bias)
-    is_f32 = scales is not None and scales.dtype == np.float32
-    arguments = _WeightArguments(
-        *(KINDS[weight.kind], *weight.shape, weight.group, dense, is_f32),
-        *(pointer(values), pointer(scales), pointer(bias)),
-    )
-    size = ctypes.c_uint64()
-    call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
-    blob = np.empty(size.value, np.uint8)
-    call("ov_ext_pack", ctypes.byref(arguments), pointer(blob), size)
+    arguments, _alive = _arguments(weight, dense)
+    blob = np.empty(packed_bytes(weight, dense), np.uint8)
+    call("ov_ext_pack", ctypes.byref(arguments), pointer(blob), ctypes.c_uint64(blob.nbytes))
     return blob
+
+
+def _arguments(weight: Weight, dense: bool) -> tuple[_WeightArguments, list[np.ndarray | None]]:
+    """:return: The weight for the C interface, and the arrays that must live as long."""
+    arrays = [
+        None if each is None else np.ascontiguousarray(each) for each in (weight.values, weight.scales, weight.bias)
+    ]
+    is_f32 = weight.scales is not None and weight.scales.dtype == np.float32
+    fields = (KINDS[weight.kind], *weight.shape, weight.group, dense, is_f32)
+    return _WeightArguments(*fields, *map(pointer, arrays)), arrays
 
 
 def validate(blob: np.ndarray) -> None:
