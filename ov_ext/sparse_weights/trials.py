@@ -130,7 +130,9 @@ def _request(weights: list[Weight], arm: Arm) -> ov.InferRequest:
     for weight in weights:
         port = _stock(port, weight) if arm.form == "stock" else _ours(port, weight, arm.form == "dense", factory)
     properties = {"PERFORMANCE_HINT": "LATENCY", **dict(arm.setting)}
-    return ov.Core().compile_model(ov.Model([ops.result(port)], [x], "trial"), "CPU", properties).create_infer_request()
+    with native.no_dense_copies():
+        compiled = ov.Core().compile_model(ov.Model([ops.result(port)], [x], "trial"), "CPU", properties)
+    return compiled.create_infer_request()
 
 
 def _ours(x: Output, weight: Weight, dense: bool, factory: NodeFactory) -> Output:
