@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.engines import Engine, status
 from benchmarks.options import fraction, positive
-from benchmarks.results import Record, cpu_name, git_commit, show, write_json
+from benchmarks.results import Record, git_commit, show, write_json
+from ov_ext.machine import cpu_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

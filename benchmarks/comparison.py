@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engines import Engine, EngineDied
-from benchmarks.results import Record, last_level_cache
+from benchmarks.results import Record
 from benchmarks.timing import Turn, fastest, interleave, paired_ratio
 from ov_ext.cpu_plugin.support import native
+from ov_ext.machine import last_level_cache
 
 logger = logging.getLogger("ov_ext")
 

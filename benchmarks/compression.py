@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.options import positive
-from benchmarks.results import Record, cpu_name, git_commit, show, write_json
+from benchmarks.results import Record, git_commit, show, write_json
+from ov_ext.machine import cpu_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.arms import Settings, candidates, load_plugin
+from benchmarks.arms import CAPS, Settings, candidates, cap, load_plugin
 from benchmarks.check import check_network
 from benchmarks.comparison import (
     COLUMNS,
@@ -30,7 +31,7 @@ from benchmarks.comparison import (
 from benchmarks.decoders import Generator, LlamaCppDecoder, TorchDecoder, load_openvino
 from benchmarks.engines import Engine
 from benchmarks.gguf_file import FORMATS
-from benchmarks.ir_cache import GGUF, SPARSE, ModelFiles, gguf_files, model_files
+from benchmarks.ir_cache import DEFAULT, GGUF, SPARSE, ModelFiles, gguf_files, model_files, packed_by_default
 from benchmarks.ir_cache import STOCK as STOCK_FILE
 from benchmarks.llama import HEAD, LLAMA_1B, TINY, LlamaShape, RandomLlama, matmul_names
 from benchmarks.options import add_shared, add_work_dir, fraction, positive
@@ -67,7 +68,9 @@ def measure(options: argparse.Namespace) -> list[Record]:
     :return: A record for each engine in each setting.
     """
     shape = TINY if options.quick else replace(LLAMA_1B, layers=options.depth)
-    settings = Settings(options.threads, options.precision)
+    settings = Settings(options.threads, options.precision, isa=options.isa)
+    if options.isa:
+        cap(options.isa)
     constant = surroundings(settings) | {"decoder_layers": shape.layers}
     records: list[Record] = []
     with Progress(console=Console(stderr=True)) as progress:
@@ -83,8 +86,9 @@ def measure(options: argparse.Namespace) -> list[Record]:
             def say(text: str, kind: str = kind) -> None:
                 progress.update(task, description=f"{kind}: {text}")
 
-            models = Models(shape, options.sparse_head, options.seed, options.work_dir, say)
-            entrants = models.entrants(kind, options.sparsity, settings)
+            models = Models(shape, options.sparse_head, options.seed, options.work_dir, say, options.isa)
+            choose = models.by_default if options.default_policy else models.entrants
+            entrants = choose(kind, options.sparsity, settings)
             tokens = 3 if options.quick else options.tokens
             measured = time_decoders(entrants, models, options.prompt, tokens, race)
             records += [record | {"beside": kind} | constant for record in measured]
@@ -106,12 +110,19 @@ class Models:
     :param seed: Of the weights.
     :param work_dir: Where they are kept.
     :param say: Told what happens now.
+    :param isa: See :class:`benchmarks.arms.Settings`.
     """
 
     def __init__(
-        self, shape: LlamaShape, sparse_head: bool, seed: int, work_dir: Path, say: Callable[[str], None]
+        self,
+        shape: LlamaShape,
+        sparse_head: bool,
+        seed: int,
+        work_dir: Path,
+        say: Callable[[str], None],
+        isa: str = "",
     ) -> None:
-        self.shape, self.say = shape, say
+        self.shape, self.say, self.isa = shape, say, isa
         self._sparse_head, self._seed, self._work_dir = sparse_head, seed, work_dir
 
     def llama(self, kind: str, sparsity: float) -> RandomLlama:
@@ -125,7 +136,11 @@ class Models:
 
     def openvino(self, kind: str, sparsity: float, arm: str, setting: Settings) -> Entrant:
         """:return: One IR in one setting; ``arm`` is a key of :class:`ModelFiles`."""
-        files = self.files(kind, sparsity)
+        return self._entrant(self.files(kind, sparsity), kind, sparsity, arm, setting)
+
+    def _entrant(
+        self, files: ModelFiles, kind: str, sparsity: float, arm: str, setting: Settings, weights: str = ""
+    ) -> Entrant:
         stock_layers = [*matmul_names(self.shape), HEAD] if arm == STOCK_FILE else []
         load = partial(load_openvino, files.paths[arm], setting, kind, stock_layers)
         return Entrant(
@@ -134,10 +149,24 @@ class Models:
             sparsity=sparsity,
             make=partial(Generator, load, self.shape.vocab),
             setting=setting.name,
-            weights=LABELS[kind],
+            weights=weights or LABELS[kind],
             weight_bytes=files.weight_bytes[arm],
             prepare=load_plugin,
         )
+
+    def by_default(self, kind: str, sparsities: Sequence[float], settings: Settings) -> list[Entrant]:
+        """:return: Stock OpenVINO, and what the default policy makes of each share of zeros; see :meth:`entrants`."""
+        first = sparsities[0]
+        entrants = [self.openvino(kind, first, STOCK_FILE, each) for each in candidates(settings, kind, stock=True)]
+        for sparsity in sparsities:
+            files, report = packed_by_default(self.files(kind, sparsity))
+            forms = Counter(layer.form for layer in report.layers)
+            label = f"{LABELS[kind]}: " + ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+            self.say(report.expectation)
+            stays = not report.replaced or "stock" in forms
+            for each in candidates(settings, kind, stock=stays):
+                entrants.append(self._entrant(files, kind, sparsity, DEFAULT, each, label))
+        return entrants
 
     def entrants(self, kind: str, sparsities: Sequence[float], settings: Settings) -> list[Entrant]:
         """Choose who takes part.
@@ -232,7 +261,8 @@ def check(engines: dict[Entrant, Engine], models: Models, prompt: int) -> list[R
             if entrant.engine == STOCK:
                 expected[weights] = engine.call("logits", prompt)
             else:  # nobody times stock with this share of zeros
-                stock = models.openvino(*weights, STOCK_FILE, Settings())
+                setting = candidates(Settings(isa=models.isa), entrant.kind, stock=True)[0]
+                stock = models.openvino(*weights, STOCK_FILE, setting)
                 with running([stock], models.say) as alone:
                     expected[weights] = alone[stock].call("logits", prompt)
         for reference, y in zip(expected[weights], engine.call("logits", prompt), strict=True):
@@ -245,6 +275,11 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Add the options of :func:`measure`."""
     parser.add_argument("--sparsity", type=fraction, nargs="+", default=[0.5], help="fractions of zeros; 0: no mask")
     parser.add_argument("--sparse-head", action="store_true", help="zeros in lm_head, too")
+    parser.add_argument(
+        "--default-policy",
+        action="store_true",
+        help="pack as the default policy does, not completely, and compare with stock OpenVINO alone",
+    )
     parser.add_argument("--prompt", type=positive, default=32, help="tokens of the prompt")
     parser.add_argument("--depth", type=positive, default=LLAMA_1B.layers, help="decoder layers")
     parser.add_argument("--rounds", type=positive, default=8, help="samples of each ratio")
@@ -256,6 +291,7 @@ def parser() -> argparse.ArgumentParser:
     """:return: Of this program's command line."""
     result = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     add_decoding(result)
+    result.add_argument("--isa", choices=("", *CAPS), default="", help="cap OpenVINO, stock and ours, to this")
     add_shared(result)
     return result
 

@@ -34,6 +34,14 @@ class Decoder(ABC):
     def step(self, token: int) -> np.ndarray:
         """:return: Logits after one more token, float32 ``[vocab]``."""
 
+    @abstractmethod
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Forget everything and read a text.
+
+        :param ids: Tokens ``[1, tokens]`` int64.
+        :return: Logits of every token, float32 ``[tokens, vocab]``.
+        """
+
     def about(self) -> dict[str, Any]:
         """:return: Fields of the record: how it computes."""
         return {}
@@ -50,12 +58,15 @@ class OpenVinoDecoder(Decoder):
         return dict(properties(self._compiled))
 
     def start(self, ids: np.ndarray) -> np.ndarray:
+        return self.logits(ids)[-1]
+
+    def step(self, token: int) -> np.ndarray:
+        return self._infer(np.array([[token]], np.int64))[-1]
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
         self._request.reset_state()
         self._length = 0
         return self._infer(ids)
-
-    def step(self, token: int) -> np.ndarray:
-        return self._infer(np.array([[token]], np.int64))
 
     def _infer(self, ids: np.ndarray) -> np.ndarray:
         past, self._length = self._length, self._length + ids.shape[1]
@@ -65,7 +76,7 @@ class OpenVinoDecoder(Decoder):
             "position_ids": np.arange(past, self._length)[None],
             "beam_idx": np.zeros(1, np.int32),
         }
-        return self._request.infer(inputs, share_inputs=True, share_outputs=True)["logits"][0, -1]
+        return self._request.infer(inputs, share_inputs=True, share_outputs=True)["logits"][0]
 
 
 def load_openvino(path: Path, settings: Settings, kind: str, names: Sequence[str]) -> OpenVinoDecoder:
@@ -124,17 +135,21 @@ class TorchDecoder(Decoder):
 
     def start(self, ids: np.ndarray) -> np.ndarray:
         self._past = None
-        return self._infer(ids)
+        return self._infer(ids)[-1]
 
     def step(self, token: int) -> np.ndarray:
-        return self._infer(np.array([[token]], np.int64))
+        return self._infer(np.array([[token]], np.int64))[-1]
 
-    def _infer(self, ids: np.ndarray) -> np.ndarray:
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        self._past = None
+        return self._infer(ids, last=0)
+
+    def _infer(self, ids: np.ndarray, last: int = 1) -> np.ndarray:
         with self._torch.inference_mode():
             tokens = self._torch.from_numpy(ids)
-            output = self._model(tokens, past_key_values=self._past, use_cache=True, logits_to_keep=1)
+            output = self._model(tokens, past_key_values=self._past, use_cache=True, logits_to_keep=last)
         self._past = output.past_key_values
-        return output.logits[0, -1].float().numpy()
+        return output.logits[0].float().numpy()
 
 
 def _transformers_weights(llama: RandomLlama) -> dict[str, np.ndarray]:
@@ -164,11 +179,12 @@ class LlamaCppDecoder(Decoder):
 
     :param path: A GGUF file.
     :param threads: For prompts and for steps.
+    :param context: Tokens that it allocates memory for.
     :raises ImportError: llama_cpp is missing.
     :raises RuntimeError: llama.cpp refused the file, or failed.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, context: int = CONTEXT_TOKENS) -> None:
         import llama_cpp
 
         self._cpp = llama_cpp
@@ -180,7 +196,7 @@ class LlamaCppDecoder(Decoder):
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot read {path}.")
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_batch = CONTEXT_TOKENS, CONTEXT_TOKENS
+        parameters.n_ctx, parameters.n_batch = context, context
         parameters.n_threads = parameters.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
@@ -190,18 +206,39 @@ class LlamaCppDecoder(Decoder):
         return {"kv_cache_precision": "f16", "llama_cpp": self._cpp.__version__, "llama_cpp_built_for": built_for}
 
     def start(self, ids: np.ndarray) -> np.ndarray:
-        self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), True)
+        self._forget()
         return self._decode(ids[0])
 
     def step(self, token: int) -> np.ndarray:
         return self._decode(np.array([token]))
 
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        self._forget()
+        count = ids.shape[1]
+        batch = self._cpp.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            for index, token in enumerate(ids[0].tolist()):
+                batch.token[index], batch.pos[index], batch.logits[index] = token, index, True
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            self._call(batch)
+        finally:
+            self._cpp.llama_batch_free(batch)
+        # Valid until the next call.
+        return np.ctypeslib.as_array(self._cpp.llama_get_logits(self._context), (count, self._vocab)).copy()
+
+    def _forget(self) -> None:
+        self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), True)
+
     def _decode(self, tokens: np.ndarray) -> np.ndarray:
         ids = (self._cpp.llama_token * len(tokens))(*tokens.tolist())
-        status = self._cpp.llama_decode(self._context, self._cpp.llama_batch_get_one(ids, len(tokens)))
+        self._call(self._cpp.llama_batch_get_one(ids, len(tokens)))
+        return np.ctypeslib.as_array(self._cpp.llama_get_logits_ith(self._context, -1), (self._vocab,))
+
+    def _call(self, batch: Any) -> None:
+        status = self._cpp.llama_decode(self._context, batch)
         if status:
             raise RuntimeError(f"llama_decode failed with status {status}.")
-        return np.ctypeslib.as_array(self._cpp.llama_get_logits_ith(self._context, -1), (self._vocab,))
 
 
 class Generator:

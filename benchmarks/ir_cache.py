@@ -14,14 +14,16 @@ from types import ModuleType
 
 import openvino as ov
 
+import ov_ext
 from benchmarks import gguf_file, weights
 from benchmarks import llama as graphs
-from benchmarks.arms import core, pack
+from benchmarks.arms import core, pack, pack_by_default
 from benchmarks.llama import RandomLlama, decoder
 from ov_ext.cpu_plugin.sparse_matmul import pack as spw1
-from ov_ext.sparse_weights import packed
+from ov_ext.sparse_weights import packed, stock
+from ov_ext.sparse_weights.report import PackReport
 
-STOCK, SPARSE, GGUF = "stock", "sparse", "gguf"
+STOCK, SPARSE, DEFAULT, GGUF = "stock", "sparse", "default", "gguf"
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,24 @@ def model_files(llama: RandomLlama, work_dir: Path, on_build: Callable[[], None]
     :param on_build: Called before a long build.
     """
     text = f"{llama} SPW1 {spw1.VERSION} OpenVINO {ov.get_version()}"
-    folder = work_dir / f"{llama.kind}-{_fingerprint(text, graphs, weights, packed)}"
+    folder = work_dir / f"{llama.kind}-{_fingerprint(text, graphs, weights, packed, stock)}"
     sizes = _kept(folder, partial(_build, llama), on_build)
     return ModelFiles({arm: folder / f"{arm}.xml" for arm in (STOCK, SPARSE)}, sizes)
+
+
+def packed_by_default(files: ModelFiles) -> tuple[ModelFiles, PackReport]:
+    """Pack the stock IR as `ov-ext pack` would without options. It is done anew each time: the result depends on what
+    was measured on this CPU.
+
+    :param files: What :func:`model_files` gives.
+    :return: The same files and the new one, as arm :data:`DEFAULT`; the report.
+    """
+    model = core().read_model(files.paths[STOCK])
+    report = pack_by_default(model)
+    path = files.paths[STOCK].with_name(f"{DEFAULT}.xml")
+    ov_ext.save_model(model, path)
+    sizes = files.weight_bytes | {DEFAULT: report.bytes_after}
+    return ModelFiles(files.paths | {DEFAULT: path}, sizes), report
 
 
 def gguf_files(llama: RandomLlama, work_dir: Path, on_build: Callable[[], None] = lambda: None) -> ModelFiles:

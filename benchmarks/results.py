@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich.table import Table
 
 import ov_ext
 from benchmarks.arms import Settings
+from ov_ext.machine import cpu_name, last_level_cache
 
 Record = dict[str, Any]
 
@@ -32,28 +32,6 @@ def surroundings(settings: Settings) -> Record:
         "git_commit": git_commit(),
         "settings": " ".join(f"{key}={value}" for key, value in sorted(settings.properties().items())),
     }
-
-
-def cpu_name() -> str:
-    """:return: Model name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    names = {key.strip(): value.strip() for key, value in fields.items()}
-    model = f"family {names.get('cpu family')}, model {names.get('model')}"
-    return f"{names.get('model name', platform.processor())} ({model})"
-
-
-def last_level_cache() -> int:
-    """:return: Bytes of the largest cache, as the kernel reports it; 0 when unknown. In a virtual machine it is the
-    host's, which others use, too."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
-    return max(sizes)
 
 
 def git_commit() -> str:

@@ -63,7 +63,8 @@ class CompressionReport:
     """
     :param weights: Every weight of the model with at least two axes, in the model's order.
 
-    ``str(report)`` is a table; :meth:`to_dict` gives plain data, and :meth:`from_dict` reads it.
+    ``str(report)`` is a table, :meth:`summary` a short one; :meth:`to_dict` gives plain data, :meth:`from_dict` reads
+    it.
     """
 
     weights: tuple[WeightReport, ...]
@@ -148,6 +149,33 @@ class CompressionReport:
         )
         return table
 
+    def summary(self) -> Table:
+        """
+        :return: A rich table with a row for all weights of one type and note, and the total.
+        """
+        groups: dict[tuple[str, str], list[WeightReport]] = {}
+        for weight in self.weights:
+            groups.setdefault((weight.precision, weight.note or ""), []).append(weight)
+        table = Table(title="Compression report")
+        table.add_column("type")
+        for name in ("weights", "zeros", "bytes before", "after", "error"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("note", overflow="fold", min_width=12)
+        for (precision, note), weights in groups.items():
+            table.add_row(
+                precision,
+                str(len(weights)),
+                _range([weight.sparsity for weight in weights], ".1%"),
+                f"{sum(weight.bytes_before for weight in weights):,}",
+                f"{sum(weight.bytes_after for weight in weights):,}",
+                _range([weight.error for weight in weights if weight.error is not None], ".3f"),
+                note,
+            )
+        table.add_section()
+        count = f"{len(self.compressed)} of {len(self.weights)} treated"
+        table.add_row("total", count, f"{self.sparsity:.1%}", f"{self.bytes_before:,}", f"{self.bytes_after:,}", "", "")
+        return table
+
     def __str__(self) -> str:
         console = Console(width=160, color_system=None, force_terminal=False)
         with console.capture() as capture:
@@ -223,6 +251,11 @@ def reason_untouched(weight: Weight, hook: nn.Module | None, record: LayerRecord
         return f"compressed by NNCF ({type(hook).__name__})"
     noted = None if record is None else record.untouched
     return noted or weight.untouched or "not compressed"
+
+
+def _range(values: list[float], form: str) -> str:
+    """The lowest and the highest value; one of them where they read the same, nothing where there is none."""
+    return " - ".join(dict.fromkeys(format(end(values), form) for end in (min, max))) if values else ""
 
 
 def _is_row(row: Any) -> bool:

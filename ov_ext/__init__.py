@@ -1,7 +1,8 @@
 """Sparse weights in OpenVINO: pack an IR, load it, run it.
 
-The package needs openvino, numpy, rich and typer. A function that needs torch, NNCF, Optimum or GenAI as well imports
-it when it is called. Public names are loaded on first use, so that ``import ov_ext`` is fast and needs no torch.
+The package needs openvino, numpy, rich, typer and platformdirs. A function that needs torch, NNCF, Optimum or GenAI as
+well imports it when it is called. Public names are loaded on first use, so that ``import ov_ext`` is fast and needs no
+torch.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ if TYPE_CHECKING:
     from ov_ext.convert import convert_model, save_model
     from ov_ext.extension import ExtensionUnavailableError, extension_path
     from ov_ext.runtime import NewerFormatError, add_extension, check_target, cpu_info
+    from ov_ext.sparse_weights.calibration import calibrate
     from ov_ext.sparse_weights.passes import AlreadyPackedError, pack_sparse_weights, unpack_sparse_weights
-    from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
+    from ov_ext.sparse_weights.policy import SparsePolicy
+    from ov_ext.sparse_weights.report import PackReport
     from ov_ext.sparse_weights.subgraph import RecordError
+    from ov_ext.sparse_weights.workload import Workload
 
 _HOME = {
     "AlreadyPackedError": "sparse_weights.passes",
     "ExtensionUnavailableError": "extension",
     "NewerFormatError": "runtime",
-    "PackReport": "sparse_weights.policy",
+    "PackReport": "sparse_weights.report",
     "RecordError": "sparse_weights.subgraph",
     "SparsePolicy": "sparse_weights.policy",
+    "Workload": "sparse_weights.workload",
     "add_extension": "runtime",
+    "calibrate": "sparse_weights.calibration",
     "check_target": "runtime",
     "convert_model": "convert",
     "cpu_info": "runtime",
@@ -47,7 +53,9 @@ __all__ = [
     "PackReport",
     "RecordError",
     "SparsePolicy",
+    "Workload",
     "add_extension",
+    "calibrate",
     "check_target",
     "convert_model",
     "cpu_info",

@@ -16,9 +16,10 @@ tags:
 """
 EXPORTED = (
     "In OpenVINO",
-    """The folder holds an OpenVINO IR with its tokenizer, exported by nncf-ext. It loads in OpenVINO,
+    """This folder holds an OpenVINO IR with its tokenizer, exported by nncf-ext. What stands above is about the
+model that was exported. Unless its weights are packed, which a section below would say, it loads in OpenVINO,
 Optimum-Intel (`OVModelForCausalLM.from_pretrained(FOLDER)`) and OpenVINO GenAI
-(`openvino_genai.LLMPipeline(FOLDER, "CPU")`). `ov-ext pack FOLDER OUT` packs its sparse weights.
+(`openvino_genai.LLMPipeline(FOLDER, "CPU")`), and `ov-ext pack FOLDER OUT` packs its sparse weights.
 """,
 )
 PACKED = (

@@ -1,4 +1,4 @@
-"""``ov-ext``: look at this machine, pack and unpack model folders, generate text, time models."""
+"""``ov-ext``: look at this machine and measure it, pack and unpack model folders, generate text, time models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import openvino as ov
 import typer
 import typer.core
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ov_ext import runtime
@@ -26,8 +27,19 @@ from ov_ext.folder import refuse_existing, whole_folder, write_whole
 from ov_ext.genai import pipeline
 from ov_ext.noise import own_lines
 from ov_ext.optimum import TOKENIZER, WITHOUT_TOKENIZER, TokenizerError, load_tokenizer, save_tokenizer_ir
+from ov_ext.runtime import TARGETS
+from ov_ext.sparse_weights import calibration
+from ov_ext.sparse_weights.cost import KINDS, CostTable
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
-from ov_ext.sparse_weights.policy import PackReport, SparsePolicy
+from ov_ext.sparse_weights.policy import SparsePolicy
+from ov_ext.sparse_weights.report import PackReport
+from ov_ext.sparse_weights.workload import Workload
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What is not installed, and the smallest extra that brings it along."""
+    extra = "genai" if str(error.name).startswith("openvino_") else "optimum"
+    return f"{error.name} is not installed. This needs: pip install 'nncf-ext[{extra}]'."
 
 
 class _PlainErrors(typer.core.TyperGroup):
@@ -36,11 +48,11 @@ class _PlainErrors(typer.core.TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's Context is typer's base class
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):  # derived from RuntimeError
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # no mistakes: the first two derive from RuntimeError
             raise
-        except ImportError as error:
-            typer.secho(f"Error: {error}. This command needs: pip install 'nncf-ext[llm]'", err=True, fg="red")
-        except (ValueError, RuntimeError, OSError) as error:
+        except ModuleNotFoundError as error:
+            typer.secho(f"Error: {_missing(error)}", err=True, fg="red")
+        except (ImportError, ValueError, RuntimeError, OSError) as error:
             typer.secho(f"Error: {error}", err=True, fg="red")
         except Exception as error:
             if hasattr(error, "exit_code"):  # typer's own, for wrong options
@@ -50,7 +62,12 @@ class _PlainErrors(typer.core.TyperGroup):
         raise typer.Exit(1)
 
 
-app = typer.Typer(cls=_PlainErrors, help=__doc__, no_args_is_help=True)
+app = typer.Typer(
+    cls=_PlainErrors,
+    help="Look at this machine, pack and unpack model folders, generate text, time models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # as in nncf-ext
+)
 UNLIMITED = 10_000  # columns of a file or a pipe, which has no width of its own; tables take what they need
 
 SourceFolder = Annotated[Path, typer.Argument(help="Model folder with *.xml and *.bin.", metavar="IN")]
@@ -116,7 +133,14 @@ def pack(
         float | None, typer.Option(help="Fraction of zeros needed; default: break-even per kind.")
     ] = None,
     min_weights: Annotated[int, typer.Option(help="Smaller matrices stay.")] = SparsePolicy.min_weights,
-    target: Annotated[str, typer.Option(help="this-cpu, amx, avx512, avx2_vnni, avx2 or reference.")] = "this-cpu",
+    target: Annotated[str, typer.Option(help=f"this-cpu, {', '.join(reversed(TARGETS))}.")] = "this-cpu",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompts whose time counts; 0: it does not.")] = 0,
+    generated: Annotated[int, typer.Option(help="Tokens generated after each prompt.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    calibrating: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Use times measured on this CPU; measure where none are.")
+    ] = True,
+    max_growth: Annotated[float, typer.Option(help="Fraction by which the model may grow.")] = SparsePolicy.max_growth,
     activation_group: Annotated[int, typer.Option(help="128, 64, -1 (per token) or 0 (no quantization).")] = 128,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round asymmetric weights to a symmetric grid.")
@@ -130,6 +154,9 @@ def pack(
         min_sparsity=min_sparsity,
         target=target,  # type: ignore[arg-type]  # checked by SparsePolicy
         activation_group=activation_group,
+        workload=Workload(prompt=prompt, generated=generated, batch=batch),
+        calibrate=calibrating,
+        max_growth=max_growth,
         min_weights=min_weights,
         requantize=requantize,
         ignored_patterns=tuple(ignore or ()),
@@ -140,13 +167,52 @@ def pack(
         reports[name] = pack_sparse_weights(model, policy)[1]
         return bool(reports[name].replaced)
 
-    _rewrite(source, out, overwrite, pack_one)
+    with Console(stderr=True).status("Packing. The first time, this CPU is measured, too: ten seconds at most"):
+        _rewrite(source, out, overwrite, pack_one)
     for name, each in reports.items():
         _show(f"{name}:", each if verbose else each.summary())
     if not any(each.replaced for each in reports.values()):
         _show("Nothing was packed: OUT is a copy of IN.")
     if report is not None:
         write_whole(report, json.dumps({name: each.to_dict() for name, each in reports.items()}, indent=2))
+
+
+@app.command()
+def calibrate(
+    seconds: Annotated[float, typer.Option(help="At most so long.")] = calibration.LONGEST,
+    report: Annotated[Path | None, typer.Option(help="Write the times as JSON, too.")] = None,
+) -> None:
+    """Measure on this CPU what packing decides by: stock OpenVINO and our forms. Kept for later `pack`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        measured = calibration.calibrate(
+            seconds, on_progress=lambda text, done: bar.update(task, description=text, completed=done)
+        )
+    _show(_cost_table(measured))
+    if report is not None:
+        write_whole(report, json.dumps(measured.to_dict(), indent=2))
+    if missing := [kind for kind in KINDS if kind not in measured.kinds]:
+        raise ValueError(
+            f"{', '.join(missing)} could not be measured; packing takes the times of another CPU for them."
+        )
+
+
+def _cost_table(measured: CostTable) -> Table:
+    table = Table(title=f"Picoseconds for one weight: {measured.cpu}, threads: {measured.threads}")
+    table.caption = "In brackets: stock / this"
+    for heading in ("kind", "rows", "stock", "ours, no bitmap"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    for share in calibration.ZEROS:
+        table.add_column(f"ours, {share:.0%} zeros", justify="right")
+    for kind, costs in measured.kinds.items():
+        for i, rows in enumerate(costs.rows):
+            stock = costs.stock[i]
+            ours = [
+                f"{time:.4g} ({stock / time:.2f})" for time in (costs.dense[i], *(each[i] for each in costs.sparse))
+            ]
+            table.add_row("" if i else kind, str(rows), f"{stock:.4g}", *ours)
+    return table
 
 
 @app.command()
@@ -238,8 +304,10 @@ def _add_tokenizer(folder: Path) -> None:
         return
     try:
         save_tokenizer_ir(load_tokenizer(folder), folder)
+    except ModuleNotFoundError as error:
+        reason = f"The tokenizer is not converted: {_missing(error)}"
     except ImportError as error:
-        reason = f"{error}. Converting it needs: pip install 'nncf-ext[llm]'."
+        reason = f"The tokenizer is not converted: {error}."
     except TokenizerError as error:
         reason = str(error)
     else:

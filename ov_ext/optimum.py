@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,7 @@ def export(
     *,
     task: str | None = None,
     rest: str | None = "int8",
+    change: Callable[[ov.Model], bool] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Export a model of transformers, sparse or compressed by NNCF, as a complete OpenVINO folder.
@@ -133,6 +135,7 @@ def export(
     :param task: Optimum's name of the task, such as ``"text-classification"``; None: that of the model's class.
     :param rest: What to do with the embedding and the head of a model whose other layers are sparse or quantized:
         ``"int8"`` rounds them to INT8 with one scale for each token, as NNCF does in its 4-bit modes; None keeps them.
+    :param change: Changes the model in place before it is written, and returns whether it did: packing, for example.
     :param overwrite: Replace an existing model folder once the new one is complete.
     :return: The folder.
     :raises ValueError: The tokenizer has many more tokens than the model, the folder exists, or a layer without
@@ -163,7 +166,7 @@ def export(
             _export_by_optimum(model, draft, task)
         for path in draft.glob("*.xml"):
             if path.name not in (TOKENIZER, DETOKENIZER):
-                _shrink(path, rest)
+                _finish(path, rest, change)
         source = getattr(model.config, "_name_or_path", "")
         write_card(draft, EXPORTED, Path(source) if source else None)
     return out
@@ -194,11 +197,15 @@ def _task(model: PreTrainedModel) -> str:
     return f"{task}-with-past" if generates else task
 
 
-def _shrink(path: Path, rest: str | None) -> None:
-    """Write an IR anew with the embedding and the head on INT8, and 16-bit values in 16 bits, where that applies."""
+def _finish(path: Path, rest: str | None, change: Callable[[ov.Model], bool] | None) -> None:
+    """Write an IR anew with the embedding and the head on INT8, 16-bit values in 16 bits, and the caller's change."""
     model = ov.Core().read_model(path)
-    quantized = quantize_rest(model) if rest else ()
-    if narrow_constants(model) or quantized:
+    steps: list[Callable[[ov.Model], object]] = [narrow_constants]
+    if rest:
+        steps.insert(0, quantize_rest)
+    if change is not None:
+        steps.append(change)
+    if any([step(model) for step in steps]):  # all of them
         save_model(model, path)
 
 

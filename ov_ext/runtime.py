@@ -15,7 +15,7 @@ from ov_ext.extension import built_for, extension_path
 
 logger = logging.getLogger("ov_ext")
 
-InstructionSet = Literal["reference", "avx2", "avx2_vnni", "avx512", "amx"]
+InstructionSet = Literal["reference", "avx2", "avx2_vnni", "avx512_core", "avx512_core_vnni", "avx512", "amx"]
 TARGETS: tuple[InstructionSet, ...] = get_args(InstructionSet)  # a packed IR names one of them; weakest first
 _warned_targets: set[str] = set()
 
@@ -74,9 +74,39 @@ def cpu_info() -> dict[str, Any]:
 
 
 def this_cpu() -> InstructionSet:
-    """:return: The strongest of :data:`TARGETS` that both this CPU and this build of the extension have."""
-    kernels = cpu_info()["kernels"]
-    return next(target for target in reversed(TARGETS) if target in kernels)
+    """:return: The strongest of :data:`TARGETS` that this CPU and this build of the extension have, and OV_EXT_ISA
+    allows."""
+    info = cpu_info()
+    return _strongest([info["override"]] if info["override"] else info["kernels"])
+
+
+def stock_cpu() -> InstructionSet:
+    """:return: The strongest of :data:`TARGETS` that this CPU has and ONEDNN_MAX_CPU_ISA allows: what stock OpenVINO
+    runs with, whatever our kernels use."""
+    here = _strongest(cpu_info()["kernels"])
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return min(here, _ONEDNN[cap], key=TARGETS.index) if cap in _ONEDNN else here
+
+
+# The values of ONEDNN_MAX_CPU_ISA that hold something back.
+_ONEDNN: dict[str, InstructionSet] = {
+    "SSE41": "reference",
+    "AVX": "reference",
+    "AVX2": "avx2",
+    "AVX2_VNNI": "avx2_vnni",
+    "AVX2_VNNI_2": "avx2_vnni",
+    "AVX512_CORE": "avx512_core",
+    "AVX512_CORE_VNNI": "avx512_core_vnni",
+    "AVX512_CORE_BF16": "avx512",
+    "AVX10_1_512": "avx512",
+    "AVX512_CORE_FP16": "avx512",
+}
+
+
+def _strongest(kernels: list[str]) -> InstructionSet:
+    aliases = {"avx512_bf16": "avx512"}
+    names = {aliases.get(kernel, kernel) for kernel in kernels}
+    return next((target for target in reversed(TARGETS) if target in names), "reference")
 
 
 def check_format(model: ov.Model) -> None:

@@ -8,18 +8,17 @@ kernels, and Optimum-Intel generates text from it. Prints one table: dense bf16,
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from evidence.show import quiet
 
 ASSETS = Path(__file__).parent / "assets"
 PROMPT = "def read_file(path):\n    "
@@ -27,19 +26,17 @@ WINDOW = 256  # tokens
 VARIANTS = ("dense-bf16", "stock-int8", "stock-int4", "sparse-int4")  # folders that this script makes, and replaces
 
 
-def token_windows(tokenizer: Any, file: Path, limit: int) -> Any:
-    """[windows, WINDOW] token ids, spread evenly over the text."""
-    import torch
+def token_windows(tokenizer: Any, part: str, limit: int) -> Any:
+    """[windows, WINDOW] token ids of the committed text, spread evenly over it."""
+    from evidence import text
 
-    ids = torch.tensor(tokenizer(file.read_text(encoding="utf-8"))["input_ids"])
-    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-    return windows[torch.linspace(0, len(windows) - 1, min(limit, len(windows))).long()]
+    return text.windows(tokenizer, text.python(part), WINDOW, limit)
 
 
 def measure(folder: Path, windows: int) -> dict[str, Any]:
     """What a user of the folder gets. Runs in a process of its own, so that the memory is this model's."""
     import optimum.intel.openvino  # noqa: F401  imported before the memory is read: its own size is not the model's
-    import torch
+    from evidence import scores
 
     import ov_ext
     import ov_ext.optimum
@@ -61,16 +58,13 @@ def measure(folder: Path, windows: int) -> dict[str, Any]:
         model.generate(**prompt, min_new_tokens=128, max_new_tokens=128, do_sample=False)
         speeds.append(128 / (time.perf_counter() - start))
 
-    losses = []
-    for ids in token_windows(tokenizer, ASSETS / "heldout.txt", windows):
-        logits = torch.as_tensor(model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits)[0, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[1:]).item())
+    losses = scores.losses(model, token_windows(tokenizer, "heldout", windows), batch=1)
     packed = "SparseMatMul" in {op.get_type_name() for op in model.model.get_ops()}
     return {
         "disk_mib": sum((folder / name).stat().st_size for name in ("openvino_model.bin", "openvino_model.xml"))
         / 2**20,
         "resident_mib": after - before,
-        "perplexity": math.exp(sum(losses) / len(losses)),
+        "perplexity": math.exp(losses.mean()),
         "tokens_per_s": sorted(speeds)[1],
         "kernel": f"ours, {ov_ext.cpu_info()['selected']}" if packed else "OpenVINO",
         "text": text,
@@ -108,7 +102,7 @@ def build(out: Path, windows: int) -> dict[str, Path]:
         ov_ext.save_model(ir, folders[name] / "openvino_model.xml")
 
     # The three steps of this project: compress, export, pack.
-    items = [{"input_ids": ids[None]} for ids in token_windows(tokenizer, ASSETS / "calibration.txt", windows)]
+    items = [{"input_ids": ids[None]} for ids in token_windows(tokenizer, "calibration", windows)]
     model = nncf_ext.compress(
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
         nncf_ext.CompressMode.SPARSE_GPT,
@@ -126,14 +120,6 @@ def build(out: Path, windows: int) -> dict[str, Path]:
     print(report)
     ov_ext.save_model(ir, folders["sparse-int4"] / "openvino_model.xml")
     return folders
-
-
-def quiet() -> None:
-    """Leaves the console to this sample's own tables."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    for name in ("nncf", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # tracing warns about every Python condition in transformers
 
 
 def main(

@@ -9,32 +9,15 @@ searched ones (NLS). Every finished run is kept in `samples/out/02`, and not rep
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from evidence.show import quiet
 
 OUT = Path(__file__).parent / "out" / "02"
 QUICK = {"steps": 60, "training": 3000, "validation": 128, "test": 512}
 FULL = {"steps": 120, "training": 8000, "validation": 256, "test": 2048}
-
-
-def quiet() -> None:
-    """Leaves the console to this sample's own progress and tables."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    warnings.filterwarnings("ignore")  # tracing warns about every Python condition in transformers
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import nncf  # noqa: F401  sets the level of its own logger, as optuna does
-    import optuna
-    import transformers
-
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    transformers.logging.disable_progress_bar()
 
 
 def main(
@@ -48,7 +31,10 @@ def main(
     train: Annotated[bool, typer.Option(help="Run what has no record yet; otherwise only print the table.")] = True,
 ) -> None:
     quiet()
+    import optuna
     from adapters import comparison, table
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     budget = dict(QUICK if quick else FULL)
     if steps:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from removal.models import kept, load, quiet
+from evidence.show import quiet
+from removal.models import kept, load, speed
 
 SAMPLES = Path(__file__).parent
 SOURCE = SAMPLES / "assets" / "tiny_lm"
@@ -61,7 +62,7 @@ class Removal:
 
     def _searched(self, name: str) -> Any:
         import nncf
-        from removal.text import batches
+        from evidence.text import batches
 
         import nncf_ext
 
@@ -163,7 +164,7 @@ def steps_table(removal: Removal, name: str, speeds: tuple[float, float]) -> lis
 
 def frontier(removal: Removal, name: str, held_out: Any) -> list[tuple[float, float]]:
     """:return: Million parameters and perplexity on held-out text after each step of an arm's search, by masks."""
-    from removal.evidence import losses
+    from evidence.scores import losses
 
     from nncf_ext import count_costs, masked
 
@@ -190,7 +191,7 @@ def composed(model: Any, tokenizer: Any, calibration: Any, folder: Path) -> Any:
     """:return: Half zeros on an INT4 grid on top of what was removed, packed, in OpenVINO."""
     import nncf
     import openvino as ov
-    from removal.text import batches
+    from evidence.text import batches
 
     import nncf_ext
     import ov_ext
@@ -227,7 +228,8 @@ def main(
 ) -> None:
     quiet()
     import torch
-    from removal import evidence, recovery, text
+    from evidence import scores, show
+    from removal import recovery, text
     from rich.console import Console
     from transformers import AutoTokenizer
 
@@ -241,7 +243,7 @@ def main(
     removal = Removal(out, ratio, calibration, 3 * GROUP if quick else GROUP)
     arms = (BLOCKS, EQUAL, STAGED, POOL, REPAIRED)
     models = {"dense": removal.dense, **{name: removal.arm(name) for name in arms}}
-    found = {name: evidence.losses(model, held_out) for name, model in models.items()}
+    found = {name: scores.losses(model, held_out) for name, model in models.items()}
 
     package_bytes = 4_000 if quick else text.MAX_PACKAGE_BYTES
     tokens = text.training_tokens(out / f"tokens-{package_bytes}.npy", SOURCE / "tokenizer.json", package_bytes)
@@ -254,11 +256,11 @@ def main(
             return recovery.recover(removal.arm(name), removal.dense, stream, **options)
 
         models[recovered] = kept(out / "models" / f"{slug(recovered)}-{steps}", recover)
-        found[recovered] = evidence.losses(models[recovered], held_out)
+        found[recovered] = scores.losses(models[recovered], held_out)
     best = f"{REPAIRED}, LoRA merged"
     for seed in seeds:
         scratch = from_scratch(removal, removal.plan(REPAIRED), tokens, steps, batch, seed)
-        found[f"the same shape from scratch, seed {seed}"] = evidence.losses(scratch, held_out)
+        found[f"the same shape from scratch, seed {seed}"] = scores.losses(scratch, held_out)
 
     folders = {"dense": out / "dense-ir", best: out / "small-ir"}
     deployed = {name: deploy(models[name], tokenizer, folder) for name, folder in folders.items()}
@@ -266,21 +268,21 @@ def main(
     sparse = composed(models[best], tokenizer, calibration, folders["sparse"])
     name = "SparseGPT 50 % + INT4 on the repaired and recovered one, packed, in OpenVINO"
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    speeds = tuple(evidence.speed(model, prompt) for model in deployed.values())
+    speeds = tuple(speed(model, prompt) for model in deployed.values())
 
     headings = ("step", "what", "perplexity", "parameters", "without embeddings", "MB", "KV bytes/token", "tokens/s")
     title = f"{REPAIRED}: perplexity on calibration text, bytes in bfloat16"
-    evidence.show(title, headings, steps_table(removal, REPAIRED, (speeds[0], speeds[1])))
+    show.table(title, headings, steps_table(removal, REPAIRED, (speeds[0], speeds[1])))
     rows = []
     for arm, each in found.items():
         size = f"{sum(parameter.numel() for parameter in models[arm].parameters()):,}" if arm in models else ""
-        low_high = evidence.interval(evidence.difference, each, found["dense"])
-        gap = "" if arm == "dense" else evidence.in_words(low_high, "+.3f")
+        low_high = scores.interval(scores.difference, each, found["dense"])
+        gap = "" if arm == "dense" else show.in_words(low_high, "+.3f")
         rows.append((arm, size, f"{math.exp(each.mean()):.3f}", gap))
-    loss = evidence.losses(sparse, held_out, batch=1)
-    gap = evidence.in_words(evidence.interval(evidence.difference, loss, found["dense"]), "+.3f")
+    loss = scores.losses(sparse, held_out, batch=1)
+    gap = show.in_words(scores.interval(scores.difference, loss, found["dense"]), "+.3f")
     rows.append((name, f"{megabytes(folders['sparse'])} MB", f"{math.exp(loss.mean()):.3f}", gap))
-    evidence.show(
+    show.table(
         f"{len(held_out)} held-out windows", ("model", "parameters", "perplexity", "nats to dense (paired)"), rows
     )
     facts = {
@@ -289,10 +291,10 @@ def main(
         "repair and recovery close of the pool's gap": (found[best], found[POOL], found["dense"]),
         "recovery closes of what repair left": (found[best], found[REPAIRED], found["dense"]),
     }
-    shares = {name: evidence.interval(evidence.closed, *samples) for name, samples in facts.items()}
+    shares = {name: scores.interval(scores.closed, *samples) for name, samples in facts.items()}
     console = Console(width=140)
     for name, share in shares.items():
-        console.print(f"{name}: {evidence.in_words(share, '.0%')}", highlight=False)
+        console.print(f"{name}: {show.in_words(share, '.0%')}", highlight=False)
     record = {name: {"loss": float(each.mean())} for name, each in found.items()}
     record |= {name: {"closed": share} for name, share in shares.items()}
     (out / "record.json").write_text(json.dumps(record | {"tokens_per_s": speeds}, indent=1))
@@ -300,7 +302,7 @@ def main(
     size = {name: sum(each.numel() for each in models[name].parameters()) / 1e6 for name in models}
     lines = {name: frontier(removal, name, held_out[::4]) for name in (BLOCKS, STAGED, POOL)}
     marks = {name: [(size[name], math.exp(found[name][::4].mean()))] for name in (EQUAL, REPAIRED, best)}
-    evidence.plot(out / "frontier.png", lines | marks, ("million parameters", "perplexity"))
+    show.plot(out / "frontier.png", lines | marks, ("million parameters", "perplexity"))
     console.print(f"Picture: {out / 'frontier.png'}", highlight=False)
     console.print(f"\nText by {folders[best].name}, greedy:\n", style="bold")
     written = deployed[best].generate(**prompt, max_new_tokens=48, do_sample=False)[0]

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from removal.models import kept, load, quiet
+from evidence.show import quiet
+from removal.models import kept, load
 
 SAMPLES = Path(__file__).parent
 SOURCE = SAMPLES / "assets" / "tiny_mamba2"
@@ -29,7 +30,7 @@ NAMES = {"mamba_block": "blocks", "ssm": "state spaces"}
 def searched(unit: str, count: int, calibration: Any, folder: Path) -> list[Any]:
     """:return: The plans of a search, from the dense model on."""
     import nncf
-    from removal.text import batches
+    from evidence.text import batches
     from train_tiny_mamba import fast
 
     import nncf_ext
@@ -62,7 +63,7 @@ def without(dense: Any, unit: str, layers: Iterable[int]) -> Any:
 def sensitivity(dense: Any, calibration: Any) -> list[tuple[float, float]]:
     """:return: For each layer, nats a token that the loss grows by without its block, and without its state space."""
     import torch
-    from removal.text import batches
+    from evidence.text import batches
     from train_tiny_mamba import fast
 
     import nncf_ext
@@ -80,7 +81,7 @@ def sensitivity(dense: Any, calibration: Any) -> list[tuple[float, float]]:
 
 def evaluate(model: Any, ids: Any) -> Any:
     """:return: Mean loss of each window."""
-    from removal.evidence import losses
+    from evidence.scores import losses
     from train_tiny_mamba import fast
 
     with fast(model):
@@ -194,7 +195,8 @@ def main(
 ) -> None:
     quiet()
     import torch
-    from removal import evidence, text
+    from evidence import scores, show
+    from removal import text
     from rich.console import Console
     from transformers import AutoTokenizer
 
@@ -214,7 +216,7 @@ def main(
     found = {"dense": evaluate(dense, held_out)}
 
     grown = sensitivity(dense, calibration)
-    evidence.show(
+    show.table(
         "What each layer is worth: nats a token lost on calibration text without ...",
         ("layer", "its block", "its state space"),
         [(str(layer), f"{block:.3f}", f"{ssm:.3f}") for layer, (block, ssm) in enumerate(grown)],
@@ -244,7 +246,7 @@ def main(
         found[f"{NAMES[unit]}: searched"] = loss
         lines[f"{NAMES[unit]}, searched"] = frontier
     headings = ("removed", "perplexity, calibration", "held out", "parameters", "without embeddings", "state, kB")
-    evidence.show("Step by step (state in bfloat16)", headings, rows)
+    show.table("Step by step (state in bfloat16)", headings, rows)
 
     package_bytes = 4_000 if quick else text.MAX_PACKAGE_BYTES
     tokens = text.training_tokens(out / f"tokens-{package_bytes}.npy", SOURCE / "tokenizer.json", package_bytes)
@@ -256,19 +258,19 @@ def main(
         found[key] = evaluate(models[key], held_out)
     rows = []
     for name, each in found.items():
-        gap = evidence.interval(evidence.difference, each, found["dense"])
-        rows.append((name, f"{math.exp(each.mean()):.3f}", "" if name == "dense" else evidence.in_words(gap, "+.3f")))
-    evidence.show(f"{len(held_out)} held-out windows", ("model", "perplexity", "nats to dense (paired)"), rows)
+        gap = scores.interval(scores.difference, each, found["dense"])
+        rows.append((name, f"{math.exp(each.mean()):.3f}", "" if name == "dense" else show.in_words(gap, "+.3f")))
+    show.table(f"{len(held_out)} held-out windows", ("model", "perplexity", "nats to dense (paired)"), rows)
     shares: dict[str, Any] = {}
     for name in NAMES.values():
         best = found[f"{name}: searched"]
         for other in ("last", "random"):
-            gain = evidence.interval(evidence.difference, found[f"{name}: {other}"], best)
+            gain = scores.interval(scores.difference, found[f"{name}: {other}"], best)
             shares[f"{name}: searched better than {other} by, nats"] = gain
-            console.print(f"{name}: searched better than {other} by {evidence.in_words(gain, '.3f')} nats")
-        share = evidence.interval(evidence.closed, found[f"{name}: searched, fine-tuned"], best, found["dense"])
+            console.print(f"{name}: searched better than {other} by {show.in_words(gain, '.3f')} nats")
+        share = scores.interval(scores.closed, found[f"{name}: searched, fine-tuned"], best, found["dense"])
         shares[f"{name}: fine-tuning closes"] = share
-        console.print(f"{name}: fine-tuning closes {evidence.in_words(share, '.0%')} of the gap")
+        console.print(f"{name}: fine-tuning closes {show.in_words(share, '.0%')} of the gap")
 
     folders = {name: out / f"ir-{index}" for index, name in enumerate(models)}
     decoders = {name: Decoder(model, tokenizer, folders[name]) for name, model in models.items()}
@@ -285,7 +287,7 @@ def main(
     }
     measured["130M shape, random weights"] = speeds(decoders, rounds)
     for title, table in measured.items():
-        evidence.show(
+        show.table(
             f"OpenVINO, bfloat16 weights, {title}: dense time / time",
             ("model", "ms a token", "ratio", "ms a prompt of 512", "ratio", "state, kB"),
             [
@@ -294,14 +296,14 @@ def main(
                 for name, each in table.items()
             ],
         )
-    losses = {name: float(each.mean()) for name, each in found.items()}
-    record = {"losses": losses, "shares": shares, "sensitivity": grown, "speeds": measured}
+    means = {name: float(each.mean()) for name, each in found.items()}
+    record = {"losses": means, "shares": shares, "sensitivity": grown, "speeds": measured}
     (out / "record.json").write_text(json.dumps(record, indent=1))
     marks = {
         name: [(sum(each.numel() for each in model.parameters()) / 1e6, math.exp(found[name].mean()))]
         for name, model in models.items()
     }
-    evidence.plot(out / "frontier.png", lines | marks, ("million parameters", "perplexity, held out"))
+    show.plot(out / "frontier.png", lines | marks, ("million parameters", "perplexity, held out"))
     console.print(f"Picture: {out / 'frontier.png'}", highlight=False)
 
     name = list(models)[-1]

@@ -73,6 +73,7 @@ OV_EXT_LAYERS = (
     "folder",
     "_build_info",
     "extension",
+    "machine",
     "cpu_plugin.support",
     "cpu_plugin.*",
     "runtime",

@@ -40,7 +40,10 @@ def _main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show what the libraries say, too, and where an error came from.")
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Show every weight, what the libraries say, and where an error came from."
+        ),
     ] = False,
 ) -> None:
     context.with_resource(own_lines(verbose))

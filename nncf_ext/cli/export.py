@@ -39,20 +39,23 @@ def export_folder(
         from ov_ext.card import PACKED, write_card
         from ov_ext.folder import refuse_existing, whole_folder
 
+        reports = []
+
+        def pack_weights(ir: ov.Model) -> bool:
+            reports.append(ov_ext.pack_sparse_weights(ir)[1])
+            return bool(reports[-1].replaced)
+
         left = None if rest == "none" else rest
         try:
             refuse_existing(out_dir, overwrite)
             if pack:
-                core = ov_ext.add_extension(ov.Core())
+                ov_ext.extension_path()  # or an error before the work
             model, tokenizer = load_model(model_dir, dtype, trust_remote_code)
             with whole_folder(out_dir, overwrite) as draft:
-                path = ov_ext.optimum.export(model, tokenizer, draft, rest=left) / ov_ext.optimum.MODEL
-                if pack:
-                    ir, report = ov_ext.pack_sparse_weights(core.read_model(path))
-                    ov_ext.save_model(ir, path)
-                    if report.replaced:
-                        write_card(draft, PACKED)
-                    show(report.summary())
+                ov_ext.optimum.export(model, tokenizer, draft, rest=left, change=pack_weights if pack else None)
+                if any(report.replaced for report in reports):
+                    write_card(draft, PACKED)
+            show(*(report.summary() for report in reports))
         except (ValueError, ov_ext.ExtensionUnavailableError) as error:  # what ov_ext says to users
             raise nncf.ValidationError(str(error)) from error
     typer.echo(f"{out_dir}: run it by ov-ext generate {out_dir} --prompt TEXT, OpenVINO GenAI or Optimum-Intel.")

@@ -32,6 +32,7 @@ _EXTRAS = {
         ("torch", "nncf", "safetensors", "transformers", "peft", "optimum", "openvino_tokenizers", "datasets"), "llm"
     ),
     "optuna": "search",
+    "gguf": "samples",
     "matplotlib": "plots",
 }
 
@@ -52,6 +53,8 @@ def user_errors() -> Iterator[None]:
         if error.name not in _EXTRAS:
             _refuse(str(error), error)
         _refuse(f"{error.name} is not installed. Use: pip install 'nncf-ext[{_EXTRAS[error.name]}]'.", error)
+    except BrokenPipeError:  # nobody reads what is printed any more: as with any command, no error
+        raise
     except OSError as error:
         _refuse(str(error), error)
     except Exception as error:
@@ -73,8 +76,12 @@ def hush(library: str) -> None:
 
     :param library: Name of its logger; it has been imported.
     """
-    if not logging.getLogger("nncf_ext").isEnabledFor(logging.DEBUG):
+    if not _is_verbose():
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _is_verbose() -> bool:
+    return logging.getLogger("nncf_ext").isEnabledFor(logging.DEBUG)
 
 
 def _refuse(text: str, error: Exception) -> NoReturn:
@@ -140,7 +147,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def save_model(model: Any, tokenizer: Any, out: Path, overwrite: bool, plan: Any = None) -> None:
     """
-    Writes a complete folder: weights, their report, tokenizer, and prints the report.
+    Writes a complete folder: weights, their report, tokenizer. Prints the report: its summary, with ``--verbose`` every
+    weight.
 
     :param model: A Hugging Face model.
     :param tokenizer: Its tokenizer.
@@ -149,7 +157,7 @@ def save_model(model: Any, tokenizer: Any, out: Path, overwrite: bool, plan: Any
     :param plan: The :class:`nncf_ext.StructurePlan` by which the model was cut, kept as ``structure_plan.json``.
     """
     from nncf_ext.saving.checkpoint import save_pretrained
-    from nncf_ext.saving.report_file import read_report
+    from nncf_ext.saving.report_file import REPORT, read_report
 
     with new_folder(out, overwrite) as folder:
         save_pretrained(model, folder)
@@ -157,7 +165,8 @@ def save_model(model: Any, tokenizer: Any, out: Path, overwrite: bool, plan: Any
         tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / "structure_plan.json")
-    show(report.table())
+    show(report.table() if _is_verbose() else report.summary())
+    typer.echo(f"{out}: every weight in {REPORT}.")
 
 
 def show(*what: Any) -> None:

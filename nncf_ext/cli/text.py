@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,9 @@ Column = Annotated[
     str | None,
     typer.Option(help="Where a dataset or JSON Lines have their text, or chats; default: text, messages."),
 ]
+
+MOST_UNKNOWN = 0.1
+"""Share of tokens: more of them is text in another script, not a rare sign here and there."""
 
 _COLUMNS = ("text", "messages", "conversations")  # looked for in this order
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -56,8 +59,8 @@ def read_windows(source: Source, tokenizer: Any, samples: int, window: int | Non
     :param window: Their length, tokens; None: the longest the model takes, 2048 at most.
     :param model: The model.
     :return: Model inputs: ``input_ids`` ``[1, window]`` int64 each.
-    :raises nncf.ValidationError: There is no such text, it is too short, or it holds a token that the model has no row
-        for.
+    :raises nncf.ValidationError: There is no such text, it is too short, it holds a token that the model has no row
+        for, or the tokenizer has no token for much of it.
     """
     import nncf
     import torch
@@ -91,7 +94,24 @@ def read_windows(source: Source, tokenizer: Any, samples: int, window: int | Non
             f"model's embedding has {rows} rows. Take that token out of the text, or use the model's own tokenizer."
         )
         raise nncf.ValidationError(msg)
+    _check_language(windows, source, tokenizer)
     return [{"input_ids": torch.tensor([each])} for each in windows]
+
+
+def _check_language(windows: Sequence[Sequence[int]], source: Source, tokenizer: Any) -> None:
+    """What a tokenizer has no token for, all its windows say the same about."""
+    import nncf
+
+    if tokenizer.unk_token_id is None:  # one that spells everything, byte by byte where it must
+        return
+    unknown = sum(list(each).count(tokenizer.unk_token_id) for each in windows)
+    share = unknown / sum(map(len, windows))
+    if share > MOST_UNKNOWN:
+        msg = (
+            f"The tokenizer has no token for {share:.0%} of {source.name}: there stands {tokenizer.unk_token}. At most "
+            f"{MOST_UNKNOWN:.0%} may be unknown. Take {source.purpose} text in a language that the model knows."
+        )
+        raise nncf.ValidationError(msg)
 
 
 def _texts(source: Source, tokenizer: Any) -> Iterator[str]:

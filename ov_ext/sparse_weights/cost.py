@@ -1,78 +1,174 @@
-"""Estimates the time of one token in a linear layer, in each form that the layer can have. Packing takes the fastest.
+"""How long does a linear layer take in each of its forms? Tables of measured times, and what follows from them.
 
-Decoding reads every weight once for each token. So the time of a form is the bytes it reads divided by the bandwidth
-that its kernel reaches; or, where expanding the bitmap is slower than reading, the time of those instructions. Both are
-stored as fractions of the machine's read bandwidth, measured by ``python -m benchmarks.matmul --sparsity 0 0.5 0.8``.
-Only ratios between forms are used, and these hardly depend on the speed of the machine.
+A cost is a property of a CPU, not of an instruction set: :mod:`ov_ext.sparse_weights.calibration` measures a table on
+the CPU at hand; ``builtin_costs.json`` holds those of other CPUs. Between measured rows and shares of zeros, times are
+interpolated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from ov_ext.sparse_weights.workload import Expected, Workload
 
 Form = Literal["stock", "dense", "sparse"]
+OURS: tuple[Form, Form] = ("dense", "sparse")
+KINDS = ("bf16", "int8", "int4")
+MEASURED_GROUP = {"bf16": 0, "int8": 0, "int4": 128}  # inputs that share a scale in the layers behind a table
 
+# Ours must be faster than stock by this factor: a stock layer needs no extension.
+MARGIN = 1.1
 
-class Choice(NamedTuple):
-    """The form that a layer gets.
-
-    :param form: ``"stock"``: it stays as it is; ``"dense"``, ``"sparse"``: our operation without or with a bitmap.
-    :param speedup: Expected time of stock / time of our best form at one token; None where nothing was estimated.
-    :param reason: Why it stays stock; "" when it does not.
-    """
-
-    form: Form
-    speedup: float | None
-    reason: str
+_MOST_ROWS, _MOST_PICOSECONDS, _MOST_COLUMNS = 1 << 20, 1e9, 64
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Speed of the three forms of a layer at one token.
+class KindCosts:
+    """Times of one kind of weight, in picoseconds for one weight in one call, with all threads.
 
-    :param stock: Fraction of the read bandwidth that stock OpenVINO reaches.
-    :param dense: The same for our kernels on weights without a bitmap.
-    :param sparse: The same for our kernels on weights with a bitmap.
-    :param slowest_bytes: The least that one weight costs with a bitmap, because of the instructions that expand it:
-        as the number of bytes that the machine reads in that time at full bandwidth.
+    :param rows: Rows of activations, ascending.
+    :param zeros: Shares of zeros, 0..1, ascending.
+    :param stock: ``[rows]``: stock OpenVINO, in the fastest of the settings that were tried.
+    :param dense: ``[rows]``: our operation without a bitmap.
+    :param sparse: ``[zeros][rows]``: our operation with a bitmap.
+    :param error: Relative error, 0..1, of these times: the mean over forms, at the rows where it is largest.
     """
 
-    stock: float
-    dense: float
-    sparse: float
-    slowest_bytes: float
+    rows: tuple[int, ...]
+    zeros: tuple[float, ...]
+    stock: tuple[float, ...]
+    dense: tuple[float, ...]
+    sparse: tuple[tuple[float, ...], ...]
+    error: float = 0.0
+
+    def picoseconds(self, form: Form, zeros: float, rows: int) -> float | None:
+        """:return: The time of one weight; None for more rows than the measured ones tell about."""
+        if rows > self.rows[-1]:
+            # Where arithmetic is the limit, time follows the number of rows; below, it need not.
+            most = self.picoseconds(form, zeros, self.rows[-1])
+            return None if self.rows[-1] < 64 or most is None else most * rows / self.rows[-1]
+        if form == "sparse":
+            column = [float(np.interp(rows, self.rows, times)) for times in self.sparse]
+            return float(np.interp(zeros, self.zeros, column))
+        return float(np.interp(rows, self.rows, self.stock if form == "stock" else self.dense))
 
 
-# By instruction set and value kind. AMX: two cores of a Xeon with AMX, where single tokens run on the AVX-512 kernels.
-# AVX-512: two cores of Zen 4.
-_AMX = {
-    "bf16": Rates(stock=0.87, dense=0.95, sparse=0.80, slowest_bytes=0.54),
-    "int8": Rates(stock=0.85, dense=0.87, sparse=0.80, slowest_bytes=0.20),
-    "int4": Rates(stock=0.65, dense=0.87, sparse=0.80, slowest_bytes=0.20),
-}
-_AVX512 = {
-    "bf16": Rates(stock=0.80, dense=1.00, sparse=0.97, slowest_bytes=0.50),
-    "int8": Rates(stock=0.70, dense=0.93, sparse=0.70, slowest_bytes=0.58),
-    "int4": Rates(stock=0.60, dense=0.79, sparse=0.73, slowest_bytes=0.51),
-}
-# Expanding a bitmap without AVX-512 takes three times the instructions. Stock is measured with oneDNN limited to the
-# same instructions (``--isa avx2``, ``--isa avx2_vnni``); with AVX-VNNI its INT4 kernel is as fast as ours.
-_AVX2 = {
-    "bf16": Rates(stock=0.71, dense=0.90, sparse=0.80, slowest_bytes=0.87),
-    "int8": Rates(stock=0.50, dense=0.87, sparse=0.80, slowest_bytes=0.60),
-    "int4": Rates(stock=0.64, dense=0.87, sparse=0.80, slowest_bytes=0.60),
-}
-_AVX2_VNNI = {
-    "bf16": _AVX2["bf16"],
-    "int8": Rates(stock=0.97, dense=0.87, sparse=0.80, slowest_bytes=0.55),
-    "int4": Rates(stock=0.95, dense=0.87, sparse=0.80, slowest_bytes=0.60),
-}
-RATES = {"amx": _AMX, "avx512": _AVX512, "avx2_vnni": _AVX2_VNNI, "avx2": _AVX2}
+@dataclass(frozen=True)
+class CostTable:
+    """Times of linear layers on one CPU.
 
-# One of our forms must be faster than stock by this factor at one token: a stock layer is as fast for prompts, and it
-# needs no extension.
-MARGIN = 1.1
+    :param cpu: Where they were measured, in words.
+    :param threads: With so many threads.
+    :param kinds: By kind of weight; a kind may be missing.
+    """
+
+    cpu: str
+    threads: int
+    kinds: dict[str, KindCosts]
+
+    def expected(self, kind: str, zeros: float, group: int, weights: int, workload: Workload) -> dict[Form, Expected]:
+        """Estimate the time of a layer in each form.
+
+        :param kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
+        :param zeros: Fraction of zeros, 0..1.
+        :param group: Inputs that share a scale; 0 for one scale per output.
+        :param weights: Number of elements.
+        :param workload: Its rows.
+        :return: Times, in seconds; empty where the table does not tell.
+        """
+        costs = self.kinds.get(kind)
+        if costs is None:
+            return {}
+        measured, times = MEASURED_GROUP[kind], {}
+        per_byte = costs.dense[0] / bytes_per_weight("dense", kind, 0.0, measured)  # picoseconds
+        for form in ("stock", *OURS):
+            bytes_more = bytes_per_weight(form, kind, zeros, group) - bytes_per_weight(form, kind, zeros, measured)
+            token = costs.picoseconds(form, zeros, workload.batch)
+            prompt = costs.picoseconds(form, zeros, workload.prompt_rows)
+            if token is None or (prompt is None and not workload.generated):
+                return {}
+            more, unit = bytes_more * per_byte, weights * 1e-12
+            times[form] = Expected((token + more) * unit, None if prompt is None else (prompt + more) * unit)
+        return times
+
+    def with_stock_of(self, other: CostTable) -> CostTable:
+        """:return: Our forms as here, stock as on another CPU: for kernels that are held below what the CPU has. The
+        times are brought together at our dense form at one row, which reads memory at the same rate on both."""
+        kinds = {}
+        for kind in self.kinds.keys() & other.kinds.keys():
+            ours, theirs = self.kinds[kind], other.kinds[kind]
+            scale = ours.dense[0] / theirs.dense[0]
+            stock = tuple(scale * float(np.interp(rows, theirs.rows, theirs.stock)) for rows in ours.rows)
+            kinds[kind] = replace(ours, stock=stock)
+        return replace(self, cpu=f"{self.cpu}; stock: {other.cpu}", kinds=kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """:return: Plain data for JSON."""
+        return asdict(self)
+
+
+def read_table(data: Any) -> CostTable:
+    """Check what a JSON file holds.
+
+    :param data: Untrusted.
+    :return: The table.
+    :raises ValueError: It is none: what is wrong with it.
+    """
+    fields = _mapping(data, {"cpu", "threads", "kinds"})
+    if not isinstance(fields["cpu"], str) or not _is_count(fields["threads"]):
+        raise ValueError("cpu is a text and threads a number from 1")
+    kinds = _mapping(fields["kinds"])
+    if unknown := kinds.keys() - set(KINDS):
+        raise ValueError(f"{', '.join(sorted(map(str, unknown)))} is no kind of weight")
+    return CostTable(fields["cpu"], fields["threads"], {kind: _read_kind(each) for kind, each in kinds.items()})
+
+
+def _read_kind(data: Any) -> KindCosts:
+    fields = _mapping(data, {"rows", "zeros", "stock", "dense", "sparse", "error"})
+    rows, zeros = _list(fields["rows"]), _list(fields["zeros"])
+    if not all(map(_is_count, rows)) or rows != sorted(set(rows)):
+        raise ValueError("rows are ascending numbers from 1")
+    if not all(map(_is_number, zeros)) or zeros != sorted(set(zeros)) or not 0 <= zeros[0] <= zeros[-1] <= 1:
+        raise ValueError("zeros are ascending fractions from 0 to 1")
+    if not _is_number(fields["error"]) or not 0 <= fields["error"] <= 1:
+        raise ValueError("error is a fraction from 0 to 1")
+    sparse = _list(fields["sparse"])
+    if len(sparse) != len(zeros):
+        raise ValueError("sparse has a list of times for each share of zeros")
+    stock, dense, *columns = (_times(each, len(rows)) for each in (fields["stock"], fields["dense"], *sparse))
+    return KindCosts(tuple(rows), tuple(map(float, zeros)), stock, dense, tuple(columns), float(fields["error"]))
+
+
+def _mapping(data: Any, names: set[str] | None = None) -> dict[str, Any]:
+    if not isinstance(data, dict) or (names is not None and data.keys() != names):
+        raise ValueError(f"a mapping of {', '.join(sorted(names))} is needed" if names else "a mapping is needed")
+    return data
+
+
+def _list(data: Any) -> list[Any]:
+    if not isinstance(data, list) or not 1 <= len(data) <= _MOST_COLUMNS:
+        raise ValueError(f"a list of 1 to {_MOST_COLUMNS} entries is needed")
+    return data
+
+
+def _times(data: Any, count: int) -> tuple[float, ...]:
+    times = _list(data)
+    if len(times) != count or not all(_is_number(each) and 0 < each <= _MOST_PICOSECONDS for each in times):
+        raise ValueError(f"{count} times above 0 and up to {_MOST_PICOSECONDS:g} picoseconds are needed")
+    return tuple(map(float, times))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_ROWS
 
 
 def bytes_per_weight(form: Form, kind: str, zeros: float, group: int) -> float:
@@ -93,49 +189,23 @@ def bytes_per_weight(form: Form, kind: str, zeros: float, group: int) -> float:
     return mask + value * (1 - (zeros if form == "sparse" else 0.0)) + scales + compensation
 
 
-def costs(target: str, kind: str, zeros: float, group: int) -> dict[Form, float]:
-    """Time of one token.
+def fastest(times: dict[Form, Expected], workload: Workload, forms: Sequence[Form] = OURS) -> tuple[Form, float]:
+    """Choose among our forms.
 
-    :param target: Key of :data:`RATES`.
-    :param kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
-    :param zeros: Fraction of zeros, 0..1.
-    :param group: Inputs that share a scale; 0 for one scale per output.
-    :return: For each form the time of one weight, as bytes that the machine reads meanwhile at full bandwidth.
+    :param times: Of all forms, from :meth:`CostTable.expected`.
+    :param workload: What counts.
+    :param forms: Those to choose from.
+    :return: The fastest, and time of stock / its time.
     """
-    rates = RATES[target][kind]
-    time: dict[Form, float] = {
-        "stock": bytes_per_weight("stock", kind, zeros, group) / rates.stock,
-        "dense": bytes_per_weight("dense", kind, zeros, group) / rates.dense,
-        "sparse": max(bytes_per_weight("sparse", kind, zeros, group) / rates.sparse, rates.slowest_bytes),
-    }
-    return time
+    best = min(forms, key=lambda form: workload.seconds(times[form]))
+    return best, workload.seconds(times["stock"]) / workload.seconds(times[best])
 
 
-def cheapest(target: str, kind: str, zeros: float, group: int) -> Choice:
-    """Choose a form.
-
-    :param target: Instruction set that will run the layer.
-    :param kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
-    :param zeros: Fraction of zeros, 0..1.
-    :param group: Inputs that share a scale; 0 for one scale per output.
-    :return: The form, and why stock when it is stock.
-    """
-    if target not in RATES:
-        return Choice("stock", None, f"there are no fast kernels for {target}")
-    time = costs(target, kind, zeros, group)
-    ours: Form = "sparse" if time["sparse"] < time["dense"] else "dense"
-    ratio = time["stock"] / time[ours]
-    if ratio >= MARGIN:
-        return Choice(ours, ratio, "")
-    needed = break_even(target, kind, group)
-    hint = "no share of zeros helps" if needed is None else f"from {needed:.0%} zeros on ours is faster"
-    return Choice("stock", ratio, f"{zeros:.0%} zeros would give {ratio:.2f}x stock, {hint} on {target}")
-
-
-def break_even(target: str, kind: str, group: int) -> float | None:
-    """:return: The smallest share of zeros, in whole percents, from which our kernel is used; None if there is none."""
+def break_even(table: CostTable, kind: str, group: int, workload: Workload) -> float | None:
+    """:return: The smallest share of zeros, in whole percents, from which one of our forms is chosen; None if there is
+    none."""
     for percent in range(100):
-        time = costs(target, kind, percent / 100, group)
-        if time["stock"] / min(time["sparse"], time["dense"]) >= MARGIN:
+        times = table.expected(kind, percent / 100, group, 1, workload)
+        if times and fastest(times, workload)[1] >= MARGIN:
             return percent / 100
     return None

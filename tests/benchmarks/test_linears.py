@@ -119,7 +119,7 @@ def test_settings_to_try() -> None:
     assert candidates(base, "int8", stock=False) == candidates(base, "int8", stock=True)[:-1]
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx2_vnni"])
+@pytest.mark.parametrize("isa", ["avx2", "avx2_vnni", "avx512_core", "avx512_core_vnni"])
 def test_a_capped_run_uses_the_older_kernels(isa: str, tmp_path: Path) -> None:
     """In a process of its own: the cap counts before the first use of the CPU device."""
     if isa not in ov_ext.cpu_info()["kernels"]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import openvino as ov
 import pytest
 
+from benchmarks import gguf_file
 from benchmarks.arms import Settings, UnfairComparison, check_compressed, compile_model, linear_primitives, pack
-from benchmarks.decoders import OpenVinoDecoder, TorchDecoder
+from benchmarks.decoders import Decoder, LlamaCppDecoder, OpenVinoDecoder, TorchDecoder
 from benchmarks.llama import HEAD, TINY, LlamaShape, RandomLlama, decoder, matmul_names, stack
 from benchmarks.weights import KINDS
 
@@ -84,6 +88,26 @@ def test_transformers_runs_the_same_model() -> None:
     torch_decoder.start(np.array([[1, 2, 3]], np.int64))
     got = torch_decoder.step(4)
     assert np.linalg.norm(got - expected[3]) <= 22 * 2.0**-8 * np.linalg.norm(expected[3])  # bf16 throughout
+
+
+@pytest.mark.parametrize("engine", ["OpenVINO", "PyTorch", *(["llama.cpp"] if find_spec("llama_cpp") else [])])
+def test_logits_of_every_token(engine: str, tmp_path: Path) -> None:
+    llama, ids = RandomLlama(TINY, "bf16", 0.5, seed=2), [1, 7, 3, 0, 2]
+    running: Decoder
+    if engine == "OpenVINO":
+        running = OpenVinoDecoder(ov.Core().compile_model(decoder(llama), "CPU", EXACT))
+    elif engine == "PyTorch":
+        running = TorchDecoder(llama, threads=1)
+    else:
+        gguf_file.write(llama, tmp_path / "model.gguf")
+        running = LlamaCppDecoder(tmp_path / "model.gguf", threads=1, context=64)
+    expected = reference_logits(llama, ids)
+    running.start(np.array([[9, 9]], np.int64))  # is forgotten
+    got = running.logits(np.array([ids], np.int64)).copy()
+    assert got.shape == expected.shape
+    assert np.linalg.norm(got - expected) <= 22 * 2.0**-8 * np.linalg.norm(expected)  # bf16 throughout
+    after = np.stack([running.start(np.array([ids[:-1]], np.int64)).copy(), running.step(ids[-1])])
+    assert np.linalg.norm(after - expected[-2:]) <= 22 * 2.0**-8 * np.linalg.norm(expected[-2:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,17 +31,32 @@ def _run(*command: str) -> str:
 
 
 @functools.cache
-def _decoders() -> list[list[str]]:
-    """The instructions of every function that expands slices, in order of address."""
+def _functions() -> list[list[tuple[int, str]]]:
+    """Every function's instructions with their addresses, in order of address."""
     library = str(extension_path())
     frames = re.findall(r"\bFDE\b.*\bpc=([0-9a-f]+)\.\.", _run("objdump", "--dwarf=frames", library))
     starts = sorted({int(start, 16) for start in frames})
-    functions: dict[int, list[str]] = {}
+    functions: dict[int, list[tuple[int, str]]] = {}
     for line in _run("objdump", "-d", "-M", "intel", "--no-show-raw-insn", library).splitlines():
         address, _, instruction = line.partition(":\t")
         if instruction and (place := bisect.bisect(starts, int(address, 16))):
-            functions.setdefault(starts[place - 1], []).append(instruction)
-    return [code for code in functions.values() if any(map(EXPAND.search, code))]
+            functions.setdefault(starts[place - 1], []).append((int(address, 16), instruction))
+    return list(functions.values())
+
+
+@functools.cache
+def _decoders() -> list[list[str]]:
+    """The instructions of every function that expands slices."""
+    functions = [[instruction for _, instruction in code] for code in _functions()]
+    return [code for code in functions if any(map(EXPAND.search, code))]
+
+
+def _innermost_loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """The instructions of each loop without another one in it."""
+    jumps = [(int(found[1], 16), address) for address, text in code if (found := re.match(r"j\w+ +([0-9a-f]+)", text))]
+    back = [(start, end) for start, end in jumps if code[0][0] <= start < end]
+    inner = [(a, b) for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
+    return [[text for address, text in code if a <= address <= b] for a, b in inner]
 
 
 def _panels(code: list[str]) -> list[list[str]]:
@@ -82,3 +97,33 @@ def test_a_decoded_slice_meets_all_rows_of_x_at_once(product: str, kinds: int, r
             found += 1
             assert all(len(panel) <= SLICES * (9 + 2 * rows) for panel in _panels(code))
     assert found == kinds
+
+
+# Without VBMI2: one 16-bit value a lane for bf16, shuffles for bytes; products of 16 bits.
+EXPAND_LANES = re.compile(r"\bvpexpandd\b")
+CORE_KERNELS = 2  # with and without VNNI
+
+
+def test_expansion_by_lanes_reads_registers_and_masks_come_from_memory() -> None:
+    """Two expansions for each slice. What goes through a general register takes port 5 once more."""
+    loops = [loop for code in _functions() for loop in _innermost_loops(code) if any(map(EXPAND_LANES.search, loop))]
+    for loop in loops:
+        assert not [text for text in loop if EXPAND_LANES.search(text) and "[" in text]
+        assert not [text for text in loop if "zmm" in text and STACK.search(text)]
+        expands = sum(bool(EXPAND_LANES.search(text)) for text in loop)
+        assert 2 * sum(bool(re.match(r"kmovw +k\d,WORD PTR", text)) for text in loop) == expands
+        assert not [text for text in loop if re.match(r"(?:kmov\w +k\d|vpbroadcast\w +zmm\d+),[er]", text)]
+    panels = [loop for loop in loops if sum(bool(EXPAND_LANES.search(text)) for text in loop) == 2 * SLICES]
+    assert len(panels) >= CORE_KERNELS * FEW_ROWS
+
+
+@pytest.mark.parametrize(
+    "product, loops", [(r"vpmaddubsw zmm", 2 * (2 * FEW_ROWS + 5)), (r"vpdpbusd zmm.*(?:BCST|1to16)", 2 * 2 * FEW_ROWS)]
+)
+def test_integer_sums_stay_in_registers(product: str, loops: int) -> None:
+    """Of int8 and int4, sparse and dense, for 1 ... 4 rows of x; without VNNI also of decoded slices, for more rows."""
+    candidates = [loop for code in _functions() for loop in _innermost_loops(code)]
+    found = [loop for loop in candidates if any(re.search(product, text) for text in loop)]
+    assert len(found) >= loops
+    for loop in found:
+        assert not [text for text in loop if "zmm" in text and STACK.search(text)]

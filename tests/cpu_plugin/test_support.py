@@ -58,14 +58,37 @@ def shared_functions(code: Path) -> list[str]:
     return [line for line in lines if line.split(" ")[1] in "WuV" and "DW.ref." not in line]
 
 
-def test_kernel_objects_share_no_code(commands: dict[str, list[str]], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def objects(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The objects of all kernels, without optimization."""
+    folder = tmp_path_factory.mktemp("objects")
+    return {
+        name: compiled(command, Path(command[-1]), folder / f"{name.replace('/', '-')}.o")
+        for name, command in commands.items()
+    }
+
+
+def test_kernel_objects_share_no_code(objects: dict[str, Path]) -> None:
     """Else the linker could give a function with AVX-512 instructions to everybody."""
-    assert len(commands) == (5 if platform.machine() in ("x86_64", "AMD64") else 1)
-    for name, command in commands.items():
+    assert len(objects) == (7 if platform.machine() in ("x86_64", "AMD64") else 1)
+    for name, code in objects.items():
         if name.endswith("reference"):  # runs everywhere, and so may what it lends
             continue
-        code = compiled(command, Path(command[-1]), tmp_path / f"{name.replace('/', '-')}.o")
         assert not shared_functions(code), name
+
+
+# What only later CPUs have: expansion, permutations and shifts of bytes and words, popcounts, GFNI, bf16.
+NEWER = r"\bv(?:p(?:expand|compress)[bw]|perm[it]?2?b|pmultishift\w+|psh[lr]dv?[wdq]|popcnt\w+|gf2p8\w+|\w+bf16\w*)\b"
+DOT_PRODUCT = r"\bvpdp\w+"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason=f"no AVX-512 code on {platform.machine()}")
+def test_no_instruction_is_newer_than_the_target(objects: dict[str, Path]) -> None:
+    """Flags keep the compiler from it, but not what is written in assembly."""
+    for folder, has_dot_product in (("kernels", False), ("kernels_avx512_core_vnni", True)):
+        code = run("objdump", "-d", "--no-show-raw-insn", objects[f"{folder}/sparse_matmul/avx512_core"])
+        assert "%zmm" in code and not re.findall(NEWER, code)
+        assert bool(re.search(DOT_PRODUCT, code)) == has_dot_product
 
 
 def test_a_second_operation_needs_nothing_of_the_first(commands: dict[str, list[str]], tmp_path: Path) -> None:
@@ -76,7 +99,7 @@ def test_a_second_operation_needs_nothing_of_the_first(commands: dict[str, list[
         for name in re.findall(r'#include "(.*)"', path.read_text()):
             assert name == "kernel.hpp" or (name.startswith("support/") and (PLUGIN / name).is_file()), path
     flags = {name.split("/")[-1]: command for name, command in commands.items() if "vnni" not in name}
-    kernels = [name for name in ("reference", "avx2", "avx512") if name in flags]
+    kernels = [name for name in ("reference", "avx2", "avx512_core", "avx512") if name in flags]
     objects = []
     for name in kernels:
         command = [*flags[name][:1], f"-I{PLUGIN}", *flags[name][1:]]
@@ -99,7 +122,7 @@ weights = rng.integers(-128, 128, 256).astype(np.int8) * (rng.random(256) < 0.5)
 x = rng.standard_normal(256).astype(np.float32)
 masks = np.packbits(weights != 0, bitorder="little")
 values = np.append(weights[weights != 0], np.zeros(64, np.int8)).astype(np.int8)
-sums, factors = np.zeros(3, np.int64), np.zeros(3, np.float32)
+sums, factors = np.zeros(4, np.int64), np.zeros(4, np.float32)
 pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (masks, values, x, sums, factors)]
 call = lambda count: library.toy_multiply(
     *pointers[:2], ctypes.c_uint64(count), pointers[2], ctypes.c_uint64(4), *pointers[3:]
@@ -110,6 +133,7 @@ codes = np.rint(x * (np.float32(127) / np.abs(x).max()))
 print(*sums, *(factors == np.abs(x).max() / np.float32(127)), int(weights @ codes))
 """
     words = run(sys.executable, "-c", code).split()
+    count = len(words) // 2
     available = [name for name in native.cpu_info()["kernels"] if name in kernels]
     assert words[: len(available)] == [words[-1]] * len(available)
-    assert words[3 : 3 + len(available)] == ["True"] * len(available)
+    assert words[count : count + len(available)] == ["True"] * len(available)

@@ -141,6 +141,21 @@ def test_what_cannot_be_read_is_said(
     assert said in str(caught.value)
 
 
+def test_text_in_a_script_without_tokens_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "so": 1, "it": 2, "is": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    file = tmp_path / "text.txt"
+    file.write_text("so it is so it is so it is rare " * 10)  # one of ten
+    assert len(texts(Source(str(file)), tokenizer)) == 5
+    file.write_text("so it is так оно и есть " * 10, encoding="utf-8")
+    with pytest.raises(nncf.ValidationError, match=r"no token for 57% of .*text.txt: there stands \[UNK\]"):
+        texts(Source(str(file)), tokenizer)
+
+
 def test_a_name_of_the_hub_needs_a_network(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,15 +1,18 @@
 """The report: what every weight of a model is now, and why compression left it alone."""
 
 import copy
+import io
 import json
 
 import nncf
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import nncf_ext
-from nncf_ext import AdvancedSparseWeightsParameters, CompressMode
+from nncf_ext import AdvancedSparseWeightsParameters, CompressionReport, CompressMode
+from nncf_ext.report import WeightReport
 
 INT4 = nncf.CompressWeightsMode.INT4_SYM
 
@@ -184,6 +187,22 @@ def test_text_and_dictionary(tiny_llama, token_dataset):
     data = json.loads(json.dumps(report.to_dict()))
     assert data["sparsity"] == 0.5 and len(data["weights"]) == 16
     assert data["bytes_before"] == data["bytes_after"] == sum(row.bytes_after for row in report.weights)
+
+
+def test_summary_has_a_row_for_each_type_and_note():
+    rows = [
+        WeightReport("a", (4, 4), 0.5, 64, 12, "int4", "sparse_gpt", 0.25, "output", None),
+        WeightReport("b", (4, 4), 0.75, 64, 12, "int4", "sparse_gpt", 0.125, "output", None),
+        WeightReport("c", (4, 4), 0.0, 64, 64, "float32", None, None, None, "embedding"),
+        WeightReport("d", (4, 4), 0.5, 64, 64, "float32", "sparse_gpt", 0.5, "output", "no multiple"),
+    ]
+    text = io.StringIO()
+    Console(file=text, width=120).print(CompressionReport(tuple(rows)).summary())
+    lines = [line.replace("│", " ").split() for line in text.getvalue().splitlines()]
+    assert ["int4", "2", "50.0%", "-", "75.0%", "128", "24", "0.125", "-", "0.250"] in lines
+    assert ["float32", "1", "0.0%", "64", "64", "embedding"] in lines
+    assert ["float32", "1", "50.0%", "64", "64", "0.500", "no", "multiple"] in lines
+    assert ["total", "3", "of", "4", "treated", "58.3%", "256", "152"] in lines
 
 
 def test_record_follows_a_copy(tiny_llama, token_dataset):

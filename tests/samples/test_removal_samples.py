@@ -26,7 +26,9 @@ from tests.structure_models import make, tokens
 SAMPLES = Path(__file__).parents[2] / "samples"
 sys.path.insert(0, str(SAMPLES))
 
-from removal import evidence, models, recovery, text  # noqa: E402
+from evidence import scores, show  # noqa: E402
+from evidence.text import batches  # noqa: E402
+from removal import models, recovery, text  # noqa: E402
 from train_tiny_mamba import CHUNK, fast  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -64,7 +66,7 @@ def test_the_committed_mamba_is_what_its_provenance_says() -> None:
     assert model.num_parameters() == facts["parameters"]
     assert facts["tokens"] == facts["steps"] * 16 * text.WINDOW
     with fast(model.eval()):
-        loss = evidence.losses(model, text.windows(AutoTokenizer.from_pretrained(folder), "heldout", 8))
+        loss = scores.losses(model, text.windows(AutoTokenizer.from_pretrained(folder), "heldout", 8))
     assert 2.6 < loss.mean() < 3.3  # nats a token; a uniform guess has 8.0
 
 
@@ -96,10 +98,10 @@ def test_a_searched_choice_beats_influence_and_influence_beats_chance() -> None:
         def loss(removed: Iterable[Removal]) -> float:
             plan = reduce(lambda plan, removal: removal.on(plan), removed, dense)
             with masked(model, plan):
-                return float(evidence.losses(model, ids).mean())
+                return float(scores.losses(model, ids).mean())
 
         search = Elimination(dense)
-        scorer = Scorer(model, text.batches(ids, 4), PerplexityMetric().losses)
+        scorer = Scorer(model, batches(ids, 4), PerplexityMetric().losses)
         for _ in range(3):
             left = [each for each in candidates if search.plan.kept[each.dimension]]
             search.step(scorer, left, lambda loss: loss)
@@ -149,13 +151,13 @@ def test_statistics() -> None:
     generator = np.random.default_rng(0)
     dense, noise = generator.normal(2, 1, 400), generator.normal(0, 0.1, 400)
     before, after = dense + 0.4 + noise, dense + 0.1 + noise
-    value, low, high = evidence.interval(evidence.closed, after, before, dense)
+    value, low, high = scores.interval(scores.closed, after, before, dense)
     assert low < value < high and value == pytest.approx(0.75, abs=0.03)
-    value, low, high = evidence.interval(evidence.difference, before, dense)
+    value, low, high = scores.interval(scores.difference, before, dense)
     assert 0.38 < low < 0.4 < high < 0.42 and value == pytest.approx(0.4 + noise.mean())
-    assert evidence.in_words((0.25, 0.1, 0.3), ".0%") == "25% (95 %: 10% to 30%)"
+    assert show.in_words((0.25, 0.1, 0.3), ".0%") == "25% (95 %: 10% to 30%)"
     logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [9.0, 9.0]]])
-    loss = evidence.losses(lambda **_: type("Output", (), {"logits": logits}), torch.tensor([[0, 1, 0]]))
+    loss = scores.losses(lambda **_: type("Output", (), {"logits": logits}), torch.tensor([[0, 1, 0]]))
     assert loss[0] == pytest.approx((np.log(2) + np.log(1 + np.exp(-2.0))) / 2)
 
 

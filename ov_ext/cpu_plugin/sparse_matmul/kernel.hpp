@@ -58,6 +58,8 @@ extern const Kernel reference_kernel;
 #if defined(__x86_64__)
 extern const Kernel avx2_kernel;
 extern const Kernel avx2_vnni_kernel;  // avx2.cpp compiled with AVX-VNNI
+extern const Kernel avx512_core_kernel;
+extern const Kernel avx512_core_vnni_kernel;  // avx512_core.cpp compiled with VNNI
 extern const Kernel avx512_kernel;
 extern const Kernel avx512_bf16_kernel;  // bf16 weights only, multiplied as bf16
 extern const Kernel amx_kernel;

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import KINDS, Weight
-from ov_ext.cpu_plugin.support.native import call, pointer, read_json
+from ov_ext.cpu_plugin.support.native import call, library, pointer, read_json
 
 
 class _WeightArguments(ctypes.Structure):  # OvExtWeight of capi.cpp
@@ -30,6 +32,13 @@ def _bytes(blob: np.ndarray) -> tuple[np.ndarray, ctypes.c_void_p, ctypes.c_uint
     return blob, pointer(blob), ctypes.c_uint64(blob.nbytes)
 
 
+def packed_bytes(weight: Weight, dense: bool = False) -> int:
+    """:return: Bytes of the blob that :func:`pack` would write."""
+    size = ctypes.c_uint64()
+    call("ov_ext_packed_bytes", ctypes.byref(_arguments(weight, dense)[0]), ctypes.byref(size))
+    return size.value
+
+
 def pack(weight: Weight, dense: bool = False) -> np.ndarray:
     """Write a weight as an SPW1 blob, in parallel.
 
@@ -37,19 +46,20 @@ def pack(weight: Weight, dense: bool = False) -> np.ndarray:
     :param dense: Store every element and no mask.
     :return: ``[blob_bytes]`` uint8, equal to ``pack.pack(weight, dense)``.
     """
-    values = np.ascontiguousarray(weight.values)
-    scales = None if weight.scales is None else np.ascontiguousarray(weight.scales)
-    bias = None if weight.bias is None else np.ascontiguousarray(weight.bias)
-    is_f32 = scales is not None and scales.dtype == np.float32
-    arguments = _WeightArguments(
-        *(KINDS[weight.kind], *weight.shape, weight.group, dense, is_f32),
-        *(pointer(values), pointer(scales), pointer(bias)),
-    )
-    size = ctypes.c_uint64()
-    call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
-    blob = np.empty(size.value, np.uint8)
-    call("ov_ext_pack", ctypes.byref(arguments), pointer(blob), size)
+    arguments, _alive = _arguments(weight, dense)
+    blob = np.empty(packed_bytes(weight, dense), np.uint8)
+    call("ov_ext_pack", ctypes.byref(arguments), pointer(blob), ctypes.c_uint64(blob.nbytes))
     return blob
+
+
+def _arguments(weight: Weight, dense: bool) -> tuple[_WeightArguments, list[np.ndarray | None]]:
+    """:return: The weight for the C interface, and the arrays that must live as long."""
+    arrays = [
+        None if each is None else np.ascontiguousarray(each) for each in (weight.values, weight.scales, weight.bias)
+    ]
+    is_f32 = weight.scales is not None and weight.scales.dtype == np.float32
+    fields = (KINDS[weight.kind], *weight.shape, weight.group, dense, is_f32)
+    return _WeightArguments(*fields, *map(pointer, arrays)), arrays
 
 
 def validate(blob: np.ndarray) -> None:
@@ -87,6 +97,42 @@ def unpack(blob: np.ndarray) -> Weight:
     bias = np.empty(about.n, np.float32) if about.has_bias else None
     call("ov_ext_unpack", data, size, pointer(values), pointer(scales), pointer(bias))
     return Weight(kind, values, scales, about.group, bias)
+
+
+def expand(blob: np.ndarray) -> np.ndarray:
+    """Give a sparse blob its dense form, as the operation does in memory where the CPU is faster with that one.
+
+    :param blob: ``[blob_bytes]`` uint8, sparse, untrusted.
+    :return: ``[dense_bytes]`` uint8, equal to ``pack(unpack(blob), dense=True)`` but for the checksum, which is 0.
+    :raises ValueError: The blob is malformed, or dense.
+    """
+    blob, data, size = _bytes(blob)
+    call("ov_ext_validate", data, size)
+    dense_size = ctypes.c_uint64()
+    call("ov_ext_dense_bytes", data, size, ctypes.byref(dense_size))
+    dense = np.empty(dense_size.value, np.uint8)
+    call("ov_ext_expand", data, size, pointer(dense))
+    return dense
+
+
+def bytes_of_dense_copies() -> int:
+    """:return: Bytes of memory that dense copies of sparse weights take in this process now."""
+    function = library().ov_ext_bytes_of_dense_copies
+    function.restype = ctypes.c_uint64
+    return int(function())
+
+
+@contextmanager
+def no_dense_copies() -> Iterator[None]:
+    """Models that the process compiles meanwhile keep the weights in the form they have, also where the CPU would be
+    faster with dense copies: to time the forms apart."""
+    function = library().ov_ext_limit_dense_copies
+    function.restype = ctypes.c_uint64
+    before = function(ctypes.c_uint64(0))
+    try:
+        yield
+    finally:
+        function(ctypes.c_uint64(before))
 
 
 def matmul(

@@ -6,6 +6,7 @@
 
 namespace ov_ext {
 
-enum class InstructionSet : uint8_t { reference, avx2, avx2_vnni, avx512, avx512_bf16, amx };  // weakest first
+// Weakest first.
+enum class InstructionSet : uint8_t { reference, avx2, avx2_vnni, avx512_core, avx512_core_vnni, avx512, avx512_bf16, amx };
 
 }  // namespace ov_ext

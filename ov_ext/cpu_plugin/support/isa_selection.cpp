@@ -15,6 +15,8 @@ constexpr struct {
     {InstructionSet::amx, "amx"},
     {InstructionSet::avx512_bf16, "avx512_bf16"},
     {InstructionSet::avx512, "avx512"},
+    {InstructionSet::avx512_core_vnni, "avx512_core_vnni"},
+    {InstructionSet::avx512_core, "avx512_core"},
     {InstructionSet::avx2_vnni, "avx2_vnni"},
     {InstructionSet::avx2, "avx2"},
     {InstructionSet::reference, "reference"},
@@ -37,6 +39,8 @@ bool can_run(InstructionSet isa) {
         case InstructionSet::reference: return true;
         case InstructionSet::avx2: return f.avx2;
         case InstructionSet::avx2_vnni: return f.avx_vnni;
+        case InstructionSet::avx512_core: return f.avx512;
+        case InstructionSet::avx512_core_vnni: return f.avx512 && f.avx512_vnni;
         case InstructionSet::avx512: return avx512;
         case InstructionSet::avx512_bf16: return avx512 && f.avx512_bf16;
         case InstructionSet::amx: return avx512 && f.amx_tile && f.amx_bf16 && f.amx_int8 && amx_permission();

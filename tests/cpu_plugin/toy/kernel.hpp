@@ -18,7 +18,7 @@ struct Kernel {
 
 extern const Kernel reference_kernel;
 #if defined(__x86_64__)
-extern const Kernel avx2_kernel, avx512_kernel;
+extern const Kernel avx2_kernel, avx512_core_kernel, avx512_kernel;
 #endif
 
 }  // namespace toy

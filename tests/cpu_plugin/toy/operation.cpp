@@ -14,7 +14,7 @@ namespace {
 // clang-format off
 constexpr const Kernel* kernels[] = {
 #if defined(__x86_64__)
-    &avx512_kernel, &avx2_kernel,
+    &avx512_kernel, &avx512_core_kernel, &avx2_kernel,
 #endif
     &reference_kernel};
 // clang-format on

@@ -1,0 +1,132 @@
+"""Arms of this project: zeros, INT4 by GPTQ, smaller structures; all packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from side_by_side.subject import GROUP, Subject
+
+MLP_GROUP = 384  # MLP channels that go together: a quarter of a layer's
+
+Recipe = Callable[[Subject], Any]
+"""Makes a torch model in float32 of the subject."""
+
+
+def sparse(subject: Subject, *, ratio: float, int4: bool = False, base: Recipe | None = None) -> Any:
+    """
+    :param subject: What is compressed.
+    :param ratio: Share of zeros.
+    :param int4: Put the other weights on the INT4 grid.
+    :param base: Compress this model in the place of the dense one.
+    :return: The model by SparseGPT, and GPTQ where there is a grid.
+    """
+
+    def make(journal: Path) -> Any:
+        import nncf
+        import torch
+        from evidence.text import batches
+
+        import nncf_ext
+
+        options: dict[str, Any] = {"quantization": nncf.CompressWeightsMode.INT4_SYM} if int4 else {}
+        return nncf_ext.compress(
+            subject.load(torch.float32) if base is None else base(subject),
+            nncf_ext.CompressMode.SPARSE_GPT,
+            ratio=ratio,
+            dataset=nncf.Dataset(batches(subject.calibration, 1)),
+            subset_size=len(subject.calibration),
+            resume=journal,
+            advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(group_size=GROUP, **options),
+        )
+
+    name = f"{'' if base is None else base_name(base)} sparse {ratio:.0%} {'int4' if int4 else ''}"
+    return subject.compressed(name, make)
+
+
+def pruned(subject: Subject, *, ratio: float) -> Any:
+    """
+    :param subject: What is compressed.
+    :param ratio: Share of all parameters that goes.
+    :return: The model by MultiPruner: one pool of parts, repaired by least squares.
+    """
+
+    def make(journal: Path) -> Any:
+        import nncf
+        import torch
+        from evidence.text import batches
+
+        import nncf_ext
+
+        # Of the search alone: a quarter of the windows, and those cut in half.
+        few = subject.calibration[::8, : subject.length // 2]
+        return nncf_ext.compress(
+            subject.load(torch.float32),
+            nncf_ext.CompressMode.MULTIPRUNER,
+            ratio=ratio,
+            dataset=nncf.Dataset(batches(few, 4)),
+            resume=journal,
+            advanced_parameters=nncf_ext.AdvancedMultiPrunerParameters(
+                joint_cost="parameters", compensate=True, mlp_group=MLP_GROUP, rescore_top=8
+            ),
+        )
+
+    return subject.compressed(f"pruned {ratio:.0%}", make)
+
+
+def packed(subject: Subject, folder: Path, *, model: Recipe, int8: bool = False) -> None:
+    """
+    Writes a model as a packed OpenVINO folder. The embedding, which is the head, too, is on INT8 where other weights
+    are sparse or quantized.
+
+    :param subject: What is compressed.
+    :param folder: An empty folder.
+    :param model: Makes the torch model.
+    :param int8: Put weights that are still floating on INT8; zeros stay zero.
+    """
+    import nncf
+    import openvino as ov
+
+    import ov_ext.optimum
+    from nncf_ext.upstream import is_wrapped
+
+    made = model(subject)
+    if not is_wrapped(made):  # NNCF's INT4 form is exported from float32, everything else as it is deployed
+        made = made.bfloat16()
+    ov_ext.optimum.export(made, subject.tokenizer, folder, overwrite=True)
+    ir = ov.Core().read_model(folder / ov_ext.optimum.MODEL)
+    _pack(nncf.compress_weights(ir, mode=nncf.CompressWeightsMode.INT8_SYM) if int8 else ir, folder)
+
+
+def repacked(subject: Subject, folder: Path, *, stock: Callable[[Subject, Path], None]) -> None:
+    """
+    Writes a model of stock OpenVINO on the kernels of this project: the same codes and scales, so the same losses.
+
+    :param subject: What is compressed.
+    :param folder: An empty folder.
+    :param stock: Writes it as a stock folder.
+    """
+    import openvino as ov
+
+    import ov_ext.optimum
+
+    stock(subject, folder)
+    _pack(ov.Core().read_model(folder / ov_ext.optimum.MODEL), folder)
+
+
+def _pack(ir: Any, folder: Path) -> None:
+    import ov_ext
+    import ov_ext.optimum
+
+    ir, report = ov_ext.pack_sparse_weights(ir)
+    (folder / "packing.txt").write_text(f"{report}\n", encoding="utf-8")
+    ov_ext.save_model(ir, folder / ov_ext.optimum.MODEL)
+
+
+def base_name(base: Recipe) -> str:
+    """:return: Name of a recipe with its arguments."""
+    if isinstance(base, partial):
+        return f"{base.func.__name__} {base.keywords['ratio']:.0%}"
+    return base.__name__
