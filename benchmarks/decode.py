@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.arms import Settings, candidates, load_plugin
+from benchmarks.arms import CAPS, Settings, candidates, cap, load_plugin
 from benchmarks.check import check_network
 from benchmarks.comparison import (
     COLUMNS,
@@ -68,7 +68,9 @@ def measure(options: argparse.Namespace) -> list[Record]:
     :return: A record for each engine in each setting.
     """
     shape = TINY if options.quick else replace(LLAMA_1B, layers=options.depth)
-    settings = Settings(options.threads, options.precision)
+    settings = Settings(options.threads, options.precision, isa=options.isa)
+    if options.isa:
+        cap(options.isa)
     constant = surroundings(settings) | {"decoder_layers": shape.layers}
     records: list[Record] = []
     with Progress(console=Console(stderr=True)) as progress:
@@ -84,7 +86,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
             def say(text: str, kind: str = kind) -> None:
                 progress.update(task, description=f"{kind}: {text}")
 
-            models = Models(shape, options.sparse_head, options.seed, options.work_dir, say)
+            models = Models(shape, options.sparse_head, options.seed, options.work_dir, say, options.isa)
             choose = models.by_default if options.default_policy else models.entrants
             entrants = choose(kind, options.sparsity, settings)
             tokens = 3 if options.quick else options.tokens
@@ -108,12 +110,19 @@ class Models:
     :param seed: Of the weights.
     :param work_dir: Where they are kept.
     :param say: Told what happens now.
+    :param isa: See :class:`benchmarks.arms.Settings`.
     """
 
     def __init__(
-        self, shape: LlamaShape, sparse_head: bool, seed: int, work_dir: Path, say: Callable[[str], None]
+        self,
+        shape: LlamaShape,
+        sparse_head: bool,
+        seed: int,
+        work_dir: Path,
+        say: Callable[[str], None],
+        isa: str = "",
     ) -> None:
-        self.shape, self.say = shape, say
+        self.shape, self.say, self.isa = shape, say, isa
         self._sparse_head, self._seed, self._work_dir = sparse_head, seed, work_dir
 
     def llama(self, kind: str, sparsity: float) -> RandomLlama:
@@ -252,7 +261,8 @@ def check(engines: dict[Entrant, Engine], models: Models, prompt: int) -> list[R
             if entrant.engine == STOCK:
                 expected[weights] = engine.call("logits", prompt)
             else:  # nobody times stock with this share of zeros
-                stock = models.openvino(*weights, STOCK_FILE, Settings())
+                setting = candidates(Settings(isa=models.isa), entrant.kind, stock=True)[0]
+                stock = models.openvino(*weights, STOCK_FILE, setting)
                 with running([stock], models.say) as alone:
                     expected[weights] = alone[stock].call("logits", prompt)
         for reference, y in zip(expected[weights], engine.call("logits", prompt), strict=True):
@@ -281,6 +291,7 @@ def parser() -> argparse.ArgumentParser:
     """:return: Of this program's command line."""
     result = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     add_decoding(result)
+    result.add_argument("--isa", choices=("", *CAPS), default="", help="cap OpenVINO, stock and ours, to this")
     add_shared(result)
     return result
 

@@ -86,9 +86,12 @@ def arms(kind: str, zeros: tuple[float, ...]) -> list[Arm]:
     """
     f32, group = ("INFERENCE_PRECISION_HINT", "f32"), "DYNAMIC_QUANTIZATION_GROUP_SIZE"
     settings: list[tuple[tuple[str, str], ...]] = [()]
+    # Where oneDNN is held back, OpenVINO still asks for what the CPU has, and finds a slow primitive, or none.
+    capped = bool(os.environ.get("ONEDNN_MAX_CPU_ISA"))
+    if kind != "bf16" or capped:
+        settings += [(f32,)]
     if kind != "bf16":
-        settings += [(f32,), (f32, (group, "128"))]
-        settings += [(f32, (group, "0"))] if os.environ.get("ONEDNN_MAX_CPU_ISA") else []  # else it is never the best
+        settings += [(f32, (group, "128")), *([(f32, (group, "0"))] if capped else [])]
     return [Arm("stock", 0.0, setting) for setting in settings] + [Arm("dense"), *(Arm("sparse", z) for z in zeros)]
 
 
