@@ -22,7 +22,7 @@ _WEIGHT_TYPE = {"bf16": "bf16", "int8": "i8", "int4": "i4"}
 CAPS = {
     "avx2": ("AVX2", ("0",)),
     "avx2_vnni": ("AVX2_VNNI", ("0", "128")),
-    "avx512_core": ("AVX512_CORE", ("0", "128")),
+    "avx512_core": ("AVX512_CORE", ("0",)),  # with a group, dot products still run where the CPU has them
     "avx512_core_vnni": ("AVX512_CORE_VNNI", ("0", "128")),
 }
 _ONEDNN_CAP = "ONEDNN_MAX_CPU_ISA"
