@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.arms import Settings, candidates, load_plugin
+from benchmarks.arms import CAPS, Settings, candidates, cap, load_plugin
 from benchmarks.check import check_network
 from benchmarks.comparison import (
     COLUMNS,
@@ -68,7 +68,9 @@ def measure(options: argparse.Namespace) -> list[Record]:
     :return: A record for each engine in each setting.
     """
     shape = TINY if options.quick else replace(LLAMA_1B, layers=options.depth)
-    settings = Settings(options.threads, options.precision)
+    settings = Settings(options.threads, options.precision, isa=options.isa)
+    if options.isa:
+        cap(options.isa)
     constant = surroundings(settings) | {"decoder_layers": shape.layers}
     records: list[Record] = []
     with Progress(console=Console(stderr=True)) as progress:
@@ -281,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
     """:return: Of this program's command line."""
     result = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     add_decoding(result)
+    result.add_argument("--isa", choices=("", *CAPS), default="", help="cap OpenVINO, stock and ours, to this")
     add_shared(result)
     return result
 

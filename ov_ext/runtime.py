@@ -74,18 +74,16 @@ def cpu_info() -> dict[str, Any]:
 
 
 def this_cpu() -> InstructionSet:
-    """:return: The strongest of :data:`TARGETS` whose instructions this CPU has and OV_EXT_ISA allows."""
+    """:return: The strongest of :data:`TARGETS` that this CPU and this build of the extension have, and OV_EXT_ISA
+    allows."""
     info = cpu_info()
-    held = _strongest([info["override"]] if info["override"] else info["kernels"])
-    # AVX-512 without what its kernels need most (VBMI2, VNNI, GFNI): Skylake-SP, Cascade Lake.
-    return _stronger(held, _core(info["features"])) if not info["override"] else held
+    return _strongest([info["override"]] if info["override"] else info["kernels"])
 
 
 def stock_cpu() -> InstructionSet:
-    """:return: The strongest of :data:`TARGETS` whose instructions this CPU has and ONEDNN_MAX_CPU_ISA allows: what
-    stock OpenVINO runs with, whatever our kernels use."""
-    info = cpu_info()
-    here = _stronger(_strongest(info["kernels"]), _core(info["features"]))
+    """:return: The strongest of :data:`TARGETS` that this CPU has and ONEDNN_MAX_CPU_ISA allows: what stock OpenVINO
+    runs with, whatever our kernels use."""
+    here = _strongest(cpu_info()["kernels"])
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     return min(here, _ONEDNN[cap], key=TARGETS.index) if cap in _ONEDNN else here
 
@@ -109,16 +107,6 @@ def _strongest(kernels: list[str]) -> InstructionSet:
     aliases = {"avx512_bf16": "avx512"}
     names = {aliases.get(kernel, kernel) for kernel in kernels}
     return next((target for target in reversed(TARGETS) if target in names), "reference")
-
-
-def _core(features: dict[str, bool]) -> InstructionSet:
-    if not features.get("avx512"):
-        return "reference"
-    return "avx512_core_vnni" if features.get("avx512_vnni") else "avx512_core"
-
-
-def _stronger(one: InstructionSet, other: InstructionSet) -> InstructionSet:
-    return max(one, other, key=TARGETS.index)
 
 
 def check_format(model: ov.Model) -> None:

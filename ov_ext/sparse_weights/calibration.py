@@ -79,12 +79,13 @@ def known_or_measured(kinds: Sequence[str]) -> CostTable | None:
             if missing and alone:
                 logger.info("Measuring this CPU with %s weights, once, in ten seconds at most", ", ".join(missing))
                 measured = _measured(missing, deadline - time.monotonic(), lambda text, done: None)
-                _given_up.update(missing - measured.kinds.keys())
-                table = store.read() or measured
+                kept = store.read()
+                _given_up.update(set(missing) - (kept.kinds.keys() if kept else set()))
+                table = kept or measured
     return table
 
 
-_given_up: set[str] = set()  # kinds that this process failed to measure: it does not try again at every model
+_given_up: set[str] = set()  # kinds that this process failed to measure, or to keep: it does not try at every model
 
 
 def _measured(kinds: Sequence[str], seconds: float, on_progress: Progress) -> CostTable:

@@ -35,7 +35,7 @@ def check_model() -> None:
         y.get_tensor().set_names({f"{kind}/y"})
         results += part.model.get_results()
         parameters += part.model.get_parameters()
-    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, max_growth=99, activation_group=128)
+    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, max_growth=999, activation_group=128)
     model, report = ov_ext.pack_sparse_weights(ov.Model(results, parameters, "model"), policy)
     assert [layer.replaced for layer in report.layers] == [True] * 3
     compiled = ov_ext.add_extension(ov.Core()).compile_model(

@@ -21,7 +21,7 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "
 # The torch form rounds code times scale to float16 (2^-11 of each weight), OpenVINO does not.
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 # Every matrix with zeros, however small; activations stay floating.
-ALL_SPARSE = ov_ext.SparsePolicy(min_sparsity=0.4, min_weights=0, max_growth=99, activation_group=0)
+ALL_SPARSE = ov_ext.SparsePolicy(min_sparsity=0.4, min_weights=0, max_growth=999, activation_group=0)
 
 
 class Mlp(nn.Module):

@@ -193,7 +193,7 @@ def operations(model: ov.Model) -> list[str]:
     return sorted(node.get_type_name() for node in model.get_ops())
 
 
-ALL = ov_ext.SparsePolicy(min_weights=0, max_growth=99, activation_group=0)
+ALL = ov_ext.SparsePolicy(min_weights=0, max_growth=999, activation_group=0)
 INT4, INT8 = Form("i4", 128), Form("i8")
 
 

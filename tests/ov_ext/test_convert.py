@@ -20,7 +20,7 @@ from tests.ov_ext.ir_forms import operations
 pytestmark = pytest.mark.slow
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-POLICY = ov_ext.SparsePolicy(min_sparsity=0.4, min_weights=0, max_growth=99, activation_group=0)
+POLICY = ov_ext.SparsePolicy(min_sparsity=0.4, min_weights=0, max_growth=999, activation_group=0)
 
 
 class Network(nn.Module):
@@ -163,7 +163,7 @@ def test_nncf_compresses_what_stays(core: ov.Core) -> None:
     ir = ov_ext.convert_model(Network().eval(), example_input=IDS)
     before = infer(core, ir, OTHER_IDS)
     policy = ov_ext.SparsePolicy(
-        min_sparsity=0.4, min_weights=0, max_growth=99, activation_group=0, ignored_patterns=("*up*",)
+        min_sparsity=0.4, min_weights=0, max_growth=999, activation_group=0, ignored_patterns=("*up*",)
     )
     packed, report = ov_ext.pack_sparse_weights(ir, policy)
     assert [layer.replaced for layer in report.layers] == [False, True, False]

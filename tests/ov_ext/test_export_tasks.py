@@ -78,7 +78,7 @@ def test_saved_loaded_exported(name: str, tmp_path: Path) -> None:
     core = ov_ext.add_extension(ov.Core())
     ir = core.read_model(folder / "openvino_model.xml")
     ir, _ = ov_ext.pack_sparse_weights(
-        ir, ov_ext.SparsePolicy(min_sparsity=0.4, min_weights=0, max_growth=99, activation_group=0)
+        ir, ov_ext.SparsePolicy(min_sparsity=0.4, min_weights=0, max_growth=999, activation_group=0)
     )
     fed: dict[str, Any] = {key: value.numpy() for key, value in given.items()}
     for parameter in ir.inputs:  # what torch makes up by itself

@@ -29,7 +29,7 @@ def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     made = {"stock": ov_ext.optimum.export(model, tokenizer, root / "stock"), "packed": root / "packed"}
     shutil.copytree(made["stock"], made["packed"])
     core = ov_ext.add_extension(ov.Core())
-    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, max_growth=99)
+    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, max_growth=999)
     packed, report = ov_ext.pack_sparse_weights(core.read_model(made["stock"] / "openvino_model.xml"), policy)
     assert report.replaced
     ov_ext.save_model(packed, made["packed"] / "openvino_model.xml")

@@ -112,7 +112,9 @@ def test_the_loop_of_a_state_space(core: ov.Core, tmp_path: Path, from_file: boo
     model = core.read_model(path) if from_file else convert_state_space_model(make("mamba"))
     kinds = {node.get_type_name() for node in model.get_ops()}
     assert "Loop" in kinds or "TensorIterator" in kinds
-    model, report = ov_ext.pack_sparse_weights(model, ov_ext.SparsePolicy(min_sparsity=0, min_weights=0, max_growth=99))
+    model, report = ov_ext.pack_sparse_weights(
+        model, ov_ext.SparsePolicy(min_sparsity=0, min_weights=0, max_growth=999)
+    )
     assert report.replaced
     ids = np.arange(1, 9)[None]
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "beam_idx": np.zeros(1, np.int32)}

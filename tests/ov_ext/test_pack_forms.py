@@ -122,7 +122,7 @@ def test_int8_keeps_the_whole_range(core: ov.Core, code: int) -> None:
     assert report.layers[0].replaced
     assert infer(core, model, np.ones((1, 64), np.float32)).tolist() == [[0.0, float(code), 0.0]]
     quantized, _ = ov_ext.pack_sparse_weights(
-        ov_ext.unpack_sparse_weights(model), ov_ext.SparsePolicy(min_weights=0, max_growth=99)
+        ov_ext.unpack_sparse_weights(model), ov_ext.SparsePolicy(min_weights=0, max_growth=999)
     )
     assert infer(core, quantized, np.ones((1, 64), np.float32))[0, 1] == pytest.approx(code, rel=1e-6)
 
@@ -144,7 +144,7 @@ def test_a_product_that_others_read_keeps_its_bias_outside(core: ov.Core) -> Non
     product = opset1.matmul(x, constant(weight, "f32", "w"), False, True)
     sums = [opset1.add(product, constant(np.full((1, 8), value), "f32", f"b{value}")) for value in (1, 2)]
     model = ov.Model([opset1.result(each) for each in sums], [x], "m")
-    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, max_growth=99, activation_group=0)
+    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, max_growth=999, activation_group=0)
     model, report = ov_ext.pack_sparse_weights(model, policy)
     assert report.layers[0].replaced and operations(model).count("Add") == 2
     results = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(np.zeros((1, 64), np.float32))
@@ -159,7 +159,7 @@ def test_bias_shapes(core: ov.Core, shape: tuple[int, ...]) -> None:
     total = opset1.add(opset1.matmul(x, weight, False, True), constant(np.arange(8).reshape(shape), "f32", "b"))
     model = ov.Model([opset1.result(total)], [x], "m")
     stock = signature(model.clone())
-    model, _ = ov_ext.pack_sparse_weights(model, ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, max_growth=99))
+    model, _ = ov_ext.pack_sparse_weights(model, ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=0, max_growth=999))
     assert ("Add" in operations(model)) == (len(shape) > 2)
     assert signature(ov_ext.unpack_sparse_weights(model)) == stock
 
@@ -245,7 +245,7 @@ def test_a_constant_read_in_both_orientations(core: ov.Core) -> None:
 @pytest.mark.parametrize("ignored", ["0", "1"])
 def test_a_sharer_that_stays_keeps_the_stock_constant(ignored: str) -> None:
     """Whichever comes first: before, one constant; after, the constant and a blob."""
-    policy = ov_ext.SparsePolicy(min_weights=0, max_growth=99, ignored_names=(ignored,))
+    policy = ov_ext.SparsePolicy(min_weights=0, max_growth=999, ignored_names=(ignored,))
     stock = signature(square_model(True, True))
     model, report = ov_ext.pack_sparse_weights(square_model(True, True), policy)
     (blob,) = blob_bytes(model)
@@ -276,7 +276,7 @@ def branching_model() -> ov.Model:
 
 def test_layers_inside_branches(core: ov.Core, tmp_path: Path) -> None:
     model, report = ov_ext.pack_sparse_weights(
-        branching_model(), ov_ext.SparsePolicy(min_weights=0, max_growth=99, activation_group=0)
+        branching_model(), ov_ext.SparsePolicy(min_weights=0, max_growth=999, activation_group=0)
     )
     assert [layer.replaced for layer in report.layers] == [True, True]
     ov_ext.save_model(model, tmp_path / "m.xml")
@@ -361,7 +361,7 @@ def test_layers_on_the_same_activations_become_one_operation(core: ov.Core, tmp_
     model = attention_model()
     stock = model.clone()
     x = np.random.default_rng(1).standard_normal((3, 256)).astype(np.float32)
-    exact = ov_ext.SparsePolicy(min_sparsity=0, min_weights=0, max_growth=99, activation_group=0)
+    exact = ov_ext.SparsePolicy(min_sparsity=0, min_weights=0, max_growth=999, activation_group=0)
     model, report = ov_ext.pack_sparse_weights(model, exact)
     assert {layer.name for layer in report.replaced} == {"q", "k", "v", "head", "behind"}
     ov_ext.save_model(model, tmp_path / "m.xml")

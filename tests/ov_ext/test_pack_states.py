@@ -69,7 +69,7 @@ def test_an_encoder_decoder_model_compiles(core: ov.Core, tmp_path: Path) -> Non
     path = tmp_path / "openvino_decoder_model.xml"
     stock = core.compile_model(core.read_model(path), "CPU", F32)
     packed, report = ov_ext.pack_sparse_weights(
-        core.read_model(path), ov_ext.SparsePolicy(0, min_weights=0, max_growth=99)
+        core.read_model(path), ov_ext.SparsePolicy(0, min_weights=0, max_growth=999)
     )
     assert len(report.replaced) > 10
     rng = np.random.default_rng(0)

@@ -117,7 +117,7 @@ def test_what_the_model_says_about_itself() -> None:
 def test_activation_groups_are_not_finer_than_weight_groups(asked: int, weight_group: int, given: int) -> None:
     from tests.ov_ext.ir_forms import Form, build
 
-    policy = ov_ext.SparsePolicy(activation_group=asked, min_weights=0, max_growth=99)
+    policy = ov_ext.SparsePolicy(activation_group=asked, min_weights=0, max_growth=999)
     model, _ = ov_ext.pack_sparse_weights(build(Form("i4", weight_group)).model, policy)
     sparse = next(node for node in model.get_ops() if node.get_type_name() == "SparseMatMul")
     assert sparse.get_attributes()["activation_group"] == given

@@ -21,7 +21,7 @@ X = np.random.default_rng(3).standard_normal((4, 256)).astype(np.float32)
 
 
 def packed() -> ov.Model:
-    return ov_ext.pack_sparse_weights(build(FORM).model, ov_ext.SparsePolicy(min_weights=0, max_growth=99))[0]
+    return ov_ext.pack_sparse_weights(build(FORM).model, ov_ext.SparsePolicy(min_weights=0, max_growth=999))[0]
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -115,7 +115,7 @@ import numpy as np, openvino as ov
 import ov_ext, ov_ext.cli, ov_ext.decode, ov_ext.genai, ov_ext.optimum
 [getattr(ov_ext, name) for name in ov_ext.__all__]
 from tests.ov_ext.ir_forms import Form, build
-policy = ov_ext.SparsePolicy(min_weights=0, max_growth=99)
+policy = ov_ext.SparsePolicy(min_weights=0, max_growth=999)
 model, report = ov_ext.pack_sparse_weights(build(Form("i4", 128)).model, policy)
 assert report.layers[0].replaced and str(report)
 assert ov_ext.convert_model(model) is model

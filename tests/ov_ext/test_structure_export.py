@@ -109,7 +109,7 @@ def test_weights_compress_and_pack_afterwards(folder: Path, core: ov.Core) -> No
         "beam_idx": torch.zeros(1, dtype=torch.int32).numpy(),
     }
     stock = core.compile_model(model, "CPU", EXACT)(inputs)["logits"]
-    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=1, max_growth=99, activation_group=0)
+    policy = ov_ext.SparsePolicy(min_sparsity=0.0, min_weights=1, max_growth=999, activation_group=0)
     packed, report = ov_ext.pack_sparse_weights(model, policy)
     kinds = [op.get_type_name() for op in packed.get_ops()]
     assert kinds.count("SparseMatMul") > len(HEADS), report

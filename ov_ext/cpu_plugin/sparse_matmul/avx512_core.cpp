@@ -238,6 +238,8 @@ INLINE void add_panel(Stream<kind, dense, Input::f32>& stream, const Rows& x, __
 // 0 ... 7 of a panel are sums[m][0], the others sums[m][1].
 template <int M>
 INLINE void add_expanded_panel(Stream<Kind::bf16, false, Input::f32>& stream, const Rows& x, __m512 (&sums)[M][2]) {
+    __m512 sum[M][2];  // a copy, because the masks might lie in the memory of sums, for all that a compiler knows
+    std::memcpy(sum, sums, sizeof(sum));
 #pragma GCC unroll 16
     for (int s = 0; s < panel_slices; s++) {
         __m512i half[2];
@@ -247,9 +249,10 @@ INLINE void add_expanded_panel(Stream<Kind::bf16, false, Input::f32>& stream, co
         for (int m = 0; m < M; m++) {
             const __m512 activations = _mm512_castpd_ps(_mm512_set1_pd(load<double>(x.at(m, 8 * uint64_t(s)))));
             for (int h = 0; h < 2; h++)
-                sums[m][h] = _mm512_fmadd_ps(activations, _mm512_castsi512_ps(half[h]), sums[m][h]);
+                sum[m][h] = _mm512_fmadd_ps(activations, _mm512_castsi512_ps(half[h]), sum[m][h]);
         }
     }
+    std::memcpy(sums, sum, sizeof(sum));
 }
 
 // Neighbours apart: even and odd inputs of all 16 outputs.

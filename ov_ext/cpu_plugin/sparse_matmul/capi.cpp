@@ -3,6 +3,7 @@
 
 #include "../support/isa_selection.hpp"
 #include "../support/parallel.hpp"
+#include "dense_copies.hpp"
 #include "dispatch.hpp"
 #include "format.hpp"
 
@@ -57,6 +58,21 @@ OV_EXT_API int ov_ext_describe(const uint8_t* blob, uint64_t bytes, OvExtBlob* o
 OV_EXT_API int ov_ext_unpack(const uint8_t* blob, uint64_t bytes, void* values, void* scales, float* bias) {
     return guarded([&] { unpack(parse(blob, bytes), values, scales, bias); });
 }
+
+// Length of the dense form of a blob that has passed ov_ext_validate, and the form itself.
+OV_EXT_API int ov_ext_dense_bytes(const uint8_t* blob, uint64_t bytes, uint64_t* dense) {
+    return guarded([&] { *dense = dense_bytes(parse(blob, bytes)); });
+}
+
+OV_EXT_API int ov_ext_expand(const uint8_t* blob, uint64_t bytes, uint8_t* dense) {
+    return guarded([&] { expand(parse(blob, bytes), dense); });
+}
+
+// Bytes that dense copies of sparse weights take now.
+OV_EXT_API uint64_t ov_ext_bytes_of_dense_copies() { return bytes_of_dense_copies(); }
+
+// Sets how many bytes they may take from now on; gives the limit that was.
+OV_EXT_API uint64_t ov_ext_limit_dense_copies(uint64_t bytes) { return limit_dense_copies(bytes); }
 
 // isa: name of an instruction set, or null for the kernel that OpenVINO would use. threads: 0 = the arena of the caller.
 OV_EXT_API int ov_ext_matmul(const void* x, int x_is_bf16, uint64_t rows, const uint8_t* blob, uint64_t bytes, int64_t activation_group,

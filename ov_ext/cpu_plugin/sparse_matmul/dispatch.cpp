@@ -1,6 +1,7 @@
 #include "dispatch.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "../support/cpu_features.hpp"
@@ -165,6 +166,29 @@ const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_
     while (!(*kernel)->row_bytes(w, activation_group))
         kernel++;
     return **kernel;
+}
+
+// Cycles for a slice of a sparse weight and one row of x where there is no expand instruction: llvm-mca, for Skylake-SP and Skylake. 0: reading
+// takes longer for any weight.
+namespace {
+double cycles_of_sparse_slice(InstructionSet isa, Kind kind) {
+    const int i = int(kind) - int(Kind::bf16);
+    switch (isa) {
+        case InstructionSet::avx2: return std::array{11.0, 12.0, 12.0}[i];
+        case InstructionSet::avx2_vnni: return std::array{11.0, 11.0, 11.0}[i];
+        case InstructionSet::avx512_core: return std::array{7.8, 9.0, 7.8}[i];
+        case InstructionSet::avx512_core_vnni: return std::array{7.8, 7.0, 7.1}[i];
+        default: return 0.0;
+    }
+}
+}  // namespace
+
+bool dense_form_is_faster(const BlobView& w, int64_t activation_group) {
+    constexpr double bytes_per_cycle = 5;  // that memory gives a core which shares it with few others
+    const double dense = w.kind == Kind::int4 ? slice_bytes / 2 : slice_bytes;
+    const double stored = double(w.nnz) / (double(w.n) * double(w.k));
+    const double cycles = cycles_of_sparse_slice(select_kernel(w, activation_group, 1).isa, w.kind);
+    return cycles != 0.0 && dense < std::max(double(mask_bytes_per_slice(w.kind)) + dense * stored, cycles * bytes_per_cycle);
 }
 
 // Kernels scale the sum of a segment by one factor of the activations and one of the weights, so a group of activations must consist of

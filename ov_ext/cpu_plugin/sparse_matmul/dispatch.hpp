@@ -13,6 +13,10 @@ namespace ov_ext::sparse_matmul {
 // Throws UnavailableInstructionSet when OV_EXT_ISA names one that does not exist or cannot run here.
 const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_t rows, std::optional<InstructionSet> wanted = {});
 
+// Whether one row of x meets the dense form of a sparse weight sooner than the sparse form, on this CPU: where expanding takes longer than
+// reading what it saves.
+bool dense_form_is_faster(const BlobView& sparse, int64_t activation_group);
+
 // Checks that an activation group fits a weight: 0 (floating point), -1 (per row), or a multiple of the weight's segment.
 void check_activation_group(const BlobView& w, int64_t activation_group);
 

@@ -82,4 +82,8 @@ void pack(const PlainWeight& weight, uint8_t* blob, uint64_t bytes);
 // values [n, k], scales [n, groups] in the blob's scale type, bias [n]; null pointers are skipped. The blob must be valid.
 void unpack(const BlobView& view, void* values, void* scales, float* bias);
 
+// The dense form of a sparse weight: its length, and the blob, but for the checksum, which stays 0. The blob of `sparse` must be valid.
+uint64_t dense_bytes(const BlobView& sparse);
+void expand(const BlobView& sparse, uint8_t* blob);
+
 }  // namespace ov_ext::sparse_matmul

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import KINDS, Weight
-from ov_ext.cpu_plugin.support.native import call, pointer, read_json
+from ov_ext.cpu_plugin.support.native import call, library, pointer, read_json
 
 
 class _WeightArguments(ctypes.Structure):  # OvExtWeight of capi.cpp
@@ -95,6 +97,42 @@ def unpack(blob: np.ndarray) -> Weight:
     bias = np.empty(about.n, np.float32) if about.has_bias else None
     call("ov_ext_unpack", data, size, pointer(values), pointer(scales), pointer(bias))
     return Weight(kind, values, scales, about.group, bias)
+
+
+def expand(blob: np.ndarray) -> np.ndarray:
+    """Give a sparse blob its dense form, as the operation does in memory where the CPU is faster with that one.
+
+    :param blob: ``[blob_bytes]`` uint8, sparse, untrusted.
+    :return: ``[dense_bytes]`` uint8, equal to ``pack(unpack(blob), dense=True)`` but for the checksum, which is 0.
+    :raises ValueError: The blob is malformed, or dense.
+    """
+    blob, data, size = _bytes(blob)
+    call("ov_ext_validate", data, size)
+    dense_size = ctypes.c_uint64()
+    call("ov_ext_dense_bytes", data, size, ctypes.byref(dense_size))
+    dense = np.empty(dense_size.value, np.uint8)
+    call("ov_ext_expand", data, size, pointer(dense))
+    return dense
+
+
+def bytes_of_dense_copies() -> int:
+    """:return: Bytes of memory that dense copies of sparse weights take in this process now."""
+    function = library().ov_ext_bytes_of_dense_copies
+    function.restype = ctypes.c_uint64
+    return int(function())
+
+
+@contextmanager
+def no_dense_copies() -> Iterator[None]:
+    """Models that the process compiles meanwhile keep the weights in the form they have, also where the CPU would be
+    faster with dense copies: to time the forms apart."""
+    function = library().ov_ext_limit_dense_copies
+    function.restype = ctypes.c_uint64
+    before = function(ctypes.c_uint64(0))
+    try:
+        yield
+    finally:
+        function(ctypes.c_uint64(before))
 
 
 def matmul(

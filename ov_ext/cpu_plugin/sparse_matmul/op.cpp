@@ -131,7 +131,7 @@ bool SparseMatMul::visit_attributes(ov::AttributeVisitor& visitor) {
 }
 
 // The blob of one weight, parsed and known to be valid. Its header is read at every call; the content of a Constant, which cannot change,
-// is checked once, and that of any other input always.
+// is checked once, and that of any other input always. A sparse Constant may have a dense copy, whose view this is then.
 BlobView SparseMatMul::weight(size_t i, const uint8_t* blob, size_t bytes, int64_t n) const {
     const BlobView w = parse(blob, bytes);
     const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(i));
@@ -143,7 +143,7 @@ BlobView SparseMatMul::weight(size_t i, const uint8_t* blob, size_t bytes, int64
         if (is_constant)
             m_validated.add(get_input_node_shared_ptr(i), blob, bytes);
     }
-    return w;
+    return is_constant ? m_dense.instead_of(w, m_activation_group, get_input_node_shared_ptr(i), blob, bytes) : w;
 }
 
 std::string SparseMatMul::named(const std::exception& error) const { return "SparseMatMul '" + get_friendly_name() + "': " + error.what(); }

@@ -8,6 +8,7 @@
 
 #include "../support/stream_threads.hpp"
 #include "../support/validation_cache.hpp"
+#include "dense_copies.hpp"
 #include "kernel.hpp"
 
 namespace ov_ext::sparse_matmul {
@@ -45,6 +46,7 @@ class SparseMatMul : public ov::op::Op {
     bool m_of_one_inference = false;  // a clone for the shapes of one inference: evaluate() refuses what does not fit
     mutable StreamThreads m_stream_threads;
     mutable ValidationCache m_validated;  // constant blobs
+    mutable DenseCopies m_dense;          // of them
 };
 
 }  // namespace ov_ext::sparse_matmul

@@ -209,4 +209,76 @@ void unpack(const BlobView& w, void* values, void* scales, float* bias) {
         std::memcpy(bias, w.bias, 4 * w.n);
 }
 
+namespace {
+
+// What a dense weight of the same shape has; values are never looked at.
+PlainWeight dense_weight(const BlobView& w) {
+    return {w.kind, w.n, w.k, w.group, true, w.scales_f32, nullptr, w.scales, reinterpret_cast<const float*>(w.bias)};
+}
+
+// Of all runs: those of a dense weight have as many bytes as they have tiles.
+uint64_t tile_bytes(Kind kind) { return kind == Kind::int4 ? k_tile_bytes / 2 : k_tile_bytes; }
+
+// One (block, chunk): every stored element to its place among zeros. `to` holds zeros.
+void expand_run(const BlobView& w, uint64_t block, uint64_t chunk, uint8_t* to) {
+    const uint8_t* run = w.values + directory_entry(w, block * w.chunks + chunk);
+    const uint64_t first = chunk * w.tiles_per_chunk, last = std::min(w.tiles, first + w.tiles_per_chunk);
+    uint64_t cursor[2] = {0, 0};
+    uint64_t slice = slice_index(w, block, first, 0, 0);
+    for (const uint64_t end = slice_index(w, block, last, 0, 0); slice < end; slice++) {
+        const uint64_t odd = w.kind == Kind::int4 ? slice & 1 : 0;
+        uint64_t& at = cursor[odd];
+        uint64_t mask = w.kind == Kind::bf16 ? load<uint32_t>(w.masks + 4 * slice) : load<uint64_t>(w.masks + 8 * slice);
+        for (; mask; mask &= mask - 1, at++) {
+            const auto e = uint64_t(__builtin_ctzll(mask));
+            if (w.kind == Kind::bf16)
+                std::memcpy(to + 2 * e, run + 2 * at, 2);
+            else if (w.kind == Kind::int8)
+                to[e] = run[at];
+            else
+                to[e] = uint8_t(to[e] | (run[at] & (odd ? 0xF0 : 0x0F)));
+        }
+        if (w.kind != Kind::int4 || odd)
+            to += slice_bytes;
+    }
+}
+
+}  // namespace
+
+uint64_t dense_bytes(const BlobView& sparse) {
+    require(!sparse.dense, "only a sparse weight can be expanded");
+    const Layout at = layout_of(sparse.kind, true, sparse.scales_f32, sparse.bias, sparse.n, sparse.n_pad, sparse.k_pad, sparse.group);
+    return at.val + sparse.blocks * sparse.tiles * tile_bytes(sparse.kind) + alignment;
+}
+
+void expand(const BlobView& w, uint8_t* blob) {
+    const Layout at = layout_of(w.kind, true, w.scales_f32, w.bias, w.n, w.n_pad, w.k_pad, w.group);
+    Header h = header_of(dense_weight(w));
+    h.nnz = w.n * w.k;
+    h.off_dir = at.dir, h.off_val = at.val, h.off_scale = at.scale, h.off_bias = at.bias, h.off_comp = at.comp;
+    h.blob_bytes = dense_bytes(w);
+    std::memset(blob, 0, at.val);
+    std::memcpy(blob, &h, sizeof(Header));
+    // Both forms have the same sections of scales, compensation and bias.
+    if (w.scales) {
+        const uint64_t groups = w.group ? w.k_pad / w.group : 1;
+        std::memcpy(blob + at.scale, w.scales, w.n_pad * groups * (w.scales_f32 ? 4 : 2));
+        std::memcpy(blob + at.comp, w.compensation, w.n_pad * (w.k_pad / w.segment) * 2);
+    }
+    if (w.bias)
+        std::memcpy(blob + at.bias, w.bias, 4 * w.n);
+    parallel_each(w.blocks, [&](uint64_t block) {
+        uint8_t* to = blob + at.val + block * w.tiles * tile_bytes(w.kind);
+        std::memset(to, 0, w.tiles * tile_bytes(w.kind));
+        for (uint64_t chunk = 0; chunk < w.chunks; chunk++) {
+            const uint64_t offset = chunk * w.tiles_per_chunk * tile_bytes(w.kind), from = offset + block * w.tiles * tile_bytes(w.kind);
+            std::memcpy(blob + at.dir + 8 * (block * w.chunks + chunk), &from, 8);
+            expand_run(w, block, chunk, to + offset);
+        }
+    });
+    const uint64_t end = w.blocks * w.tiles * tile_bytes(w.kind);
+    std::memcpy(blob + at.dir + 8 * w.blocks * w.chunks, &end, 8);
+    std::memset(blob + at.val + end, 0, alignment);
+}
+
 }  // namespace ov_ext::sparse_matmul

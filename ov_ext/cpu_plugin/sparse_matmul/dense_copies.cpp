@@ -1,0 +1,151 @@
+#include "dense_copies.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <map>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "../support/isa_selection.hpp"
+#include "dispatch.hpp"
+#include "format.hpp"
+
+namespace ov_ext::sparse_matmul {
+namespace {
+
+std::atomic<uint64_t> bytes_now{0};
+constexpr uint64_t mebibyte = 1 << 20;
+
+// The first number of a file, or behind a word in it; `otherwise` when there is none.
+uint64_t number_in(const char* path, const std::string& word, uint64_t otherwise) {
+    std::ifstream file(path);
+    std::string text;
+    uint64_t value = 0;
+    while (!word.empty() && file >> text && text != word) {}
+    return file >> value ? value : otherwise;
+}
+
+// Memory that this process may still take: of the machine, and of its control group.
+uint64_t available_memory() {
+    const uint64_t free = number_in("/proc/meminfo", "MemAvailable:", 0) * 1024;
+    const uint64_t most = number_in("/sys/fs/cgroup/memory.max", "", ~0ull), used = number_in("/sys/fs/cgroup/memory.current", "", 0);
+    return std::min(free, most > used ? most - used : 0);
+}
+
+// Bytes that all copies may take: OV_EXT_EXPAND_MIB, else half of what is free when the first one is made.
+std::atomic<uint64_t>& limit() {
+    static std::atomic<uint64_t> value = [] {
+        const char* wanted = std::getenv("OV_EXT_EXPAND_MIB");
+        return wanted && *wanted ? uint64_t(std::strtoull(wanted, nullptr, 10)) * mebibyte : available_memory() / 2;
+    }();
+    return value;
+}
+
+// Takes bytes of the limit; false when they are not left.
+bool reserve(uint64_t bytes) {
+    const uint64_t most = limit();
+    uint64_t before = bytes_now;
+    do {
+        if (before > most || bytes > most - before)
+            return false;
+    } while (!bytes_now.compare_exchange_weak(before, before + bytes));
+    return true;
+}
+
+// Once in a process; nothing where the limit is 0, which somebody chose.
+void say(const char* isa, bool expanded) {
+    static std::atomic<bool> said[2];
+    const auto most = static_cast<unsigned long long>(limit() / mebibyte);
+    if (!limit() || said[expanded].exchange(true))
+        return;
+    const char* text =
+        expanded ? "ov_ext: sparse weights get a dense copy in memory, faster with %s: %llu MiB at most (OV_EXT_EXPAND_MIB)\n"
+                 : "ov_ext: sparse weights are slower with %s, and there is no room for dense copies in %llu MiB (OV_EXT_EXPAND_MIB)\n";
+    std::fprintf(stderr, text, isa, most);
+}
+
+}  // namespace
+
+struct DenseCopy {
+    std::shared_ptr<const void> owner;
+    uint64_t bytes;
+    uint8_t* blob = nullptr;
+
+    // The bytes are reserved. Throws std::bad_alloc.
+    DenseCopy(const BlobView& sparse, std::shared_ptr<const void> owner, uint64_t bytes) : owner(std::move(owner)), bytes(bytes) {
+        blob = static_cast<uint8_t*>(std::aligned_alloc(alignment, round_up(bytes, alignment)));
+        if (!blob) {
+            bytes_now -= bytes;
+            throw std::bad_alloc();
+        }
+        expand(sparse, blob);
+    }
+    DenseCopy(const DenseCopy&) = delete;
+    DenseCopy& operator=(const DenseCopy&) = delete;
+    ~DenseCopy() {
+        std::free(blob);
+        bytes_now -= bytes;
+    }
+};
+
+namespace {
+
+// Copies by the memory that they were made from, which lives as long as they do. Nothing is expanded under the lock: a thread that waits for
+// others may be given work that needs it. So two threads may expand the same blob; one copy stays.
+std::shared_ptr<DenseCopy> shared_copy(const BlobView& w, const std::shared_ptr<const void>& owner, const uint8_t* blob, size_t bytes) {
+    static std::mutex mutex;
+    static std::map<std::pair<const uint8_t*, size_t>, std::weak_ptr<DenseCopy>> copies;
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (auto found = copies[{blob, bytes}].lock())
+            return found;
+    }
+    const uint64_t size = dense_bytes(w);
+    if (!reserve(size))
+        return nullptr;
+    std::shared_ptr<DenseCopy> made;
+    try {
+        made = std::make_shared<DenseCopy>(w, owner, size);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    auto& place = copies[{blob, bytes}];
+    if (auto found = place.lock())
+        return found;
+    place = made;
+    return made;
+}
+
+}  // namespace
+
+BlobView DenseCopies::instead_of(const BlobView& w, int64_t activation_group, const std::shared_ptr<const void>& owner, const uint8_t* blob,
+                                 size_t bytes) {
+    if (w.dense)
+        return w;
+    const auto view = [&](const std::shared_ptr<DenseCopy>& copy) { return copy ? parse(copy->blob, copy->bytes) : w; };
+    {
+        std::lock_guard<std::mutex> lock(m_mutex);
+        for (const Entry& entry : m_entries)
+            if (entry.owner == owner && entry.blob == blob && entry.bytes == bytes)
+                return view(entry.copy);
+    }
+    std::shared_ptr<DenseCopy> copy;
+    if (dense_form_is_faster(w, activation_group)) {
+        copy = shared_copy(w, owner, blob, bytes);
+        say(name_of(select_kernel(w, activation_group, 1).isa), copy != nullptr);
+    }
+    std::lock_guard<std::mutex> lock(m_mutex);
+    m_entries.push_back({blob, bytes, owner, copy});
+    return view(copy);
+}
+
+uint64_t bytes_of_dense_copies() { return bytes_now; }
+
+uint64_t limit_dense_copies(uint64_t bytes) { return limit().exchange(bytes); }
+
+}  // namespace ov_ext::sparse_matmul
