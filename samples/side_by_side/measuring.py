@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arms import Settings
-from benchmarks.results import cpu_name
 from benchmarks.timing import fastest, interleave, paired_ratio
+from ov_ext.machine import cpu_name
 from side_by_side.arms import DENSE, Arm
 from side_by_side.engines import settings_of, size, start
 from side_by_side.subject import Subject, kept
