@@ -1,6 +1,6 @@
 """A language model made sparse and INT4, exported, packed, and run in OpenVINO.
 
-Proves that the whole path works on any x86-64 CPU: half of the weights become zero (SparseGPT), the others go onto an
+Proves that the whole path works on any x86-64 CPU: half of the weights become zero (by ADMM), the others go onto an
 INT4 grid (GPTQ that keeps the zeros), the model is exported to OpenVINO IR, its weights are packed for the sparse
 kernels, and Optimum-Intel generates text from it. Prints one table: dense bf16, stock INT8, stock INT4, sparse INT4.
 """
@@ -105,7 +105,7 @@ def build(out: Path, windows: int) -> dict[str, Path]:
     items = [{"input_ids": ids[None]} for ids in token_windows(tokenizer, "calibration", windows)]
     model = nncf_ext.compress(
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
-        nncf_ext.CompressMode.SPARSE_GPT,
+        nncf_ext.CompressMode.SPARSE_ADMM,
         ratio=0.5,
         dataset=nncf.Dataset(items),
         subset_size=len(items),

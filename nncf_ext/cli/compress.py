@@ -31,7 +31,7 @@ def _ratio_help() -> str:
 def compress_folder(
     model_dir: ModelDir,
     out_dir: OutDir,
-    mode: Annotated[CompressMode, typer.Option(help="The method.")] = CompressMode.SPARSE_GPT,
+    mode: Annotated[CompressMode, typer.Option(help="The method.")] = CompressMode.SPARSE_ADMM,
     ratio: Annotated[float, typer.Option(help=_ratio_help())] = 0.5,
     pattern: Annotated[str | None, typer.Option(help="N:M: keep N of every M weights, such as 2:4.")] = None,
     quantization: Annotated[str | None, typer.Option(help="int4_sym, or nothing for floating weights.")] = None,
@@ -66,7 +66,7 @@ def compress_folder(
     Make weights of a language model zero, optionally put the rest on the INT4 grid, or remove parts; save the model.
 
     MODEL_DIR is a Hugging Face folder with safetensors weights and a tokenizer, OUT_DIR a new folder. For example:
-    nncf-ext compress model smaller --mode sparse_gpt --ratio 0.5 --quantization int4_sym --dataset text.txt
+    nncf-ext compress model smaller --mode sparse_admm --ratio 0.5 --quantization int4_sym --dataset text.txt
 
     Load OUT_DIR by nncf_ext.load_pretrained(OUT_DIR). Without quantization, and where all layers have one size, it is
     an ordinary Hugging Face folder. Where parts were removed, structure_plan.json says what is left.

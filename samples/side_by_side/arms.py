@@ -60,11 +60,12 @@ def _ours() -> Iterator[Arm]:
         yield packed(f"sparse{percent}-bf16", "bf16", sparse)
         yield packed(f"sparse{percent}-int8", "int8", sparse, int8=True)
         yield packed(f"sparse{percent}-int4", "int4", partial(sparse, int4=True))
+        yield packed(f"sparse{percent}-int4-trained", "int4", partial(sparse, int4=True, epochs=4))
     pruned = partial(ours.pruned, ratio=0.1)
     yield packed("pruned10-bf16", "bf16", pruned)
     yield packed("pruned10-int4", "int4", partial(ours.sparse, ratio=0.0, int4=True, base=pruned))
     yield packed("pruned20-bf16", "bf16", partial(ours.pruned, ratio=0.2))
-    # Recovered models stand here: packed("sparse50-int4-recovered", "int4", a recipe).
+    # Models recovered as a whole stand here: packed("sparse50-int4-recovered", "int4", a recipe).
 
 
 ARMS = {arm.name: arm for arm in (*_stock(), *_llama_cpp(), *_ours())}

@@ -1,4 +1,4 @@
-"""Arms of this project: zeros, INT4 by GPTQ, smaller structures; all packed."""
+"""Arms of this project: zeros, INT4, blocks trained to give what the dense ones gave, smaller structures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Recipe = Callable[[Subject], Any]
 """Makes a torch model in float32 of the subject."""
 
 
-def sparse(subject: Subject, *, ratio: float, int4: bool = False, base: Recipe | None = None) -> Any:
+def sparse(subject: Subject, *, ratio: float, int4: bool = False, epochs: int = 0, base: Recipe | None = None) -> Any:
     """
     :param subject: What is compressed.
     :param ratio: Share of zeros.
     :param int4: Put the other weights on the INT4 grid.
+    :param epochs: Of reconstruction, block by block. The model then computes in bfloat16, for speed.
     :param base: Compress this model in the place of the dense one.
-    :return: The model by SparseGPT, and GPTQ where there is a grid.
+    :return: The model by SPARSE_ADMM.
     """
 
     def make(journal: Path) -> Any:
@@ -33,16 +34,19 @@ def sparse(subject: Subject, *, ratio: float, int4: bool = False, base: Recipe |
 
         options: dict[str, Any] = {"quantization": nncf.CompressWeightsMode.INT4_SYM} if int4 else {}
         return nncf_ext.compress(
-            subject.load(torch.float32) if base is None else base(subject),
-            nncf_ext.CompressMode.SPARSE_GPT,
+            subject.load(torch.bfloat16 if epochs else torch.float32) if base is None else base(subject),
+            nncf_ext.CompressMode.SPARSE_ADMM,
             ratio=ratio,
             dataset=nncf.Dataset(batches(subject.calibration, 1)),
             subset_size=len(subject.calibration),
             resume=journal,
-            advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(group_size=GROUP, **options),
+            advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(
+                group_size=GROUP, reconstruction_epochs=epochs, **options
+            ),
         )
 
-    name = f"{'' if base is None else base_name(base)} sparse {ratio:.0%} {'int4' if int4 else ''}"
+    kind, trained = "int4" if int4 else "", f"trained {epochs}" if epochs else ""
+    name = f"{'' if base is None else base_name(base)} admm {ratio:.0%} {kind} {trained}"
     return subject.compressed(name, make)
 
 
