@@ -303,7 +303,7 @@ class CalibrationStream:
         # A block that shares weights with an earlier one is compressed by then: nothing tells what it gave before.
         known = [id(each) for block in segment.blocks.values() for each in block.parameters()]
         trainable = self._trainable and len(set(known)) == len(known)
-        dense = list(hidden)
+        dense = list(hidden) if trainable else []
         last = list(segment.units)[-1]
         for index, (name, layers) in enumerate(segment.units.items()):
             block, inputs = segment.blocks[name], further[0 if chain.uniform else index]

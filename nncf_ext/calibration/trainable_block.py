@@ -14,7 +14,7 @@ class TrainableBlock:
     A block on every calibration sample, with other weights in place of its own.
 
     :param module: The block.
-    :param wanted: For each sample the hidden state that the model gives behind the block while nothing is compressed,
+    :param wanted: For each sample the hidden state behind the block while no block of its list is compressed,
         ``[.., hidden]``.
     :param call: Calls something in place of the block with what the block is given for a sample: the number of the
         sample, what to call. Returns the hidden state.

@@ -92,7 +92,10 @@ def test_refusals_come_before_the_work(folder, tmp_path):
 @pytest.mark.slow
 def test_optimum_has_a_command_for_it(tmp_path):
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "head_dim": 8, "intermediate_size": 512}
-    nncf_ext.save_pretrained(make("llama", vocab_size=3072, **sizes), tmp_path / "dense")
+    model = nncf_ext.compress(
+        make("llama", vocab_size=3072, **sizes).bfloat16(), nncf_ext.CompressMode.SPARSE_MAGNITUDE, ratio=0.8
+    )
+    nncf_ext.save_pretrained(model, tmp_path / "dense")
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "dense")
     command = [Path(sys.executable).parent / "optimum-cli", "export", "openvino-packed", "-m", tmp_path / "dense"]
     first = subprocess.run([*command, tmp_path / "packed"], capture_output=True, text=True, cwd="/")

@@ -52,6 +52,7 @@ def error(model, dense, items):
 
 def compressed(dense, items, mode=CompressMode.SPARSE_GPT, epochs=0, dtype=torch.float32, ratio=0.625, **options):
     settings = {"reconstruction_learning_rate": 3e-3, "reconstruction_epochs": epochs}
+    settings |= {name: options.pop(name) for name in settings if name in options}
     resume = options.pop("resume", None)
     return nncf_ext.compress(
         copy.deepcopy(dense).to(dtype),
@@ -152,6 +153,61 @@ def test_blocks_that_share_weights_are_not_trained(dense, items, caplog):
         )
     assert "cannot be trained by itself" in caplog.text
     for (name, one), (_, other) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+class Experts(torch.nn.Module):
+    """Each sample goes to one of two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, hidden):
+        return hidden + (self.one if float(hidden[0, 0, 0]) > 0 else self.other)(hidden)
+
+
+class Mixture(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Experts() for _ in range(3))
+
+    def forward(self, hidden):
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+def test_layers_that_some_samples_do_not_reach_and_tokens_of_zeros():
+    torch.manual_seed(0)
+    model = Mixture().eval()
+    items = [torch.randn(1, 40, 16) for _ in range(8)]
+    for item in items:
+        item[0, 5] = 0.0
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.zeros_(layer.bias)  # so that tokens of zeros stay zeros
+    dense = copy.deepcopy(model)
+    plain, trained = (
+        nncf_ext.compress(
+            copy.deepcopy(model),
+            CompressMode.SPARSE_GPT,
+            ratio=0.5,
+            dataset=nncf.Dataset(items),
+            advanced_parameters=AdvancedSparseWeightsParameters(
+                reconstruction_epochs=epochs, reconstruction_learning_rate=3e-3
+            ),
+        )
+        for epochs in (0, 6)
+    )
+    with torch.no_grad():
+        before, after = (sum(float((each(x) - dense(x)).square().sum()) for x in items) for each in (plain, trained))
+    assert after < before
+
+
+def test_training_that_diverges_keeps_what_was_there(dense, items):
+    plain, wild = (compressed(dense, items, epochs=epochs, reconstruction_learning_rate=0.99) for epochs in (0, 1))
+    for (name, one), (_, other) in zip(plain.named_parameters(), wild.named_parameters(), strict=True):
         assert torch.equal(one, other), name
 
 

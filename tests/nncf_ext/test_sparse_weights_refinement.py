@@ -205,3 +205,29 @@ def test_every_refinement_makes_the_error_of_a_quantized_layer_smaller(mode, rat
     assert errors[2] < 0.99 * errors[1]
     assert errors[3] < 0.99 * errors[2] or (ratio == 0 and errors[3] == errors[2]) or mode is CompressMode.SPARSE_ADMM
     assert errors[3] < 0.96 * errors[0]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_walk_leaves_its_input_alone(rows):
+    weight, hessian = problem(rows=rows)
+    before = weight.clone()
+    solve(weight, inverse_factor(hessian.clone(), 1e-6), AdaptiveMask(weight == 0, 0.5), block_size=32)
+    assert torch.equal(weight, before)
+
+
+def test_inputs_that_are_not_finite_are_said():
+    weight, hessian = problem()
+    hessian[3, 3] = torch.inf
+    with pytest.raises(nncf.ValidationError, match="float32"):
+        admm(weight, hessian, weight == 0, 0.5, None)
+
+
+def test_a_hessian_at_the_end_of_float32_makes_no_weight_infinite():
+    weight, hessian = problem()
+    tokens = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1))
+    flat = tokens.T @ tokens
+    flat.diagonal().add_(1e-7 * flat.diagonal().mean())
+    zeros = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    found = fit_kept(weight.masked_fill(zeros, 0.0), weight, flat, zeros, 100)
+    assert bool(found.isfinite().all())
+    assert error(found, weight, flat) <= error(weight.masked_fill(zeros, 0.0), weight, flat)

@@ -20,7 +20,8 @@ def test_the_demo_prints_its_table(tmp_path: Path) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
     number = r"[\d.]+"
     rows = re.findall(
-        rf"│ (\S+)\s+│\s+({number}) │\s+({number}) │\s+({number}) │\s+({number}) │ (.+?)\s+│", done.stdout
+        rf"│ ((?:dense|stock|sparse)-\w+)\s+│\s+({number}) │\s+({number}) │\s+({number}) │\s+({number}) │ (.+?)\s+│",
+        done.stdout,
     )
     table = {name: (float(disk), float(perplexity), kernel) for name, disk, _, perplexity, _, kernel in rows}
     assert list(table) == ["dense-bf16", "stock-int8", "stock-int4", "sparse-int4"]

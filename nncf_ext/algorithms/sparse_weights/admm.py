@@ -7,9 +7,11 @@ matrix, the multiplier, remembers what the two could not agree on. SparseGPT dec
 by; here every weight is weighed again at each step, and any place of the matrix may have more zeros than another.
 """
 
+import nncf
 import torch
 from torch import Tensor
 
+from nncf_ext.algorithms.sparse_weights.solver import NOT_INVERTIBLE
 from nncf_ext.importance.weights import pattern_mask, smallest_mask
 
 _STEPS = 16
@@ -28,6 +30,7 @@ def admm(
     :param pattern: N and M of an N:M pattern, or None.
     :return: The new weight and its zeros, both ``[out_features, in_features]``. The weight is good enough to begin a
         least-squares fit from.
+    :raises nncf.ValidationError: The Hessian is not finite.
 
     Source: Boza, Fast and Effective Weight Update for Pruned Large Language Models, arXiv 2401.02938, algorithms 1 and
     2: columns are scaled to unit norm, and the number of zeros grows with a cubic schedule. Penalty and steps were
@@ -38,7 +41,10 @@ def admm(
     wanted = weight * size
     pull = wanted @ scaled
     scaled.diagonal().add_(_PENALTY)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled))
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if failed or not bool(factor.isfinite().all()):
+        raise nncf.ValidationError(NOT_INVERTIBLE)
+    inverse = torch.cholesky_inverse(factor)
     current, multiplier = wanted, torch.zeros_like(wanted)
     for step in range(1, _STEPS + 1):
         proposal = current + multiplier

@@ -24,6 +24,7 @@ from nncf_ext.algorithms.sparse_weights.solver import Solution
 from nncf_ext.algorithms.sparse_weights.units import FinishedUnits, LayerResult
 from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
 from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, read_items
+from nncf_ext.calibration.trainable_block import TrainableBlock
 from nncf_ext.files import digest
 from nncf_ext.journal import Journal
 from nncf_ext.method import Request
@@ -220,33 +221,55 @@ class SparseWeights:
         if self._items:
             full = self._quantize or self._solver.corrects
             statistics = observe_inputs(unit, full=full)
-        # Layers with the same inputs share the statistic, and so what is derived from it.
-        curvatures = {id(each): Curvature(each, self._parameters.damping) for each in statistics.values() if each.full}
-        curvature_of = {name: curvatures.get(id(each)) for name, each in statistics.items()}
         unseen = [name for name in unit.layers if self._items and name not in statistics]
         layers = {name: layer for name, layer in unit.layers.items() if name not in unseen}
-        trains = unit.block is not None and bool(layers)
-        if self._epochs and unit.block is None:
-            logger.warning("%s cannot be trained by itself: its layers are solved one by one only.", unit.name)
-        solver = self._solver.floating() if trains else self._solver
+        curvatures = self._curvatures(statistics)
+        if unit.block is not None and layers:
+            solutions = self._trained(unit.block, layers, statistics, curvatures)
+            results = {
+                name: self._result(layer, statistics.get(name), solutions[name]) for name, layer in layers.items()
+            }
+        else:
+            if self._epochs:
+                logger.warning("%s cannot be trained by itself: its layers are solved one by one only.", unit.name)
+            results = {}
+            for name, layer in layers.items():  # what is derived from inputs goes with the last layer that has them
+                solution = self._solver.solve(layer.weight, statistics.get(name), curvatures.pop(name, None))
+                results[name] = self._result(layer, statistics.get(name), solution)
+        return results | {name: _left_alone(name, unit.layers[name]) for name in unseen}
+
+    def _curvatures(self, statistics: Mapping[str, InputStatistics]) -> dict[str, Curvature]:
+        """By layer; layers with the same inputs share the statistic, and so what is derived from it."""
+        found: dict[int, Curvature] = {}
+        for each in statistics.values():
+            if each.full and id(each) not in found:
+                found[id(each)] = Curvature(each, self._parameters.damping)
+        return {name: found[id(each)] for name, each in statistics.items() if each.full}
+
+    def _trained(
+        self,
+        block: TrainableBlock,
+        layers: Mapping[str, nn.Linear],
+        statistics: Mapping[str, InputStatistics],
+        curvatures: Mapping[str, Curvature],
+    ) -> dict[str, Solution]:
+        """Zeros first, then the weights that stay together; where there is a grid, both once more on it."""
+        train = partial(
+            reconstruct,
+            block,
+            layers,
+            epochs=self._epochs,
+            learning_rate=self._parameters.reconstruction_learning_rate,
+        )
+        floating = self._solver.floating()
         solutions = {
-            name: solver.solve(layer.weight, statistics.get(name), curvature_of.get(name))
+            name: floating.solve(layer.weight, statistics.get(name), curvatures.get(name))
             for name, layer in layers.items()
         }
-        if unit.block is not None and trains:
-            train = partial(
-                reconstruct,
-                unit.block,
-                layers,
-                epochs=self._epochs,
-                learning_rate=self._parameters.reconstruction_learning_rate,
-            )
-            solutions = train(solutions)
-            if self._quantize:
-                rounded = {name: self._solver.round(each, curvature_of[name]) for name, each in solutions.items()}
-                solutions = train(rounded)
-        results = {name: self._result(layer, statistics.get(name), solutions[name]) for name, layer in layers.items()}
-        return results | {name: _left_alone(name, unit.layers[name]) for name in unseen}
+        solutions = train(solutions)
+        if not self._quantize:
+            return solutions
+        return train({name: self._solver.round(each, curvatures.get(name)) for name, each in solutions.items()})
 
     def _result(self, layer: nn.Linear, statistic: InputStatistics | None, solution: Solution) -> LayerResult:
         old = layer.weight.detach()

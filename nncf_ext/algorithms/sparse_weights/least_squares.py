@@ -32,7 +32,8 @@ def fit_kept(start: Tensor, target: Tensor, hessian: Tensor, zeros: Tensor, step
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(steps):
         change = (direction @ hessian).masked_fill_(zeros, 0.0)
-        length = size / (direction * change).sum(dim=1, keepdim=True).clamp_(min=tiny)
+        bend = (direction * change).sum(dim=1, keepdim=True)
+        length = torch.where(bend > tiny, size / bend, 0.0)  # a row that is done, or a Hessian at the end of float32
         weight.addcmul_(length, direction)
         residual.addcmul_(length, change, value=-1.0)
         preconditioned = residual / diagonal

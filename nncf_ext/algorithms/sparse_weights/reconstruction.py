@@ -22,6 +22,7 @@ from nncf_ext.weights.int4 import dequantize, round_to_grid
 _SAMPLES_PER_STEP = 4
 _WARMUP = 0.1  # part of all steps
 _SEED = 0
+_SMALL = 1e-6  # of the mean size: smaller tokens count as if they had this
 
 
 @dataclass
@@ -79,30 +80,32 @@ def reconstruct(
         seen = {id(layers[name].weight): each.seen(layers[name].weight.dtype) for name, each in learners.items()}
         wanted = block.wanted[sample].float()
         error = (block.output(sample, seen).float() - wanted).square().sum(dim=-1)
-        return (error / wanted.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
+        size = wanted.square().sum(dim=-1)
+        # A token of zeros (padding) has no size.
+        return (error / size.clamp(min=_SMALL * float(size.mean()) + torch.finfo(torch.float32).tiny)).mean()
 
     def total() -> float:
         with torch.no_grad():
-            found = sum(float(loss(sample)) for sample in range(count))
-        if not math.isfinite(found):
-            msg = "The error of a block's outputs is not finite: the model's hidden states are not, on this data."
-            raise nncf.ValidationError(msg)
-        return found
+            return sum(float(loss(sample)) for sample in range(count))
 
     before = total()
+    if not math.isfinite(before):
+        msg = "The error of a block's outputs is not finite: the model's hidden states are not, on this data."
+        raise nncf.ValidationError(msg)
     for _ in range(epochs):
         for chosen in torch.randperm(count, generator=generator).split(_SAMPLES_PER_STEP):
             gradients = [torch.zeros_like(each) for each in weights]
             for sample in chosen.tolist():
                 with torch.enable_grad():
-                    parts = torch.autograd.grad(loss(sample), weights)
+                    parts = torch.autograd.grad(loss(sample), weights, allow_unused=True)
                 for gradient, part in zip(gradients, parts, strict=True):
-                    gradient.add_(part, alpha=1 / len(chosen))
+                    if part is not None:  # an expert that no token of this sample went to has none
+                        gradient.add_(part, alpha=1 / len(chosen))
             for each, gradient in zip(weights, gradients, strict=True):
                 each.grad = gradient
             optimizer.step()
             schedule.step()
-    if not total() < before:
+    if not total() < before:  # diverged, too
         return dict(solutions)
     return {name: _learned(solutions[name], each) for name, each in learners.items()}
 

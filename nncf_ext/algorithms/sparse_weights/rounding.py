@@ -13,6 +13,7 @@ from nncf_ext.weights.int4 import LOWEST_CODE, dequantize, grid_value, nearest_c
 # Of the scale that puts a group's largest magnitude on code -8; up to what puts it on code 7.
 _SHRINKING = [each / 40 for each in range(25, 47)]
 _TINY = torch.finfo(torch.float32).eps
+_ROWS = 4096  # treated at once: each has a matrix of groups by groups
 _BLOCK = 64  # columns between updates of the whole gradient
 _DAMPING = 1e-3
 
@@ -54,6 +55,11 @@ def fit_scales(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor) -
     :param hessian: Of the inputs, damped: ``[in_features, in_features]``, float32.
     :return: The new scales ``[out_features, groups]``, float16.
     """
+    parts = zip(codes.split(_ROWS), scales.split(_ROWS), target.split(_ROWS), strict=True)
+    return torch.cat([_fitted(*part, hessian) for part in parts])
+
+
+def _fitted(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
     rows, groups = scales.shape
     values, old = codes.float(), scales.float()
     group_size = values.shape[1] // groups
@@ -93,7 +99,9 @@ def descend(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor, zero
     columns = codes.shape[1]
     group_size = columns // scales.shape[1]
     # Turned, so that what is treated at a time, a column, lies together in memory.
-    weight, code_of, gone = (each.T.contiguous() for each in (dequantize(codes, scales), codes, zeros))
+    weight, code_of, gone = (
+        each.T.clone(memory_format=torch.contiguous_format) for each in (dequantize(codes, scales), codes, zeros)
+    )
     scale_of = scales.T.contiguous()
     before = torch.empty_like(weight)
     gradient = hessian @ (weight - target.T)  # half of it, as in all that follows

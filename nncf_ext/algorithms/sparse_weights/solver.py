@@ -20,6 +20,10 @@ from nncf_ext.importance.weights import optimal_brain_score, pattern_mask, small
 from nncf_ext.weights.int4 import grid_value, group_scale, nearest_code
 
 _MAX_DAMPING = 1.0
+NOT_INVERTIBLE = (
+    "The second moments of a layer's inputs cannot be inverted, even strongly damped. They are not finite or far out "
+    "of range: check the calibration data, or run the model in float32."
+)
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             if not failed and bool(factor.isfinite().all()):
                 return factor
         damping *= 10
-    msg = (
-        "The second moments of a layer's inputs cannot be inverted, even strongly damped. They are not finite or far "
-        "out of range: check the calibration data, or run the model in float32."
-    )
-    raise nncf.ValidationError(msg)
+    raise nncf.ValidationError(NOT_INVERTIBLE)
 
 
 def solve(
@@ -167,7 +167,7 @@ def solve(
     """
     columns = weight.shape[1]
     # Turned, so that what is treated at a time, a column, lies together in memory.
-    turned = weight.T.contiguous()
+    turned = weight.T.clone(memory_format=torch.contiguous_format)
     result = torch.empty_like(turned)
     rounds = group_size is not None or column_scales is not None
     codes = torch.empty_like(turned, dtype=torch.int8) if rounds else None

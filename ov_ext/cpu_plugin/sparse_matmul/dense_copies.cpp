@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <iterator>
 #include <map>
+#include <memory>
 #include <new>
 #include <string>
 #include <utility>
@@ -36,25 +39,52 @@ uint64_t available_memory() {
     return std::min(free, most > used ? most - used : 0);
 }
 
+// OV_EXT_EXPAND_MIB in bytes; `otherwise`, and a line on stderr, where it is no number of MiB.
+uint64_t wanted_bytes(const char* text, uint64_t otherwise) {
+    char* end = nullptr;
+    errno = 0;
+    const unsigned long long value = std::strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || errno || value > ~0ull / mebibyte) {
+        std::fprintf(stderr, "ov_ext: OV_EXT_EXPAND_MIB is a number of MiB, such as 512; got %.40s, which is ignored\n", text);
+        return otherwise;
+    }
+    return value * mebibyte;
+}
+
 // Bytes that all copies may take: OV_EXT_EXPAND_MIB, else half of what is free when the first one is made.
 std::atomic<uint64_t>& limit() {
     static std::atomic<uint64_t> value = [] {
         const char* wanted = std::getenv("OV_EXT_EXPAND_MIB");
-        return wanted && *wanted ? uint64_t(std::strtoull(wanted, nullptr, 10)) * mebibyte : available_memory() / 2;
+        const uint64_t half = available_memory() / 2;
+        return wanted && *wanted ? wanted_bytes(wanted, half) : half;
     }();
     return value;
 }
 
-// Takes bytes of the limit; false when they are not left.
-bool reserve(uint64_t bytes) {
-    const uint64_t most = limit();
-    uint64_t before = bytes_now;
-    do {
-        if (before > most || bytes > most - before)
-            return false;
-    } while (!bytes_now.compare_exchange_weak(before, before + bytes));
-    return true;
-}
+// Bytes of the limit, given back at the end; none when they are not left.
+class Reservation {
+  public:
+    explicit Reservation(uint64_t bytes) {
+        const uint64_t most = limit();
+        uint64_t before = bytes_now;
+        do {
+            if (before > most || bytes > most - before)
+                return;
+        } while (!bytes_now.compare_exchange_weak(before, before + bytes));
+        m_bytes = bytes;
+    }
+    Reservation(const Reservation&) = delete;
+    Reservation& operator=(const Reservation&) = delete;
+    ~Reservation() { bytes_now -= m_bytes; }
+    explicit operator bool() const { return m_bytes != 0; }
+
+  private:
+    uint64_t m_bytes = 0;
+};
+
+struct Free {
+    void operator()(uint8_t* memory) const { std::free(memory); }
+};
 
 // Once in a process; nothing where the limit is 0, which somebody chose.
 void say(const char* isa, bool expanded) {
@@ -73,22 +103,19 @@ void say(const char* isa, bool expanded) {
 struct DenseCopy {
     std::shared_ptr<const void> owner;
     uint64_t bytes;
-    uint8_t* blob = nullptr;
+    Reservation room;
+    std::unique_ptr<uint8_t, Free> blob;
 
-    // The bytes are reserved. Throws std::bad_alloc.
-    DenseCopy(const BlobView& sparse, std::shared_ptr<const void> owner, uint64_t bytes) : owner(std::move(owner)), bytes(bytes) {
-        blob = static_cast<uint8_t*>(std::aligned_alloc(alignment, round_up(bytes, alignment)));
-        if (!blob) {
-            bytes_now -= bytes;
+    // Throws std::bad_alloc, when there is no memory or no room in the limit.
+    DenseCopy(const BlobView& sparse, std::shared_ptr<const void> owner, uint64_t bytes)
+        : owner(std::move(owner)),
+          bytes(bytes),
+          room(bytes) {
+        if (room)
+            blob.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, round_up(bytes, alignment))));
+        if (!blob)
             throw std::bad_alloc();
-        }
-        expand(sparse, blob);
-    }
-    DenseCopy(const DenseCopy&) = delete;
-    DenseCopy& operator=(const DenseCopy&) = delete;
-    ~DenseCopy() {
-        std::free(blob);
-        bytes_now -= bytes;
+        expand(sparse, blob.get());
     }
 };
 
@@ -104,16 +131,15 @@ std::shared_ptr<DenseCopy> shared_copy(const BlobView& w, const std::shared_ptr<
         if (auto found = copies[{blob, bytes}].lock())
             return found;
     }
-    const uint64_t size = dense_bytes(w);
-    if (!reserve(size))
-        return nullptr;
     std::shared_ptr<DenseCopy> made;
     try {
-        made = std::make_shared<DenseCopy>(w, owner, size);
+        made.reset(new DenseCopy(w, owner, dense_bytes(w)));
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
     std::lock_guard<std::mutex> lock(mutex);
+    for (auto each = copies.begin(); each != copies.end();)
+        each = each->second.expired() ? copies.erase(each) : std::next(each);
     auto& place = copies[{blob, bytes}];
     if (auto found = place.lock())
         return found;
@@ -127,7 +153,7 @@ BlobView DenseCopies::instead_of(const BlobView& w, int64_t activation_group, co
                                  size_t bytes) {
     if (w.dense)
         return w;
-    const auto view = [&](const std::shared_ptr<DenseCopy>& copy) { return copy ? parse(copy->blob, copy->bytes) : w; };
+    const auto view = [&](const std::shared_ptr<DenseCopy>& copy) { return copy ? parse(copy->blob.get(), copy->bytes) : w; };
     {
         std::lock_guard<std::mutex> lock(m_mutex);
         for (const Entry& entry : m_entries)

@@ -34,8 +34,9 @@ def _bytes(blob: np.ndarray) -> tuple[np.ndarray, ctypes.c_void_p, ctypes.c_uint
 
 def packed_bytes(weight: Weight, dense: bool = False) -> int:
     """:return: Bytes of the blob that :func:`pack` would write."""
+    arguments, _alive = _arguments(weight, dense)  # the call reads the matrix: it counts its zeros
     size = ctypes.c_uint64()
-    call("ov_ext_packed_bytes", ctypes.byref(_arguments(weight, dense)[0]), ctypes.byref(size))
+    call("ov_ext_packed_bytes", ctypes.byref(arguments), ctypes.byref(size))
     return size.value
 
 
