@@ -161,7 +161,7 @@ def test_command_line_keeps_the_notes_of_its_input(folder, tmp_path):
         tmp_path / "sparse", tmp_path / "packed", "--ratio", "0", "--quantization", "int4_sym", "--ignore", r".*\.1\.",
         *text,
     )  # fmt: skip
-    assert {row["mode"] for row in second if ".0." in row["name"]} == {"sparse_gpt"}
+    assert {row["mode"] for row in second if ".0." in row["name"]} == {"sparse_admm"}
     for one, other in zip(first, second, strict=True):
         if ".1." in one["name"]:
             assert one == other and other["mode"] == "sparse_wanda" and other["error"] is not None
