@@ -17,6 +17,7 @@ from nncf_ext.algorithms.sparse_weights.solver import (
     Solution,
     dead_columns,
     inverse_factor,
+    revive,
     solve,
 )
 from nncf_ext.calibration.statistics import InputStatistics
@@ -41,11 +42,9 @@ class Curvature:
     def hessian(self) -> Tensor:
         """Damped, ``[in_features, in_features]``, float32."""
         hessian = self.statistic.hessian
-        diagonal = hessian.diagonal()
-        alive = ~self.dead
-        mean = diagonal[alive].mean() if bool(alive.any()) else torch.ones((), device=hessian.device)
-        diagonal[self.dead] = mean
-        return hessian.diagonal_scatter(diagonal + self.damping * mean)
+        mean = revive(hessian)
+        hessian.diagonal().add_(self.damping * mean)
+        return hessian
 
     @cached_property
     def dead(self) -> Tensor:

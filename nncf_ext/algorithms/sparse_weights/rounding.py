@@ -68,13 +68,8 @@ def _fitted(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor) -> T
         return (matrix * values).reshape(rows, groups, group_size).sum(dim=2)
 
     right = by_group(target @ hessian)
-    left = torch.stack(
-        [
-            by_group(values[:, columns] @ hessian[columns])
-            for columns in torch.arange(values.shape[1]).split(group_size)
-        ],
-        dim=1,
-    )
+    parts = zip(values.split(group_size, dim=1), hessian.split(group_size), strict=True)
+    left = torch.stack([by_group(part @ curvature) for part, curvature in parts], dim=1)
     diagonal = left.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0
     damping = _DAMPING * diagonal.mean(dim=1, keepdim=True) + empty

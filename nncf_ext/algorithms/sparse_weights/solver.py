@@ -110,6 +110,20 @@ def dead_columns(hessian: Tensor) -> Tensor:
     return hessian.diagonal() == 0
 
 
+def revive(hessian: Tensor) -> Tensor:
+    """
+    Gives dead columns a curvature. They are coupled to nothing, so their own entry is free: with the mean of the
+    others, damping by a part of the mean stays what it is.
+
+    :param hessian: ``[in_features, in_features]``. Changed in place.
+    :return: The mean of the other diagonal entries, a scalar; 1 if there are none.
+    """
+    diagonal, dead = hessian.diagonal(), dead_columns(hessian)
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
+    diagonal[dead] = mean
+    return mean
+
+
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     Upper Cholesky factor U of the damped inverse Hessian, ``H^-1 = U^T U``. Row j of U, divided by ``U_jj``, says how
@@ -122,11 +136,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
     Source: Frantar & Alistarh, SparseGPT, section 3.1 and appendix; damping as in GPTQ, section 3.3.
     """
+    mean = revive(hessian)
     diagonal = hessian.diagonal()
-    dead = dead_columns(hessian)
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
-    # A dead column is coupled to nothing, so its own entry is free; the mean leaves the damping as it is.
-    diagonal[dead] = mean
     original = diagonal.clone()
     while damping <= _MAX_DAMPING:
         diagonal.copy_(original + damping * mean)
