@@ -37,8 +37,8 @@ def test_compress_says_its_own_lines_only(folder: Path, tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert all(LINE.match(line) for line in lines), done.stderr
     assert [line.partition("INFO ")[2].partition(",")[0] for line in lines] == [
-        "Applying sparse_gpt: 1 of 2",
-        "Applying sparse_gpt: 2 of 2",
+        "Applying sparse_admm: 1 of 2",
+        "Applying sparse_admm: 2 of 2",
     ]
     assert done.stdout.lstrip().startswith("Compression report") and "q_proj" not in done.stdout
 
