@@ -1,12 +1,13 @@
 """
-The only file that imports names which NNCF does not document as public.
+The only file that imports names which NNCF (and, once, torch) does not document as public.
 
 Checked against NNCF 3.4.0. What each is for:
 
 * the function-hook storage: to put a decompressor behind a packed weight, and to see hooks that are already there;
 * ``StatefulModuleInterface``: lets ``nncf.torch.get_config`` and ``load_from_config`` carry our hook modules;
 * ``INT4SymmetricWeightsDecompressor`` and ``unpack_int4``: the module and the byte order that
-  ``nncf.compress_weights`` uses for INT4_SYM.
+  ``nncf.compress_weights`` uses for INT4_SYM;
+* torch's ``TorchDispatchMode``: its manual on extending torch explains it, under this path. To follow a forward.
 """
 
 from nncf.torch.function_hook import get_hook_storage as get_hook_storage
@@ -20,6 +21,7 @@ from nncf.torch.layer_utils import StatefulModuleInterface as StatefulModuleInte
 from nncf.torch.quantization.layers import INT4SymmetricWeightsDecompressor as INT4SymmetricWeightsDecompressor
 from nncf.torch.quantization.quantize_functions import unpack_int4 as unpack_int4
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 HOOKS_PREFIX = f"{ATR_HOOK_STORAGE}."
 """Begins the names of the hooks' own tensors in a state dict."""

@@ -97,6 +97,8 @@ class Dimension:
     :param config_keys: The configuration's names for its size, and how many of them one unit is.
     :param token_numbers: Numbers that one unit keeps in the cache of every token (keys and values).
     :param state_numbers: Numbers kept of a whole sequence with 0, 1, .. units; empty: none.
+    :param numbers: Numbers that modules keep about it, such as head counts: paths of attributes, and how many of them
+        one unit is.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Dimension:
     config_keys: Mapping[str, int] = field(default_factory=dict)
     token_numbers: int = 0
     state_numbers: tuple[int, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def part(self) -> str:
@@ -200,13 +203,14 @@ class Dimensions(Mapping[str, Dimension]):
     """
     The dimensions of one model by name, in the order of its blocks.
 
-    Two dimensions may cut one tensor on different axes. They do not overlap in any other way: what one replaces, no
-    other cuts.
+    Two dimensions may cut one tensor on different axes, or one axis at different places; what one replaces, another may
+    cut inside.
 
     :param dimensions: The dimensions.
     :param blocks: Path of the list of repeated blocks, from the model.
     :param record: What the architecture asks for beyond; None: nothing.
     :param shared: Names of dimensions that cut the very same tensors, group by group.
+    :param scopes: By path of a tensor, the module while which runs it is read, where that is not the one that holds it.
     """
 
     def __init__(
@@ -215,11 +219,13 @@ class Dimensions(Mapping[str, Dimension]):
         blocks: str = "",
         record: Architecture | None = None,
         shared: Sequence[tuple[str, ...]] = (),
+        scopes: Mapping[str, str] | None = None,
     ) -> None:
         self._by_name = {each.name: each for each in dimensions}
         self.blocks = blocks
         self.record = Architecture() if record is None else record
         self._users = {name: names for names in shared for name in names}
+        self.scopes = {} if scopes is None else dict(scopes)
 
     def __getitem__(self, name: str) -> Dimension:
         return self._by_name[name]
