@@ -38,6 +38,7 @@ from nncf_ext.calibration.chain import (
     split,
     trace_calls,
 )
+from nncf_ext.calibration.float_products import fast_products
 from nncf_ext.calibration.trainable_block import TrainableBlock
 from nncf_ext.memory import is_out_of_memory
 from nncf_ext.structure.blocks import BlockList
@@ -351,7 +352,8 @@ class CalibrationStream:
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """
-    Puts every module into evaluation mode without gradients, and its own mode back afterwards.
+    Puts every module into evaluation mode without gradients, and its own mode back afterwards. Half-precision models
+    multiply in float32 where the CPU is faster so.
 
     :param model: Any torch model.
     """
@@ -361,7 +363,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     model.eval()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with torch.no_grad(), fast_products(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

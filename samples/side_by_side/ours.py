@@ -20,7 +20,7 @@ def sparse(subject: Subject, *, ratio: float, int4: bool = False, epochs: int = 
     :param subject: What is compressed.
     :param ratio: Share of zeros.
     :param int4: Put the other weights on the INT4 grid.
-    :param epochs: Of reconstruction, block by block. The model then computes in bfloat16, for speed.
+    :param epochs: Of reconstruction, block by block. The model then computes in bfloat16 where PyTorch is fast at it.
     :param base: Compress this model in the place of the dense one.
     :return: The model by SPARSE_ADMM.
     """
@@ -33,8 +33,9 @@ def sparse(subject: Subject, *, ratio: float, int4: bool = False, epochs: int = 
         import nncf_ext
 
         options: dict[str, Any] = {"quantization": nncf.CompressWeightsMode.INT4_SYM} if int4 else {}
+        half = epochs > 0 and torch.backends.cpu.get_cpu_capability() == "AVX512"
         return nncf_ext.compress(
-            subject.load(torch.bfloat16 if epochs else torch.float32) if base is None else base(subject),
+            subject.load(torch.bfloat16 if half else torch.float32) if base is None else base(subject),
             nncf_ext.CompressMode.SPARSE_ADMM,
             ratio=ratio,
             dataset=nncf.Dataset(batches(subject.calibration, 1)),
