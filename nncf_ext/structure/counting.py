@@ -49,12 +49,18 @@ def lost_numbers(model: nn.Module, kept: Kept, dimensions: Dimensions) -> dict[i
     :param dimensions: The model's dimensions.
     :return: How many numbers each parameter loses, by its id. One that is shared loses what all of its users lose.
     """
-    lost = _lost_by_path(model, kept, dimensions)
+    lost = lost_by_path(model, kept, dimensions)
     # One user that keeps more of a shared weight than the others keeps it for all of them.
     return {key: min(lost.get(path, 0) for path in paths) for key, paths in names_of_parameters(model).items()}
 
 
-def _lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mapping[str, int]:
+def lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mapping[str, int]:
+    """
+    :param model: A model.
+    :param kept: Units of each dimension that stay.
+    :param dimensions: The model's dimensions.
+    :return: How many numbers each tensor loses that loses some, by path.
+    """
     lost: dict[str, int] = {}
     replaced: dict[str, int] = {}
     left: dict[tuple[str, int], Fraction] = {}  # of each axis that is cut

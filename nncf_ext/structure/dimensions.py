@@ -6,7 +6,7 @@ a model is true of its copies. Records (:mod:`nncf_ext.structure.records`) make 
 masks, surgery and counts need nothing else.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -262,12 +262,13 @@ class Dimensions(Mapping[str, Dimension]):
         """:return: Every unit of every dimension: what a dense model keeps."""
         return {name: each.all_units for name, each in self.items()}
 
-    def unit_weights(self, model: nn.Module, name: str) -> list[Tensor]:
+    def unit_weights(self, model: nn.Module, name: str, of: Callable[[Tensor], Tensor] = Tensor.detach) -> list[Tensor]:
         """
         The weights that write into a dimension's units, cut up by unit: what scores of units are computed from.
 
         :param model: The model, or a copy of it.
         :param name: Name of a dimension.
+        :param of: What of each weight to take, of its shape: its numbers, its gradient.
         :return: For each segment ``[units, rows of the segment, inputs of a row]``. Layers that read the units are not
             among them, and no biases.
         """
@@ -277,8 +278,8 @@ class Dimensions(Mapping[str, Dimension]):
             if cut.axis or weight.ndim < 2:
                 continue
             for offset, size in cut.segments:
-                rows = weight[offset : offset + dimension.size * size]
-                found.append(rows.detach().reshape(dimension.size, size, -1))
+                rows = of(weight)[offset : offset + dimension.size * size]
+                found.append(rows.reshape(dimension.size, size, -1))
         return found
 
 

@@ -30,7 +30,8 @@ class _Part:
         self.numbers: list[tuple[nn.Module, str, Any]] = []
         self._undo: list[tuple[nn.Module, str, Any]] = []
         self._copies: list[tuple[Tensor, dict[int, Any], Tensor]] = []
-        before = module.register_forward_pre_hook(self.before)
+        # What other hooks of the module do to its weight, they do to the slice.
+        before = module.register_forward_pre_hook(self.before, prepend=True)
         after = module.register_forward_hook(self.after, always_call=True)
         self._handles = before, after
 
@@ -43,6 +44,9 @@ class _Part:
             if is_buffer:
                 whole = owner._buffers[name]
             piece = _slice(whole, runs)
+            if piece.ndim > 2 and not is_buffer:
+                # A convolution lays its weight out anew anyway; so it takes the same way as with a weight of that size.
+                piece = piece.contiguous()
             if is_buffer and piece._base is None:
                 self._copies.append((whole, runs, piece))
             self._undo.append((owner, name, None))

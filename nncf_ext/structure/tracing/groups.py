@@ -47,8 +47,9 @@ def groups_of(model: nn.Module, run: Run) -> list[Group]:
                 continue
             order = np.argsort(roots[axis], kind="stable")
             owners = roots[axis][order]
-            for indices in np.split(order, np.flatnonzero(np.diff(owners)) + 1):
-                places.setdefault(int(roots[axis[indices[0]]]), []).append((path, number, indices))
+            starts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+            for root, start, end in zip(owners[starts[:-1]].tolist(), starts[:-1], starts[1:], strict=True):
+                places.setdefault(root, []).append((path, number, order[start:end]))
     writers: dict[int, list[str]] = {}
     for path, axis in run.written:
         for root in dict.fromkeys(roots[axis[axis != 0]].tolist()) if axis is not None else ():

@@ -38,8 +38,8 @@ class MaskedRun(Run):
         name = func.overloadpacket.__name__
 
         def part(tensor: Tensor | None, shift: int = 0) -> Tensor | None:
-            for axis, indices in stays.items() if tensor is not None else ():
-                tensor = tensor.index_select(axis - shift, indices)
+            for axis, indices in stays.items():
+                tensor = None if tensor is None else tensor.index_select(axis - shift, indices)
             return tensor
 
         if name in ("native_layer_norm", "_fused_rms_norm"):

@@ -203,12 +203,13 @@ def _pad(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[
     found = run.axes(bound["self"])
     # The list of a padding begins with the last axis, two entries for each.
     for place, (before, after) in enumerate(zip(bound["pad"][::2], bound["pad"][1::2], strict=True), 1):
-        if carried(found[-place]) and (before or after):
+        axis = found[-place]
+        if axis is not None and (before or after):
             if min(before, after) < 0:
-                run.labels.fix(found[-place], f"a part of it is taken at a fixed place ({name})")
+                run.labels.fix(axis, f"a part of it is taken at a fixed place ({name})")
                 found[-place] = None
             else:
-                found[-place] = np.pad(found[-place], (before, after))
+                found[-place] = np.pad(axis, (before, after))
     return [found]
 
 
@@ -221,8 +222,8 @@ def _spatial_pad(run: Follower, name: str, bound: Bound, results: list[Tensor]) 
 
 
 def _matmul(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
-    one, two = (bound["batch1"], bound["batch2"]) if "batch1" in bound else (bound.get("mat1", bound["self"]), None)
-    two = bound.get("mat2") if two is None else two
+    one: Tensor = bound.get("batch1", bound.get("mat1", bound["self"]))
+    two: Tensor = bound["batch2"] if "batch2" in bound else bound["mat2"]
     left, right = run.axes(one), run.axes(two)
     run.multiplied(one, two.shape[-1], left[-2])
     run.multiplied(two, one.shape[-2], right[-1])
@@ -277,7 +278,7 @@ def _batch_norm(run: Follower, name: str, bound: Bound, results: list[Tensor]) -
     vectors = [value for key, value in bound.items() if key != "input" and isinstance(value, Tensor)]
     both = [axes[1], *(run.axes(each)[0] for each in vectors if each.numel())]
     axes[1] = run.labels.unite(both, "is normalized with something of fixed size")
-    return [axes, *([None] * each.ndim for each in results[1:])]
+    return [axes, *_nothing(results[1:])]
 
 
 def _layer_norm(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
@@ -286,7 +287,7 @@ def _layer_norm(run: Follower, name: str, bound: Bound, results: list[Tensor]) -
     for place in range(-len(bound["normalized_shape"]), 0):
         both = [axes[place], *(run.axes(each)[place] for each in affine)]
         axes[place] = run.labels.unite(both, "is normalized with something of fixed size")
-    return [axes, *([None] * each.ndim for each in results[1:])]
+    return [axes, *_nothing(results[1:])]
 
 
 def _group_norm(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
@@ -298,7 +299,7 @@ def _group_norm(run: Follower, name: str, bound: Bound, results: list[Tensor]) -
             run.labels.tie(channels.reshape(bound["group"], -1))
         else:
             run.labels.fix(channels, "is normalized in groups of fixed size")
-    return [[axes[0], channels, *axes[2:]], *([None] * each.ndim for each in results[1:])]
+    return [[axes[0], channels, *axes[2:]], *_nothing(results[1:])]
 
 
 def _softmax(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
@@ -324,8 +325,8 @@ def reduced_axes(func: Any, bound: Bound) -> list[int]:
 
 def _dims(bound: Bound) -> list[int]:
     ndim, dims = bound["self"].ndim, bound.get("dim")
-    every = dims is None or dims == []
-    return [place % max(ndim, 1) for place in (range(ndim) if every else [dims] if isinstance(dims, int) else dims)]
+    places = list(range(ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    return [place % max(ndim, 1) for place in places]
 
 
 def _reduce(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
@@ -336,7 +337,7 @@ def _reduce(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> li
 
 
 def _pooling(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
-    source = bound.get("self", bound.get("input"))
+    source: Tensor = bound["self"] if "self" in bound else bound["input"]
     axes, spatial = run.axes(source), next((int(each) for each in "123" if f"{each}d" in name), 2)
     for axis in axes[len(axes) - spatial :]:
         run.labels.fix(axis, f"positions along it are pooled ({name})")
@@ -363,13 +364,13 @@ def _attention(run: Follower, name: str, bound: Bound, results: list[Tensor]) ->
     run.labels.fix(query[-1], "the scale of attention is computed from it")
     run.labels.unite([key[-2], value[-2]], "is multiplied with something of fixed size")
     run.labels.fix(key[-2], "all of it counts in softmax")
-    mask = bound.get("attn_mask", bound.get("attn_bias"))
+    mask: Tensor | None = bound.get("attn_mask", bound.get("attn_bias"))
     if mask is not None and mask.ndim == len(query):
         for place, axis in enumerate(run.axes(mask)[:-2]):
             if mask.shape[place] > 1:
                 batch[place] = run.labels.unite([batch[place], axis], "meets a mask of fixed size")
     found = [*batch, query[-2], value[-1]]
-    return [found, *([None] * each.ndim for each in results[1:])]
+    return [found, *_nothing(results[1:])]
 
 
 def _glu(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
@@ -381,6 +382,10 @@ def _glu(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[
 
 
 def _forget(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
+    return _nothing(results)
+
+
+def _nothing(results: Sequence[Tensor]) -> list[list[Axis]]:
     return [[None] * each.ndim for each in results]
 
 
