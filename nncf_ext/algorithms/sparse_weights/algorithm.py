@@ -355,7 +355,7 @@ def _already_compressed(name: str, kind: str) -> str:
 
 def _single_layers(targets: Mapping[str, nn.Linear]) -> Iterator[Unit]:
     for name, layer in targets.items():
-        yield Unit(name, {name: layer}, lambda: None, lambda: None)
+        yield Unit(name, {name: layer}, lambda after_sample=None: None, lambda: None)
 
 
 def _left_alone(name: str, layer: nn.Linear) -> LayerResult:
