@@ -61,14 +61,15 @@ def make_elastic(
         )
         raise nncf.ParameterNotSupportedError(msg)
     check_not_compiled(model)
-    if mode == ElasticMode.RANK:
+    sizes = mode & ~ElasticMode.RANK
+    if ElasticMode.RANK in mode:
+        if sizes:
+            msg = f"{mode} is not possible together. Make ranks elastic alone, or the other sizes."
+            raise nncf.ParameterNotSupportedError(msg)
         if groups is None:
             msg = "Ranks become elastic in groups: give groups=[nncf_ext.RankGroup(patterns, ranks)]."
             raise nncf.ValidationError(msg)
         return ElasticLora(model, groups, adapter_name)
-    if ElasticMode.RANK in mode:
-        msg = f"{mode} is not possible together yet. Make ranks elastic alone, or the other sizes."
-        raise nncf.ParameterNotSupportedError(msg)
     if example_input is None:
         msg = f"{mode} follows a forward of the model: give example_input=, what {type(model).__name__} is called with."
         raise nncf.ValidationError(msg)

@@ -43,7 +43,7 @@ def quantize_rest(model: ov.Model, kind: str = "int8") -> tuple[str, ...]:
     import nncf
 
     options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_SYM}
-    columns = {_weight(weighted[name]).shape[-1] for name in chosen}
+    columns = {weight.shape[-1] for name in chosen if (weight := _weight(weighted[name])) is not None}
     if kind == "int4":
         group = next((size for size in GROUPS if all(width % size == 0 for width in columns)), None)
         if group is None:

@@ -158,19 +158,22 @@ class CalibrationStream:
             else:
                 yield from self._walk(segment, segment.chain)
 
-    def _call(self, item: Any) -> None:
+    def call(self, item: Any) -> Any:
+        """
+        :param item: An item of the calibration data.
+        :return: What the model gives for it.
+        """
         item = _copied(item, self._device)
         if isinstance(item, Mapping):
-            self._model(**{**item, **self._options})
-        elif isinstance(item, Tensor):
-            self._model(item, **self._options)
-        else:
-            self._model(*item, **self._options)
+            return self._model(**{**item, **self._options})
+        if isinstance(item, Tensor):
+            return self._model(item, **self._options)
+        return self._model(*item, **self._options)
 
     def _run_model(self, after_sample: Callable[[], None] = _nothing) -> None:
         for item in self._items:
             with suppress(Enough):
-                self._call(item)
+                self.call(item)
             after_sample()
 
     def _plan(self, block_lists: Sequence[BlockList], layers: Mapping[str, nn.Linear]) -> list[_Segment]:
@@ -263,7 +266,7 @@ class CalibrationStream:
                 start = next(iter(each.blocks.values()))
                 hooks.callback(start.register_forward_pre_hook(partial(begin, each.name), with_kwargs=True).remove)
             try:
-                self._call(self._items[index])
+                self.call(self._items[index])
             except Enough:
                 return None
             except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
@@ -289,7 +292,7 @@ class CalibrationStream:
         if kind in independent:
             return chain
         with disturbed_outputs(each, chain), trace_calls([each]) as again:
-            self._call(self._items[index])
+            self.call(self._items[index])
         if not same_further_inputs(chain, before, again):
             return None
         independent.add(kind)
@@ -362,7 +365,7 @@ class CalibrationStream:
                 hooks.callback(block.register_forward_pre_hook(partial(record, index), with_kwargs=True).remove)
             for item in self._items:
                 try:
-                    self._call(item)
+                    self.call(item)
                 except Enough:
                     pass
         return hidden, further

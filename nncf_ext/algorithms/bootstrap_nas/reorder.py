@@ -34,7 +34,7 @@ def importance_order(
         elif importance in (UnitImportance.L1, UnitImportance.L2):
             scores = norm_sum(weights, 1 if importance is UnitImportance.L1 else 2)
         else:
-            scores = importance(weights)  # type: ignore[operator]
+            scores = importance(weights)
         found[name] = by_importance(scores)
     return found
 

@@ -122,9 +122,11 @@ def sandwich_step(
     for number, point in enumerate(points):
         net.activate(point)
         logits = forward()
-        own = distance(logits, target) if number else loss(logits)
-        if not number and teacher is not None:
-            own = own + distance(logits, teacher)
+        own = None if number else loss(logits)
+        if target is not None:
+            far = distance(logits, target)
+            own = far if own is None else own + far
+        assert own is not None
         if not torch.isfinite(own):
             msg = f"The loss of {'the first' if not number else 'a smaller'} network is {float(own)}; lower the rate."
             raise nncf.ValidationError(msg)

@@ -222,7 +222,7 @@ def _spatial_pad(run: Follower, name: str, bound: Bound, results: list[Tensor]) 
 
 
 def _matmul(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
-    one: Tensor = bound.get("batch1", bound.get("mat1", bound["self"]))
+    one: Tensor = next(bound[name] for name in ("batch1", "mat1", "self") if name in bound)
     two: Tensor = bound["batch2"] if "batch2" in bound else bound["mat2"]
     left, right = run.axes(one), run.axes(two)
     run.multiplied(one, two.shape[-1], left[-2])
