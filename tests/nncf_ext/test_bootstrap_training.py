@@ -105,7 +105,9 @@ print([nncf_ext.uniform_over_macs(net, 7, step) for step in range(4)], nncf_ext.
 def test_two_processes_draw_the_same() -> None:
     program = DRAWS.format(root=str(Path(__file__).parents[2]))
     runs = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={"PYTHONHASHSEED": seed})
+        subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={"PYTHONHASHSEED": seed}
+        )
         for seed in ("1", "2")
     ]
     one, other = (run.communicate()[0] for run in runs)
@@ -151,7 +153,12 @@ def test_a_teacher_teaches_all_points() -> None:
         return (logits - target).square().mean()
 
     nncf_ext.sandwich_step(
-        net, nncf_ext.sandwich(net, 0, 0), lambda: net.model(IMAGES), lambda logits: logits.sum() * 0, teacher=teacher, distance=distance
+        net,
+        nncf_ext.sandwich(net, 0, 0),
+        lambda: net.model(IMAGES),
+        lambda logits: logits.sum() * 0,
+        teacher=teacher,
+        distance=distance,
     )
     assert len(seen) == 3 and all(each is teacher for each in seen)
 
@@ -221,7 +228,9 @@ def test_bad_input() -> None:
     with pytest.raises(nncf.ValidationError, match="at least one point"):
         nncf_ext.sandwich_step(net, [], lambda: net.model(IMAGES), lambda logits: logits.sum())
     with pytest.raises(nncf.ValidationError, match="is nan"):
-        nncf_ext.sandwich_step(net, [net.maximal()], lambda: net.model(IMAGES), lambda logits: logits.sum() * float("nan"))
+        nncf_ext.sandwich_step(
+            net, [net.maximal()], lambda: net.model(IMAGES), lambda logits: logits.sum() * float("nan")
+        )
     (stage,) = nncf_ext.shrinking_schedule(net, BOOTSTRAP_NAS_STAGES[:1])
     with pytest.raises(nncf.ValidationError, match="Asked for conv1 = 5"):
         stage.activate({**net.maximal(), "conv1": 5})

@@ -80,8 +80,8 @@ def find(
             # Architectures with a record must keep one of their blocks.
             sizes[name] = list(range(each.size, 0 if known is None else 1, -1))
         else:
-            padding = model.get_submodule(name.removesuffix(".kernel")).padding[0]  # type: ignore[index]
-            sizes[name] = kernel_list(each.size, int(padding), parameters)
+            convolution: Any = model.get_submodule(name.removesuffix(".kernel"))
+            sizes[name] = kernel_list(each.size, convolution.padding[0], parameters)
     if unknown := [name for name in parameters.widths if name not in dimensions]:
         msg = f"widths names {unknown}; the dimensions are {', '.join(list(dimensions)[:8])}, ..."
         raise nncf.ValidationError(msg)
