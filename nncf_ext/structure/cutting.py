@@ -61,12 +61,17 @@ def kept_numbers(dimensions: Dimensions, kept: Kept) -> dict[str, int]:
     }
 
 
-def sizes_of_layer(module: Any, shape: Sequence[int]) -> dict[str, Any]:
+def sizes_of_layer(module: Any, name: str, shape: Sequence[int]) -> dict[str, Any]:
     """
     :param module: A layer.
-    :param shape: The shape that its weight gets.
-    :return: The numbers that it then keeps about its shape, by attribute; none for a module that is no layer of torch.
+    :param name: Name of a tensor of it.
+    :param shape: The shape that this gets.
+    :return: The numbers that it then keeps about its shape, by attribute; none for a module that is no layer of
+        torch, and for tensors that do not say its shape.
     """
+    # A batch norm without a weight has statistics.
+    if name != ("weight" if getattr(module, "weight", None) is not None else "running_mean"):
+        return {}
     if isinstance(module, nn.Linear):
         return {"out_features": shape[0], "in_features": shape[1]}
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -46,11 +46,13 @@ class Cut:
     :param tensor: Path of a parameter or buffer, from the model.
     :param axis: The axis. Of the weight of a linear layer or convolution, 0 are its outputs and 1 its inputs.
     :param segments: ``(offset, size)``: unit u owns the indices ``offset + u * size .. offset + (u + 1) * size - 1``.
+    :param writes: Whether the axis is one that writes the units; None: as in a linear layer, where axis 0 does.
     """
 
     tensor: str
     axis: int
     segments: tuple[tuple[int, int], ...] = ((0, 1),)
+    writes: bool | None = field(default=None, compare=False)
 
     @property
     def module(self) -> str:
@@ -133,7 +135,7 @@ class Dimension:
     @property
     def readers(self) -> tuple[Cut, ...]:
         """:return: Cuts of the layers that read the units: where units end, a mask on their inputs removes them."""
-        return tuple(cut for cut in self.cuts if cut.axis == 1)
+        return tuple(cut for cut in self.cuts if (cut.axis == 1 if cut.writes is None else not cut.writes))
 
     def replaced(self, kept: Sequence[int]) -> Mapping[str, StandIn]:
         """
@@ -275,10 +277,10 @@ class Dimensions(Mapping[str, Dimension]):
         dimension, found = self[name], []
         for cut in dimension.cuts:
             weight = tensor_at(model, cut.tensor)
-            if cut.axis or weight.ndim < 2:
+            if weight.ndim < 2 or not (cut.axis == 0 if cut.writes is None else cut.writes):
                 continue
             for offset, size in cut.segments:
-                rows = of(weight)[offset : offset + dimension.size * size]
+                rows = of(weight).movedim(cut.axis, 0)[offset : offset + dimension.size * size]
                 found.append(rows.reshape(dimension.size, size, -1))
         return found
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import nncf
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class _Part:
     """What one module sees of some tensors and numbers while it runs: a pre-hook and a hook of it."""
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self.tensors: list[tuple[nn.Module, str, dict[int, list[Run] | Tensor]]] = []
         self.numbers: list[tuple[nn.Module, str, Any]] = []
         self._undo: list[tuple[nn.Module, str, Any]] = []
@@ -35,9 +37,14 @@ class _Part:
         after = module.register_forward_hook(self.after, always_call=True)
         self._handles = before, after
 
-    def before(self, _module: nn.Module, _args: Any) -> None:
-        if self._undo:  # a run that was broken off
-            self.after(_module, _args, None)
+    def before(self, module: nn.Module, _args: Any) -> None:
+        if module is not self._module:
+            msg = (
+                "A copy of a module of a super-network runs, which computes with parts of its weights; replicas of "
+                "torch.nn.DataParallel are such copies. Use torch.nn.parallel.DistributedDataParallel."
+            )
+            raise nncf.UnsupportedModelError(msg)
+        self.settle()
         for owner, name, runs in self.tensors:
             whole: Any = owner._parameters.get(name)
             is_buffer = whole is None
@@ -47,7 +54,7 @@ class _Part:
             if piece.ndim > 2 and not is_buffer:
                 # A convolution lays its weight out anew anyway; so it takes the same way as with a weight of that size.
                 piece = piece.contiguous()
-            if is_buffer and piece._base is None:
+            if is_buffer and piece.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
                 self._copies.append((whole, runs, piece))
             self._undo.append((owner, name, None))
             owner.__dict__[name] = piece
@@ -56,6 +63,10 @@ class _Part:
             owner.__dict__[name] = value
 
     def after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Puts back what the module sees, also after a run that was broken off (hooks do not see interrupts)."""
         for owner, name, value in reversed(self._undo):
             if value is None:
                 owner.__dict__.pop(name, None)
@@ -83,11 +94,18 @@ class Slices:
         self._dimensions = dimensions
         self._parts: dict[str, _Part] = {}
         self._bypassed: list[nn.Module] = []
+        self._part("")  # a mark; see is_sliced
+
+    def settle(self) -> None:
+        """After a run that was broken off, the model's attributes are its own again."""
+        for part in self._parts.values():
+            part.settle()
 
     def keep(self, kept: Kept) -> None:
         """
         :param kept: Units that stay, for some dimensions; the others keep all.
         """
+        self.settle()
         for part in self._parts.values():
             part.tensors, part.numbers = [], []
         for module in self._bypassed:
@@ -98,10 +116,9 @@ class Slices:
             owner, tensor = self._model.get_submodule(owner_path), tensor_at(self._model, path)
             part = self._part(self._dimensions.scopes.get(path, owner_path))
             part.tensors.append((owner, name, _runs(axes, tensor.device)))
-            if name == "weight":
-                shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(tensor.shape)]
-                for attribute, value in sizes_of_layer(owner, shape).items():
-                    part.numbers.append((owner, attribute, value))
+            shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(tensor.shape)]
+            for attribute, value in sizes_of_layer(owner, name, shape).items():
+                part.numbers.append((owner, attribute, value))
         numbers |= kept_numbers(self._dimensions, kept)
         for path, value in numbers.items():
             owner_path, _, name = path.rpartition(".")
@@ -150,10 +167,22 @@ def remove_slices(model: nn.Module) -> None:
     """
     for module in model.modules():
         _run_again(module)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for part in [getattr(hook, "__self__", None) for hook in hooks.values()]:
-                if isinstance(part, _Part):
-                    part.remove()
+        for part in _parts_of(module):
+            part.settle()
+            part.remove()
+
+
+def is_sliced(model: nn.Module) -> bool:
+    """
+    :param model: A model.
+    :return: Whether slices were made for it, or for a part of it, and not removed.
+    """
+    return any(_parts_of(module) for module in model.modules())
+
+
+def _parts_of(module: nn.Module) -> list[_Part]:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [each for each in owners if isinstance(each, _Part)]
 
 
 def _bypass(module: nn.Module, stand_in: nn.Module) -> None:
@@ -196,12 +225,16 @@ def _slice(whole: Tensor, axes: Mapping[int, list[Run] | Tensor]) -> Tensor:
 
 def _write_back(whole: Tensor, axes: Mapping[int, list[Run] | Tensor], piece: Tensor) -> None:
     """Of a buffer that was gathered, what changed."""
-    ((axis, runs),) = axes.items()
-    indices = (
-        runs if isinstance(runs, Tensor) else torch.cat([torch.arange(first, first + length) for first, length in runs])
-    )
+    places = [torch.arange(size) for size in whole.shape]
+    for axis, runs in axes.items():
+        pieces = [runs] if isinstance(runs, Tensor) else [torch.arange(first, first + length) for first, length in runs]
+        places[axis] = torch.cat(pieces)
+    grid = [
+        each.to(whole.device).view([-1 if axis == own else 1 for axis in range(whole.ndim)])
+        for own, each in enumerate(places)
+    ]
     with torch.no_grad():
-        whole.index_copy_(axis, indices.to(whole.device), piece.detach())
+        whole[tuple(grid)] = piece.detach()
 
 
 def prefix(dimensions: Dimensions, sizes: Mapping[str, int]) -> dict[str, Sequence[int]]:

@@ -15,6 +15,7 @@ from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.records import set_record
+from nncf_ext.weights.sharing import place_of
 
 TModel = TypeVar("TModel", bound=nn.Module)
 
@@ -79,21 +80,21 @@ def cut_tensors(model: nn.Module, kept: Kept, dimensions: Dimensions) -> None:
     numbers = kept_numbers(dimensions, kept)
     axes_of = staying(model, dimensions, kept)
     wholes = {path: tensor_at(model, path) for path in axes_of}
-    pieces: dict[int, Tensor] = {}  # a tensor that several modules share stays shared
+    pieces: dict[Any, Tensor] = {}  # a tensor that several modules share stays shared
     for path, axes in axes_of.items():
         whole = wholes[path]
-        if id(whole) not in pieces:
+        key = place_of(whole), type(whole)
+        if key not in pieces:
             piece = whole.detach()
             for axis, indices in axes.items():
                 piece = piece.index_select(axis, torch.from_numpy(indices).to(whole.device))
             is_parameter = isinstance(whole, nn.Parameter)
-            pieces[id(whole)] = nn.Parameter(piece, requires_grad=whole.requires_grad) if is_parameter else piece
+            pieces[key] = nn.Parameter(piece, requires_grad=whole.requires_grad) if is_parameter else piece
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
-        if name == "weight":
-            for attribute, value in sizes_of_layer(module, pieces[id(whole)].shape).items():
-                setattr(module, attribute, value)
-        setattr(module, name, pieces[id(whole)])
+        for attribute, value in sizes_of_layer(module, name, pieces[key].shape).items():
+            setattr(module, attribute, value)
+        setattr(module, name, pieces[key])
         set_record(module, None)
     for path, value in numbers.items():
         owner, _, name = path.rpartition(".")

@@ -18,7 +18,7 @@ from nncf_ext.exploration.space import Point, SearchSpace
 from nncf_ext.parameters import ElasticMode, UnitImportance
 from nncf_ext.structure.counting import lost_by_path
 from nncf_ext.structure.dimensions import DimensionKind, Dimensions, Kept
-from nncf_ext.structure.slicing import Slices, remove_slices
+from nncf_ext.structure.slicing import Slices, is_sliced, remove_slices
 from nncf_ext.structure.surgery import cut_structure, cut_tensors
 
 _VERSION = 1
@@ -52,7 +52,14 @@ class SuperNetwork:
         parameters: AdvancedBootstrapNasParameters | None = None,
     ) -> None:
         parameters = AdvancedBootstrapNasParameters() if parameters is None else parameters
+        if is_sliced(model) or any(elastic_kernel(each) is not None for each in model.modules()):
+            msg = (
+                f"{type(model).__name__} is already elastic: release() its super-network first. A copy that nothing "
+                "releases becomes a plain model by extract(maximal()) of its super-network."
+            )
+            raise nncf.ValidationError(msg)
         self._model = model
+        self._released = False
         self._mode = mode
         self._found: Found = find(model, mode, example_input, ignored_scope, parameters)
         self._space = SearchSpace(self._found.sizes)
@@ -95,8 +102,10 @@ class SuperNetwork:
         activations are checkpointed.
 
         :param point: A size for every dimension.
-        :raises nncf.ValidationError: It is not a point of the space; nothing has changed then.
+        :raises nncf.ValidationError: It is not a point of the space, nothing has changed then; or the network is
+            released.
         """
+        self._check_not_released()
         point = self._space.check(point)
         self._slices.keep(self._kept(point))
         for name, kernel in self._kernels.items():
@@ -182,8 +191,12 @@ class SuperNetwork:
 
         :param point: A size for every dimension.
         :return: A new model; this one is not changed.
-        :raises nncf.ValidationError: It is not a point of the space.
+        :raises nncf.ValidationError: It is not a point of the space, or the network is released.
         """
+        self._check_not_released()
+        self._slices.settle()
+        for name, kernel in self._kernels.items():
+            kernel.settle(self._convolution(name))  # type: ignore[arg-type]
         point = self._space.check(point)
         model = copy.deepcopy(self._model)
         remove_slices(model)
@@ -200,6 +213,7 @@ class SuperNetwork:
     def release(self) -> None:
         """The model is what it was made of again: bare modules, with the weights that it has now."""
         self._slices.remove()
+        self._released = True
         for name in self._kernels:
             convolution: Any = self._convolution(name)
             if (kernel := elastic_kernel(convolution)) is not None:
@@ -229,6 +243,11 @@ class SuperNetwork:
         return "\n".join([*lines, *(f"{name}: not elastic, {why}" for name, why in self._found.refused.items())])
 
     # Its own
+
+    def _check_not_released(self) -> None:
+        if self._released:
+            msg = "The super-network was released: its model is plain. Make it elastic anew with nncf_ext.make_elastic."
+            raise nncf.ValidationError(msg)
 
     def _convolution(self, name: str) -> nn.Module:
         return self._model.get_submodule(name.removesuffix(_KERNEL))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import nncf
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +45,13 @@ class ElasticKernel(nn.Module):
         return weight
 
     def before(self, convolution: nn.Conv2d, _args: Any) -> None:
+        if elastic_kernel(convolution) is not self:
+            msg = (
+                "A copy of a convolution with an elastic kernel runs; replicas of torch.nn.DataParallel are such "
+                "copies. Use torch.nn.parallel.DistributedDataParallel."
+            )
+            raise nncf.UnsupportedModelError(msg)
+        self.settle(convolution)
         if self.active < self.maximum:
             # What a slice of the channels has put there is what gets smaller.
             convolution.__dict__["weight"] = self.weight_of(convolution.weight, self.active)
@@ -51,6 +59,12 @@ class ElasticKernel(nn.Module):
             convolution.padding = self.padding_of(convolution, self.active)
 
     def after(self, convolution: nn.Conv2d, _args: Any, _output: Any) -> None:
+        self.settle(convolution)
+
+    def settle(self, convolution: nn.Conv2d) -> None:
+        """
+        :param convolution: The convolution: its attributes are its own again, also after a run that was broken off.
+        """
         if "_padding" in self.__dict__:
             convolution.padding = self.__dict__.pop("_padding")
             convolution.__dict__.pop("weight", None)
@@ -68,6 +82,7 @@ class ElasticKernel(nn.Module):
         """
         :param convolution: The convolution, whose kernel has one size again.
         """
+        self.settle(convolution)
         for handle in self._handles:
             handle.remove()
         del convolution._modules[_ATTRIBUTE]

@@ -1,7 +1,9 @@
 """The most important units first: prefixes of a dimension are then its best parts, and the model computes as before."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import nncf
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from nncf_ext.parameters import UnitImportance
 from nncf_ext.structure.cutting import staying
 from nncf_ext.structure.dimensions import DimensionKind, Dimensions, tensor_at
 from nncf_ext.structure.order import by_importance
+from nncf_ext.weights.sharing import place_of
 
 
 def importance_order(
@@ -53,22 +56,35 @@ def reorder(
     :param dimensions: Its dimensions.
     :param order: For some dimensions, all of their units in the order in which they shall stand.
     :param optimizer: An optimizer that trains it: what it keeps of each weight (momenta) moves along.
+    :raises nncf.UnsupportedModelError: It keeps something of another shape than the weight's; nothing has moved then.
     """
     moved = {name: tuple(units) for name, units in order.items()}
-    done: set[int] = set()
-    for path, axes in staying(model, dimensions, moved).items():
-        tensor = tensor_at(model, path)
-        if id(tensor) in done:
-            continue
-        done.add(id(tensor))
-        kept = [] if optimizer is None else optimizer.state.get(tensor, {}).values()
-        alike = [each for each in kept if isinstance(each, Tensor) and each.shape == tensor.shape]
-        gradients = [] if tensor.grad is None else [tensor.grad]
-        for each in (tensor.detach(), *alike, *gradients):
+    found = [(path, tensor_at(model, path), axes) for path, axes in staying(model, dimensions, moved).items()]
+    states = {} if optimizer is None else {id(tensor): _states(path, tensor, optimizer) for path, tensor, _ in found}
+    done: dict[Any, Tensor] = {}  # two parameters may share their numbers, and have momenta and gradients of their own
+    for _, tensor, axes in found:
+        own = [*states.get(id(tensor), []), *([] if tensor.grad is None else [tensor.grad])]
+        for each in (tensor.detach(), *own):
+            if place_of(each) in done:
+                continue
+            done[place_of(each)] = each
             new = each
             for axis, indices in axes.items():
                 new = new.index_select(axis, torch.from_numpy(indices).to(each.device))
             each.copy_(new)
+
+
+def _states(path: str, tensor: Tensor, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    found = {name: each for name, each in optimizer.state.get(tensor, {}).items() if isinstance(each, Tensor)}
+    for name, each in found.items():
+        if each.shape != tensor.shape and each.numel() > 1:
+            msg = (
+                f"{type(optimizer).__name__} keeps {name} of shape {tuple(each.shape)} for {path}, of shape "
+                f"{tuple(tensor.shape)}: how it would move along is not known. Reorganize before its first step, or "
+                "use an optimizer whose state has the shape of the weight, such as SGD or AdamW."
+            )
+            raise nncf.UnsupportedModelError(msg)
+    return [each for each in found.values() if each.shape == tensor.shape]
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -102,6 +102,13 @@ class StageNetwork:
         """The points of the stage."""
         return self._space
 
+    def steps_left(self, steps_per_epoch: int) -> int:
+        """
+        :param steps_per_epoch: How many steps an epoch has; a step is a call of :meth:`next_point`.
+        :return: How many steps the stage still has; after an interruption fewer than those of all its epochs.
+        """
+        return max(self.stage.epochs * steps_per_epoch - self.step, 0)
+
     @property
     def active(self) -> Point:
         """The active point."""
@@ -161,6 +168,7 @@ class Shrinking:
     :param importance: What says which units come first where a stage reorganizes.
     :param data: Batches for stages that estimate batch norms anew.
     :param optimizer: The optimizer, whose momenta move along where a stage reorganizes.
+    :param gradients: Runs a backward of the whole network, for first-order importance.
     """
 
     def __init__(
@@ -171,6 +179,7 @@ class Shrinking:
         importance: UnitImportance,
         data: Iterable[Any] | None,
         optimizer: Any,
+        gradients: Callable[[], object] | None = None,
     ) -> None:
         self._net = net
         self._stages = tuple(stages)
@@ -178,6 +187,7 @@ class Shrinking:
         self._importance = importance
         self._data = data
         self._optimizer = optimizer
+        self._gradients = gradients
         self._number, self._step = 0, 0
         self._current: StageNetwork | None = None
 
@@ -196,7 +206,12 @@ class Shrinking:
     def _begin(self, stage: ShrinkingStage) -> None:
         self._net.activate(self._net.maximal())
         if stage.reorganize:
+            if self._gradients is not None:
+                self._net.model.zero_grad()
+                self._gradients()
             self._net.reorganize(self._importance, self._optimizer)
+            if self._gradients is not None:
+                self._net.model.zero_grad()
         if stage.adapt_batch_norm:
             assert self._data is not None, "checked when the schedule was made"
             adapt_batch_norm(self._net.model, self._data)
@@ -232,14 +247,15 @@ def shrinking_schedule(
     importance: UnitImportance = UnitImportance.L1,
     data: Iterable[Any] | None = None,
     optimizer: Any = None,
+    gradients: Callable[[], object] | None = None,
 ) -> Shrinking:
     """
     The stages of progressive shrinking, for a loop of your own::
 
         schedule = nncf_ext.shrinking_schedule(net, data=batches, optimizer=optimizer)
         for stage in schedule:
-            for _ in range(stage.stage.epochs):
-                for images, labels in loader:
+            while left := stage.steps_left(len(loader)):
+                for images, labels in itertools.islice(loader, left):
                     stage.next_point()
                     loss(model(images), labels).backward()
                     ...
@@ -251,11 +267,14 @@ def shrinking_schedule(
     :param stages: The stages. Modes of which the network has no dimension are passed over.
     :param seed: Seed of the draws.
     :param importance: What says which units come first where a stage reorganizes.
-    :param data: Batches for stages that estimate batch norms anew: what the model takes.
+    :param data: Batches for stages that estimate batch norms anew: what the model takes. Each such stage
+        goes through them once.
     :param optimizer: The optimizer, whose momenta move along where a stage reorganizes.
+    :param gradients: For first-order importance: runs a loss of the whole network and its backward on some batches. It
+        is called when a stage reorganizes; gradients that are there before are dropped.
     :return: To be iterated over, with ``state_dict()`` and ``load_state_dict()`` for a training that is interrupted.
     :raises nncf.ValidationError: There are no stages; a stage lacks what an earlier one had; there are no data for
-        batch norms.
+        batch norms, or they are over after one pass; no gradients for first-order importance.
     Source: Once-for-all, arXiv 1908.09791; BootstrapNAS, arXiv 2112.10878.
     """
     if not stages:
@@ -268,4 +287,14 @@ def shrinking_schedule(
     if data is None and any(each.adapt_batch_norm for each in stages):
         msg = "A stage estimates batch norms anew, and there are no data. Give data=: batches that the model takes."
         raise nncf.ValidationError(msg)
-    return Shrinking(net, stages, seed, importance, data, optimizer)
+    if isinstance(data, Iterator) and any(each.adapt_batch_norm for each in stages):
+        msg = f"data is a {type(data).__name__}, which is over after one pass. Give a list or a data loader."
+        raise nncf.ValidationError(msg)
+    reorganizes = any(each.reorganize for each in stages)
+    if importance is UnitImportance.FIRST_ORDER and reorganizes and gradients is None:
+        msg = (
+            "First-order importance multiplies weights with gradients. Give gradients=: a function that runs a loss of "
+            "the model and its backward on some batches."
+        )
+        raise nncf.ValidationError(msg)
+    return Shrinking(net, stages, seed, importance, data, optimizer, gradients)

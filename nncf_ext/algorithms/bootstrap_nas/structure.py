@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import nncf
-import torch
 from torch import nn
 
 from nncf_ext.algorithms.bootstrap_nas.kernel import why_not
@@ -18,7 +17,9 @@ from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.records import record_of
 from nncf_ext.structure.slicing import sliced
 from nncf_ext.structure.tracing.chains import Chain
-from nncf_ext.structure.tracing.front import Traced, call_of, trace
+from nncf_ext.structure.tracing.example import Example, evaluated
+from nncf_ext.structure.tracing.front import Traced, trace
+from nncf_ext.weights.sharing import names_of_parameters
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _confirmed(traced: Traced, known: Dimensions, refused: dict[str, str]) -> li
 
 
 def _kernels(model: nn.Module, traced: Traced, ignored: set[str], refused: dict[str, str]) -> list[Dimension]:
-    found = []
+    found, names = [], names_of_parameters(model)
     for path, module in model.named_modules():
         sizes = getattr(module, "kernel_size", None)
         multiplies = f"{path}.weight" in traced.products
@@ -129,6 +130,8 @@ def _kernels(model: nn.Module, traced: Traced, ignored: set[str], refused: dict[
             continue
         if (reason := why_not(module)) is not None:
             refused[f"{path}.kernel"] = reason
+        elif len(several := names.get(id(module.weight), [])) > 1:
+            refused[f"{path}.kernel"] = f"its weight has several names: {', '.join(several)}"
         else:
             unit = "A size is that of the kernel, on both sides"
             found.append(Dimension(f"{path}.kernel", DimensionKind.KERNEL, sizes[0], unit=unit))
@@ -178,12 +181,11 @@ def _stand_ins(path: str, chain: Chain, known: Dimensions | None) -> Mapping[str
 def _that_run(
     model: nn.Module, dimensions: Dimensions, example_input: Any, chains: list[Dimension], refused: dict[str, str]
 ) -> list[Dimension]:
-    args, kwargs = call_of(example_input)
-    found = []
+    example, found = Example(example_input), []
     for each in chains:
         try:
-            with torch.no_grad(), sliced(model, dimensions, {each.name: range(1)}):
-                model(*args, **kwargs)
+            with evaluated(model), sliced(model, dimensions, {each.name: range(1)}):
+                example.run(model)
             found.append(each)
         except Exception as error:
             refused[each.name] = f"the model does not run without its blocks ({type(error).__name__}: {error})"

@@ -1,20 +1,20 @@
 """Any torch model and one example of its input -> what in it can change its size, and what cannot, with reasons."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import nncf
 import numpy as np
-import torch
 from torch import nn
 
 from nncf_ext.structure.dimensions import Dimension, Dimensions
 from nncf_ext.structure.tracing.chains import Chain, chains_of
+from nncf_ext.structure.tracing.example import Example, evaluated, perturbed
 from nncf_ext.structure.tracing.groups import Group, groups_of
+from nncf_ext.structure.tracing.rules import outputs_of
 from nncf_ext.structure.tracing.run import Run
-from nncf_ext.structure.tracing.verification import failures
+from nncf_ext.structure.tracing.verification import failures, same_results
 
 _ROUNDS = 6
 
@@ -47,18 +47,20 @@ def trace(model: nn.Module, example_input: Any, ignored: Sequence[str] = ()) -> 
     :param ignored: Paths of modules whose weights keep their shapes.
     :return: Its dimensions.
     :raises nncf.ValidationError: The model does not run with this input.
+    :raises nncf.UnsupportedModelError: It gives no tensors, or other results each time.
     """
-    args, kwargs = call_of(example_input)
-    with _evaluated(model):
-        _check_runs(model, args, kwargs)
+    example = Example(example_input)
+    with evaluated(model):
+        _check_runs(model, example)
+        twin = perturbed(model, example)
         choices: dict[int, int] = {}
         for _ in range(_ROUNDS):
             run = Run(model, choices)
-            run.forward(args, kwargs)
+            example.run(model, run.forward)
             groups = [_unless_ignored(each, ignored) for each in groups_of(model, run)]
             found = {each.name: each for each in groups if each.dimension is not None}
             dimensions = Dimensions([_dimension(each) for each in found.values()], scopes=run.scopes)
-            for name, reason in failures(model, dimensions, run, args, kwargs).items():
+            for name, reason in failures(twin, dimensions, run, example).items():
                 found[name].dimension, found[name].reason = None, reason
             other = _other_choices(run, groups, choices)
             if not other:
@@ -72,28 +74,27 @@ def trace(model: nn.Module, example_input: Any, ignored: Sequence[str] = ()) -> 
         return Traced(left, refused, chains_of(run), products)
 
 
-def _check_runs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _check_runs(model: nn.Module, example: Example) -> None:
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
+        first, second = (outputs_of(example.run(model)) for _ in range(2))
     except Exception as error:
         msg = (
             f"{type(model).__name__} does not run with the example input ({type(error).__name__}: {error}). Give a "
             "tensor, a tuple of positional arguments or a dictionary of named ones, on the model's device."
         )
         raise nncf.ValidationError(msg) from error
-
-
-def call_of(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """
-    :param example_input: A tensor, a tuple or list of arguments, or a mapping of named ones.
-    :return: The arguments of a call, and its named ones.
-    """
-    if isinstance(example_input, Mapping):
-        return (), dict(example_input)
-    if isinstance(example_input, tuple | list):
-        return tuple(example_input), {}
-    return (example_input,), {}
+    if not first:
+        msg = (
+            f"{type(model).__name__} gives no tensor with the example input, so nothing says what must keep its size. "
+            "Outputs may be tensors, or tuples, lists, dictionaries and dataclasses of tensors."
+        )
+        raise nncf.UnsupportedModelError(msg)
+    if not same_results(first, second):
+        msg = (
+            f"{type(model).__name__} gives other results each time, in evaluation mode and with the same input, so "
+            "nothing can be tried. Take the random draws out, or let it draw from a generator with a seed of its own."
+        )
+        raise nncf.UnsupportedModelError(msg)
 
 
 def _dimension(group: Group) -> Dimension:
@@ -119,18 +120,3 @@ def _other_choices(run: Run, groups: Sequence[Group], choices: Mapping[int, int]
         if now + 1 < site.options and np.isin(roots[site.labels], lost).any():
             other[site.number] = now + 1
     return other
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, in which nothing is drawn and no statistics change; torch's fused encoder layers are off."""
-    training = [module for module in model.modules() if module.training]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module in training:
-            module.training = True

@@ -98,7 +98,9 @@ def _group(
         segments = _segments(np.stack([places[root][at][2] for root in units]))
         if segments is None:
             return Group(name, None, f"its units stand in no regular order in {path}", array, written)
-        cuts.append(Cut(path, number, segments))
+        # What has one axis is added to the units, or scales them.
+        writes = (path, number) in written_axes or len(run.tensors[path]) < 2
+        cuts.append(Cut(path, number, segments, writes))
     # Those that write into the units stand before those that read them.
     cuts.sort(key=lambda cut: cut.axis > 0 and (cut.tensor, cut.axis) not in written_axes)
     granularity = next((cut.indices_per_unit for cut in cuts if cut.tensor == written[0]), 1)

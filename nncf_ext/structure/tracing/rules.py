@@ -6,6 +6,7 @@ matrices, a reshape a view. What only moves numbers (views, permutations, select
 went, by moving labels in place of numbers.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -69,6 +70,29 @@ def tensors_of(value: Any) -> list[Tensor]:
     elif not isinstance(value, list | tuple | set | frozenset):
         return []
     return [tensor for each in value for tensor in tensors_of(each)]
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """
+    :param result: What a model gave.
+    :return: The tensors in it, those in dataclasses included, and those in the attributes of an object of another kind.
+        Objects inside of containers, such as caches, are the model's own.
+    """
+    if isinstance(result, Tensor | dict | list | tuple | set | frozenset):
+        return _in_dataclasses(result)
+    return _in_dataclasses(vars(result)) if hasattr(result, "__dict__") else []
+
+
+def _in_dataclasses(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, each.name, None) for each in dataclasses.fields(value)]
+    elif not isinstance(value, list | tuple | set | frozenset):
+        return []
+    return [tensor for each in value for tensor in _in_dataclasses(each)]
 
 
 def rule_of(func: Any) -> tuple[str, Rule]:
@@ -305,7 +329,7 @@ def _group_norm(run: Follower, name: str, bound: Bound, results: list[Tensor]) -
 def _softmax(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
     axes = run.axes(bound["self"])
     run.labels.fix(axes[bound["dim"]], f"all of it counts in {name}")
-    return [axes]
+    return [axes] * len(results)
 
 
 def reduced_axes(func: Any, bound: Bound) -> list[int]:
@@ -331,6 +355,9 @@ def _dims(bound: Bound) -> list[int]:
 
 def _reduce(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> list[list[Axis]]:
     axes, gone = run.axes(bound["self"]), _dims(bound)
+    if name in ("argmax", "argmin") or (name in ("max", "min") and len(results) > 1):
+        for place in gone:
+            run.labels.fix(axes[place], f"places along it are numbered ({name})")
     if results[0].ndim == len(axes):
         return [[None if place in gone else axis for place, axis in enumerate(axes)]] * len(results)
     return [[axis for place, axis in enumerate(axes) if place not in gone]] * len(results)
@@ -416,11 +443,12 @@ _NAMES: dict[Rule, str] = {
     _layer_norm: "native_layer_norm _fused_rms_norm",
     _group_norm: "native_group_norm",
     _softmax: "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod sort",
-    _reduce: "sum mean amax amin var std var_mean std_mean prod logsumexp linalg_vector_norm norm any all max min",
+    _reduce: "sum mean amax amin var std var_mean std_mean prod logsumexp linalg_vector_norm norm any all max min "
+    "argmax argmin",
     _embedding: "embedding",
     _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention",
     _glu: "glu",
-    _forget: "new_zeros new_ones new_empty new_full _local_scalar_dense argmax sym_size _assert_async",
+    _forget: "new_zeros new_ones new_empty new_full _local_scalar_dense sym_size _assert_async",
 }
 _RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nncf_ext.structure.tracing.labels import Axis, Labels
-from nncf_ext.structure.tracing.rules import bind, keeps_numbers, rule_of, tensors_of
+from nncf_ext.structure.tracing.rules import bind, keeps_numbers, outputs_of, rule_of, tensors_of
 from nncf_ext.upstream import TorchDispatchMode
 from nncf_ext.weights.sharing import place_of
 
@@ -112,7 +112,7 @@ class Run(TorchDispatchMode):
                 whole = tensor.is_floating_point()
                 self.tensors[path] = [self.labels.new(size) if whole else None for size in tensor.shape]
 
-    def forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
         :param args: What the model is called with.
         :param kwargs: The same, by name.
@@ -129,7 +129,7 @@ class Run(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
-        for tensor in tensors_of(result):
+        for tensor in outputs_of(result):
             for axis in self.axes(tensor):
                 self.labels.fix(axis, "reaches an output of the model")
         return result
@@ -184,7 +184,7 @@ class Run(TorchDispatchMode):
     def multiplied(self, weight: Tensor, positions: int, gives: Axis) -> None:
         if origin := self._origin(weight):
             numbers = self._tensor(origin).numel()
-            self.products.append((origin, positions * weight.numel() / numbers))
+            self.products.append((self._running_name(origin), positions * weight.numel() / numbers))
             self.written.append((origin, gives))
 
     # Its own
@@ -192,6 +192,17 @@ class Run(TorchDispatchMode):
     def _origin(self, tensor: Tensor) -> str:
         known = self._known.get(tensor)
         return known.origin if known is not None else self._paths.get(id(tensor), [""])[0]
+
+    def _running_name(self, path: str) -> str:
+        """Of the names of a tensor, that inside of what runs: a block that shares it has its own name for it."""
+        names, running = self._paths[id(self._tensor(path))], ""
+        nested = [running]
+        for call in self._open:
+            if _holds(running, call.path):
+                running = call.path
+                nested.append(running)
+        inside = (name for scope in reversed(nested) for name in names if _holds(scope, name.rpartition(".")[0]))
+        return next(inside, path)
 
     def _tensor(self, path: str) -> Tensor:
         owner, _, name = path.rpartition(".")
@@ -212,8 +223,12 @@ class Run(TorchDispatchMode):
                 self.scopes[path] = min(self.scopes.get(path, scope), scope, key=len)
 
     def _opening(self, path: str) -> Any:
-        def opened(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        def opened(module: nn.Module, args: Any, kwargs: Any) -> None:
             tensors = tensors_of([args, kwargs])
+            if tensors and isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm) and module.weight is None:
+                first = 1 if isinstance(module, nn.GroupNorm) else tensors[0].ndim - len(module.normalized_shape)
+                for axis in self.axes(tensors[0])[first:]:
+                    self.labels.fix(axis, f"is normalized by {path}, which has no weight that could be cut")
             self._open.append(Call(path, self._place(tensors[0]) if tensors else None, start=self._now))
 
         return opened

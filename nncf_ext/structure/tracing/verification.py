@@ -7,7 +7,6 @@ what stays.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +15,24 @@ from torch import Tensor, nn
 
 from nncf_ext.structure.dimensions import Dimensions
 from nncf_ext.structure.slicing import sliced
+from nncf_ext.structure.tracing.example import Example
 from nncf_ext.structure.tracing.labels import Axis
 from nncf_ext.structure.tracing.masks import MaskedRun
-from nncf_ext.structure.tracing.rules import tensors_of
+from nncf_ext.structure.tracing.rules import outputs_of
 from nncf_ext.structure.tracing.run import Run
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
-def failures(
-    model: nn.Module, dimensions: Dimensions, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, str]:
+def failures(model: nn.Module, dimensions: Dimensions, run: Run, example: Example) -> dict[str, str]:
     """
-    :param model: The model, in evaluation mode.
+    :param model: The model in evaluation mode, or a copy with other numbers.
     :param dimensions: What was found in it.
     :param run: The forward by which it was found.
-    :param args: What the model is called with.
-    :param kwargs: The same, by name.
+    :param example: What the model is called with.
     :return: Names of dimensions that are not sound, and why.
     """
-    trial = _Trial(model, dimensions, run, args, kwargs)
+    trial = _Trial(model, dimensions, run, example)
     found: dict[str, str] = {}
     while True:
         left = [name for name in dimensions if name not in found]
@@ -46,9 +43,8 @@ def failures(
 
 
 class _Trial:
-    def __init__(self, model: nn.Module, dimensions: Dimensions, run: Run, args: Any, kwargs: Any) -> None:
-        self._model, self._dimensions, self._run = model, dimensions, run
-        self._args, self._kwargs = args, kwargs
+    def __init__(self, model: nn.Module, dimensions: Dimensions, run: Run, example: Example) -> None:
+        self._model, self._dimensions, self._run, self._example = model, dimensions, run, example
         generator = np.random.default_rng(0)
         self._kept: dict[str, list[int]] = {}
         for name, each in dimensions.items():
@@ -69,18 +65,17 @@ class _Trial:
         """Why the model does not work with some of the units of these dimensions."""
         kept = {name: self._kept[name] for name in names}
         try:
-            with torch.no_grad(), sliced(self._model, self._dimensions, kept):
-                small = tensors_of(self._model(*self._args, **self._kwargs))
+            with sliced(self._model, self._dimensions, kept):
+                small = outputs_of(self._example.run(self._model))
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             return f"the model's code asks for the whole size ({type(error).__name__}: {lines[0][:120]})"
         run = MaskedRun(self._model, self._run.choices, self._removed(kept))
-        masked = tensors_of(run.forward(self._args, self._kwargs))
+        masked = outputs_of(self._example.run(self._model, run.forward))
         if [each.shape for each in small] != [each.shape for each in masked]:
             return "outputs would have another shape"
-        for one, other in zip(small, masked, strict=True):
-            if one.is_floating_point() and not _close(one, other):
-                return "the model with a part of it differs from the model with the rest at zero"
+        if not same_results(small, masked):
+            return "the model with a part of it differs from the model with the rest at zero"
         return None
 
     def _removed(self, kept: Mapping[str, Sequence[int]]) -> NDArray[np.bool_]:
@@ -96,7 +91,20 @@ class _Trial:
         return gone[roots]
 
 
+def same_results(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """
+    :param ones: Results of one run.
+    :param others: Results of another.
+    :return: Whether they are the same: integers exactly, other numbers up to the order of sums.
+    """
+    if [each.shape for each in ones] != [each.shape for each in others]:
+        return False
+    return all(_close(one, other) for one, other in zip(ones, others, strict=True))
+
+
 def _close(one: Tensor, other: Tensor) -> bool:
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
     tolerance = _TOLERANCES.get(one.dtype, 3e-2)
     scale = float(other.abs().nan_to_num(0, 0, 0).max()) if other.numel() else 0.0
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale + 1e-12, equal_nan=True)
