@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from nncf_ext import SearchSpace
 from nncf_ext.files import write_whole
 
-WIDTHS, INNER, DEPTHS, STAGES = (16, 12, 8), (16, 12, 8, 4), (2, 1), 3
+WIDTHS, INNER, DEPTHS, STAGES = (16, 8, 4), (16, 8, 4, 2), (2, 1), 3
 HELD_OUT, SIDE, CLASSES = 600, 8, 10
 SPACE = SearchSpace(
     {
@@ -32,9 +32,11 @@ SPACE = SearchSpace(
 )
 Stage = tuple[int, ...]
 """Inner widths of the blocks that run."""
+Key = tuple[int, tuple[Stage, ...]]
+"""A sub-network: its width and its stages."""
 
 
-def stages_of(point: Mapping[str, int]) -> tuple[int, tuple[Stage, ...]]:
+def stages_of(point: Mapping[str, int]) -> Key:
     """
     :param point: A point.
     :return: The width, and for each stage the inner widths of the blocks that run. A block that is skipped has none.
@@ -137,23 +139,22 @@ def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 @dataclass(frozen=True)
 class Table:
     """
-    :param accuracies: Share of the held-out images named rightly, by width and stages.
+    :param found: Share of the held-out images named rightly (0 to 1), and cross-entropy in nats, by width and stages.
     """
 
-    accuracies: dict[tuple[int, tuple[Stage, ...]], float]
+    found: dict[Key, tuple[float, float]]
 
     def accuracy(self, point: Mapping[str, int]) -> float:
         """:return: The accuracy of a point, 0 to 1."""
-        return self.accuracies[stages_of(point)]
+        return self.found[stages_of(point)][0]
 
-    def pairs(self) -> Iterator[tuple[float, int]]:
-        """:return: Accuracy and MACs of every sub-network."""
-        for point in _distinct():
-            yield self.accuracy(point), macs(point)
+    def loss(self, point: Mapping[str, int]) -> float:
+        """:return: The cross-entropy of a point, in nats."""
+        return self.found[stages_of(point)][1]
 
 
-def _distinct() -> Iterator[dict[str, int]]:
-    """A point for every sub-network: blocks that are skipped have the largest inner width."""
+def distinct() -> Iterator[dict[str, int]]:
+    """:return: A point for every sub-network: blocks that are skipped have the largest inner width."""
     for point in SPACE.enumerate():
         skipped = (f"stage{stage}.block1" for stage in range(STAGES) if point[f"stage{stage}.depth"] == 1)
         if all(point[name] == INNER[0] for name in skipped):
@@ -164,11 +165,11 @@ def _distinct() -> Iterator[dict[str, int]]:
 def evaluate(net: SuperNetwork) -> Table:
     """
     :param net: A trained super-network.
-    :return: Every sub-network's accuracy. What the first stages give is computed once.
+    :return: What every sub-network is worth. What the first stages give is computed once.
     """
     _, (images, labels) = data()
     stages = [inner for depth in DEPTHS for inner in itertools.product(INNER, repeat=depth)]
-    found: dict[tuple[int, tuple[Stage, ...]], float] = {}
+    found: dict[Key, tuple[float, float]] = {}
     for width in WIDTHS:
         begun = net.begin(images, width)
         for one in stages:
@@ -176,21 +177,22 @@ def evaluate(net: SuperNetwork) -> Table:
             for two in stages:
                 after_two = net.stage(after_one, 1, two)
                 for three in stages:
-                    named = net.end(net.stage(after_two, 2, three)).argmax(1)
-                    found[width, (one, two, three)] = (named == labels).float().mean().item()
+                    logits = net.end(net.stage(after_two, 2, three))
+                    right = (logits.argmax(1) == labels).float().mean().item()
+                    found[width, (one, two, three)] = right, F.cross_entropy(logits, labels).item()
     return Table(found)
 
 
-def table(file: Path, steps: int = 1500, seed: int = 0) -> Table:
+def table(file: Path, steps: int = 800, seed: int = 0) -> Table:
     """
-    :param file: Keeps the accuracies between runs; made where it does not exist.
+    :param file: Keeps accuracies and losses between runs; made where it does not exist.
     :param steps: See :func:`trained`.
     :param seed: The same.
     :return: The table.
     """
-    keys = [stages_of(point) for point in _distinct()]
+    keys = [stages_of(point) for point in distinct()]
     if not file.exists():
-        made = evaluate(trained(steps, seed)).accuracies
+        made = evaluate(trained(steps, seed)).found
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda aside: np.save(aside, np.array([made[key] for key in keys])))
-    return Table(dict(zip(keys, np.load(file).tolist(), strict=True)))
+    return Table({key: (right, loss) for key, (right, loss) in zip(keys, np.load(file).tolist(), strict=True)})
