@@ -58,7 +58,7 @@ def evolve(
     (index 20), rounded, duplicates removed, as in DyNAS-T.
     """
     seen: set[bytes] = set()
-    alive = _judged(judge, _new(rng.integers(0, counts, (population, len(counts))), seen))
+    alive = _judged(judge, _new(rng.integers(0, counts, (population, len(counts))), seen, population))
     everyone = [alive]
     for _ in range(generations - 1):
         rank = ranks(alive.losses, alive.violations, len(alive.points))
@@ -69,7 +69,9 @@ def evolve(
             if not missing:
                 break
             children = _children(alive.points, rank, crowded, counts, rng, mutation, resets)
-            fresh.append(_new(children, seen)[:missing])
+            fresh.append(_new(children, seen, missing))
+        if missing := population - sum(map(len, fresh)):  # nothing else is to be bred
+            fresh.append(_new(rng.integers(0, counts, (missing, len(counts))), seen, missing))
         if not sum(map(len, fresh)):
             break
         born = _judged(judge, np.concatenate(fresh))
@@ -92,14 +94,15 @@ def _joined(groups: list[Judged]) -> Judged:
     )
 
 
-def _new(points: Integers, seen: set[bytes]) -> Integers:
-    """Those that did not come up before; they have now."""
-    stays = []
-    for point in points:
-        key = point.tobytes()
-        stays.append(key not in seen)
-        seen.add(key)
-    return points[np.array(stays, dtype=bool)]
+def _new(points: Integers, seen: set[bytes], limit: int) -> Integers:
+    """The first few that did not come up before; they have now."""
+    stays = np.zeros(len(points), dtype=bool)
+    for place, point in enumerate(points):
+        stays[place] = limit > 0 and (key := point.tobytes()) not in seen
+        if stays[place]:
+            seen.add(key)
+            limit -= 1
+    return points[stays]
 
 
 def _children(

@@ -95,28 +95,29 @@ class Run:
             self._enqueue()
             while len(self.known) < budget and not self._exhausted():
                 if len(self.known) + len(busy) < budget:
-                    self._next()
+                    self._next(budget)
                 else:
                     time.sleep(_PAUSE)  # others measure the last points; should one of them be killed, they are ours
                 self._look()
                 busy = self._take_over()
                 progress.update(task, completed=len(self.known), description=f"Searching; {self._best()}")
 
-    def _next(self) -> None:
-        """Asks for a point and measures it, unless somebody else has it or is at it."""
+    def _next(self, budget: int) -> None:
+        """Asks for a point and measures it, unless somebody else has it, or is at it or at the last one there is."""
         self._study.sampler = self._fresh()
         trial = self._study.ask(self._distributions)
         self._workers.take(trial.number)
         if _SIZES not in trial.user_attrs:
             trial.set_user_attr(_SIZES, self.space.decode(self._places(trial)))
-        # Of two processes that asked for the same point at the same time, the one with the earlier trial measures it.
+        # Of two processes that asked for the same point, or for the last one, that with the earlier trial measures it.
         earlier = self._earlier(trial.number)
         while not all(map(self._has_places, earlier)):
             time.sleep(_PAUSE / 10)
             earlier = self._earlier(trial.number)
         self._look()
         places = self._places(trial)
-        if places not in self.known and places in map(self._places, earlier):
+        taken = places in map(self._places, earlier) or len(self.known) + len(earlier) >= budget
+        if taken and places not in self.known:
             self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         else:
             self._measure(trial)

@@ -87,7 +87,7 @@ def test_point_is_active_while_measured_and_the_old_one_afterwards(sampler):
         assert net.active == point
         return accuracy(point)
 
-    report = search(net, [Objective("accuracy", measure)], sampler=sampler, budget=40)
+    report = search(net, [Objective("accuracy", measure)], sampler=sampler, budget=60)
     assert net.active == before
     measured = [tuple(point.values()) for point in net.activated[:-1]]
     assert measured == keys(report.evaluations) and len(set(measured)) == len(measured)

@@ -135,8 +135,8 @@ def test_the_machine_is_taken_where_ridge_cannot_follow():
     values = 50.0 + 10 * ((points[:, 0] > 1) ^ (points[:, 1] > 1))
     predictor = Predictor(features[order], values[order])
     rest = np.setdiff1d(np.arange(len(points)), order)
-    assert np.abs(predictor(features[rest]) - values[rest]).mean() < 2
-    assert predictor.error < 0.05
+    assert np.abs(predictor(features[rest]) - values[rest]).mean() < 3  # ridge: 5
+    assert predictor.error < 0.07
 
 
 @pytest.mark.parametrize("labels", [np.zeros(7), np.full(7, -3.0), np.array([1.0, 2.0])])
@@ -215,17 +215,17 @@ def test_linas_needs_fewer_points_than_chance():
 
 @pytest.mark.parametrize("sampler", ["nsga2", "linas"])
 def test_constraints_lead_the_search(sampler, monkeypatch):
-    """Where one point in sixteen keeps them, most of what is measured after the first round does."""
+    """Where one point in four keeps them, most of what is measured after the first round does; without them, less."""
     from nncf_ext import SearchSampler
 
     monkeypatch.setattr("nncf_ext.exploration.loop._POPULATIONS", {SearchSampler.NSGA2: 12, SearchSampler.LINAS: 12})
     net = network(4, (32, 24, 16, 8))
-    report = search(net, [ACCURACY, COST], sampler=sampler, budget=60, constraints=["cost <= 40%"])
+    report = search(net, [ACCURACY, COST], sampler=sampler, budget=60, constraints=["cost <= 50%"])
     free = search(net, [ACCURACY, COST], sampler=sampler, budget=60)
-    kept, by_chance = (sum(each.values["cost"] <= 51.2 for each in one.evaluations[12:]) for one in (report, free))
-    assert kept > by_chance and kept >= 12
+    kept, by_chance = (sum(each.values["cost"] <= 64 for each in one.evaluations[12:]) for one in (report, free))
+    assert kept > by_chance and kept > 24
     assert report.full == {"accuracy": accuracy(net.space.maximal()), "cost": 128}
-    assert report.chosen.values["cost"] <= 51.2
+    assert report.chosen.values["cost"] <= 64
 
 
 @pytest.mark.parametrize(
