@@ -89,10 +89,12 @@ class Run:
         :param budget: How many points are to be known at the end.
         """
         budget = 1 if self._sampler is SearchSampler.HEURISTIC else min(budget, self.space.size)
+        if len(self.known) >= budget or self._exhausted():
+            return
         with self._workers, Progress() as progress:
             task = progress.add_task("Searching", total=budget)
             busy = self._take_over()
-            self._enqueue()
+            self._enqueue(busy)
             while len(self.known) < budget and not self._exhausted():
                 if len(self.known) + len(busy) < budget:
                     self._next(budget)
@@ -153,14 +155,14 @@ class Run:
             self._workers.take(trials[0].number)
             self._measure(trials[0])
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, busy: list[FrozenTrial]) -> None:
         """Where every search begins: the full network, where it is needed to compare with, and the heuristic point."""
         starts = [self.space.heuristic()]
         percentages = any(each.percent for each in self._constraints)
         if self._sampler is not SearchSampler.HEURISTIC and (percentages or len(self.objectives) > 1):
             starts.insert(0, self.space.maximal())
-        states = (TrialState.WAITING, TrialState.RUNNING)
-        begun = [trial.user_attrs.get(_SIZES) for trial in self._study.get_trials(deepcopy=False, states=states)]
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        begun = [trial.user_attrs.get(_SIZES) for trial in (*waiting, *busy)]
         for point in starts:
             places = self.space.encode(point)
             if places not in self.known and point not in begun:
