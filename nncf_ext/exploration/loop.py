@@ -204,6 +204,8 @@ class Run:
 
     def _best(self) -> str:
         """The best of every objective so far."""
+        if not self.known:
+            return "others measure the first point"
         columns = zip(*self.known.values(), strict=True)
         bests = ((max if each.maximize else min)(values) for each, values in zip(self.objectives, columns, strict=True))
         found = zip(self.objectives, bests, strict=True)
