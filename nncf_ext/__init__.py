@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from nncf_ext.parameters import ElasticMode as ElasticMode
     from nncf_ext.parameters import MergeMode as MergeMode
     from nncf_ext.parameters import SearchSampler as SearchSampler
+    from nncf_ext.parameters import SparsityAllocation as SparsityAllocation
     from nncf_ext.report import CompressionReport as CompressionReport
     from nncf_ext.report import compression_report as compression_report
     from nncf_ext.saving.checkpoint import save_pretrained as save_pretrained
