@@ -94,9 +94,9 @@ class Run:
         with self._workers, Progress() as progress:
             task = progress.add_task("Searching", total=budget)
             busy = self._take_over()
-            self._enqueue(busy)
             while len(self.known) < budget and not self._exhausted():
                 if len(self.known) + len(busy) < budget:
+                    self._enqueue(busy)
                     self._next(budget)
                 else:
                     time.sleep(_PAUSE)  # others measure the last points; should one of them be killed, they are ours
@@ -149,6 +149,9 @@ class Run:
         """
         while True:
             busy, abandoned = self._workers.running()
+            for trial in abandoned:
+                if not self._has_places(trial):  # nobody will ever know the rest of its parameters
+                    self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             trials = [trial for trial in abandoned if self._has_places(trial)]
             if not trials:
                 return busy
@@ -156,19 +159,22 @@ class Run:
             self._measure(trials[0])
 
     def _enqueue(self, busy: list[FrozenTrial]) -> None:
-        """Where every search begins: the full network, where it is needed to compare with, and the heuristic point."""
+        """
+        Where every search begins: the full network, where it is needed to compare with, then the heuristic point. One
+        at a time, so that a kill in between does not change their order.
+        """
         starts = [self.space.heuristic()]
         percentages = any(each.percent for each in self._constraints)
         if self._sampler is not SearchSampler.HEURISTIC and (percentages or len(self.objectives) > 1):
             starts.insert(0, self.space.maximal())
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        begun = [trial.user_attrs.get(_SIZES) for trial in (*waiting, *busy)]
         for point in starts:
             places = self.space.encode(point)
-            if places not in self.known and point not in begun:
+            if places in self.known or point in (trial.user_attrs.get(_SIZES) for trial in busy):
+                continue
+            if not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 params = dict(zip(self.space.dimensions, places, strict=True))
                 self._study.enqueue_trial(params, user_attrs={_SIZES: point})
-                begun.append(point)
+            return
 
     def _exhausted(self) -> bool:
         """Whether the sampler has come to its end: the last trials brought nothing new, or no gain."""
