@@ -107,9 +107,29 @@ class ElasticMode(Flag):
 
     :param RANK: Ranks of low-rank adapters: leading rows of A and columns of B, with the scaling of the full rank.
         https://arxiv.org/abs/2404.10934
+    :param WIDTH: Channels and heads: leading parts of every tensor that they touch. https://arxiv.org/abs/2112.10878
+    :param DEPTH: How many blocks of each chain of blocks run.
+    :param KERNEL: Sizes of the kernels of convolutions: the centre of the whole one, times a learned matrix.
     """
 
     RANK = 1
+    WIDTH = 2
+    DEPTH = 4
+    KERNEL = 8
+
+
+class UnitImportance(StrEnum):
+    """
+    What says which units of a width matter most (:meth:`SuperNetwork.reorganize`).
+
+    :param L1: Sum of the absolute weights that write into the unit.
+    :param L2: Sum over these weights of the root of the sum of squares.
+    :param FIRST_ORDER: Sum of absolute products of weight and gradient.
+    """
+
+    L1 = "l1"
+    L2 = "l2"
+    FIRST_ORDER = "first_order"
 
 
 class SearchSampler(StrEnum):

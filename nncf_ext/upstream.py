@@ -7,7 +7,8 @@ Checked against NNCF 3.4.0. What each is for:
 * ``StatefulModuleInterface``: lets ``nncf.torch.get_config`` and ``load_from_config`` carry our hook modules;
 * PyTorch's own questions to oneDNN, whether this CPU multiplies half-precision matrices by instructions of its own;
 * ``INT4SymmetricWeightsDecompressor`` and ``unpack_int4``: the module and the byte order that
-  ``nncf.compress_weights`` uses for INT4_SYM.
+  ``nncf.compress_weights`` uses for INT4_SYM;
+* PyTorch's ``TorchDispatchMode``: its manual on extending torch explains it, under this path. To follow a forward.
 """
 
 import torch
@@ -22,6 +23,7 @@ from nncf.torch.layer_utils import StatefulModuleInterface as StatefulModuleInte
 from nncf.torch.quantization.layers import INT4SymmetricWeightsDecompressor as INT4SymmetricWeightsDecompressor
 from nncf.torch.quantization.quantize_functions import unpack_int4 as unpack_int4
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 HOOKS_PREFIX = f"{ATR_HOOK_STORAGE}."
 """Begins the names of the hooks' own tensors in a state dict."""
