@@ -344,7 +344,13 @@ def test_vision(name) -> None:
     blocks = sum(len(chain.blocks) for chain in traced.chains)
     assert (len(traced.dimensions), blocks, len(traced.refused)) == ELASTIC[name], traced.refused
     # All of it cut at once, to every second unit, runs and gives as many classes.
-    before = model(**inputs).logits
+    before = outputs(model, inputs)
+    numbers = sum(each.numel() for each in model.parameters())
     cut_tensors(model, {each: range(0, one.size, 2) for each, one in traced.dimensions.items()}, traced.dimensions)
-    after = model(**inputs).logits
-    assert after.shape == before.shape and not torch.equal(after, before)
+    assert outputs(model, inputs).shape == before.shape
+    assert sum(each.numel() for each in model.parameters()) < 0.8 * numbers
+
+
+def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    found = model(**inputs)
+    return found.logits if "logits" in found else found[0]
