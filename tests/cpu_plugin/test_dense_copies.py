@@ -107,7 +107,8 @@ import ov_ext
 from dataclasses import replace
 from ov_ext.cpu_plugin.sparse_matmul import native
 from tests.cpu_plugin.conftest import make_weight
-from tests.cpu_plugin.test_operation import F32, model
+from openvino import opset13 as opset
+from tests.cpu_plugin.test_operation import F32, operation
 
 weight = make_weight("int4", 200, 512, group=128)
 weight = replace(weight, values=weight.values.clip(-7, 7))
@@ -116,8 +117,9 @@ core, x, memory = ov_ext.add_extension(ov.Core()), np.ones((2, 512), np.float32)
 models = []
 for blob in blobs:
     memory[:] = blob
-    constant = ov.op.Constant(memory, shared_memory=True)
-    models.append(core.compile_model(model([-1, 512], constant, n=200, k=512), "CPU", F32))
+    activations = opset.parameter([-1, 512], np.float32)
+    product = operation(activations, ov.op.Constant(memory, shared_memory=True), n=200, k=512)
+    models.append(core.compile_model(ov.Model([opset.result(product)], [activations], "m"), "CPU", F32))
     assert np.array_equal(models[-1](x)[0], native.matmul(x, blob))
 assert native.bytes_of_dense_copies() > native.pack(weight, dense=True).nbytes
 """
