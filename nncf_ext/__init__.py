@@ -16,6 +16,19 @@ from nncf_ext.saving.registration import register as _register
 
 # The public names, one statement each. Type checkers see imports; at run time they are read as text, by _homes().
 if TYPE_CHECKING:
+    from nncf_ext.algorithms.bootstrap_nas.algorithm import SuperNetwork as SuperNetwork
+    from nncf_ext.algorithms.bootstrap_nas.batch_norm import adapt_batch_norm as adapt_batch_norm
+    from nncf_ext.algorithms.bootstrap_nas.batch_norm import adapted_batch_norm as adapted_batch_norm
+    from nncf_ext.algorithms.bootstrap_nas.parameters import (
+        AdvancedBootstrapNasParameters as AdvancedBootstrapNasParameters,
+    )
+    from nncf_ext.algorithms.bootstrap_nas.shrinking import BOOTSTRAP_NAS_STAGES as BOOTSTRAP_NAS_STAGES
+    from nncf_ext.algorithms.bootstrap_nas.shrinking import ShrinkingStage as ShrinkingStage
+    from nncf_ext.algorithms.bootstrap_nas.shrinking import shrinking_schedule as shrinking_schedule
+    from nncf_ext.algorithms.bootstrap_nas.training import sandwich as sandwich
+    from nncf_ext.algorithms.bootstrap_nas.training import sandwich_step as sandwich_step
+    from nncf_ext.algorithms.bootstrap_nas.training import soft_cross_entropy as soft_cross_entropy
+    from nncf_ext.algorithms.bootstrap_nas.training import uniform_over_macs as uniform_over_macs
     from nncf_ext.algorithms.elastic_lora.algorithm import ElasticLora as ElasticLora
     from nncf_ext.algorithms.elastic_lora.parameters import RankGroup as RankGroup
     from nncf_ext.algorithms.elastic_lora.training import ElasticCallback as ElasticCallback
@@ -51,6 +64,8 @@ if TYPE_CHECKING:
     from nncf_ext.parameters import ElasticMode as ElasticMode
     from nncf_ext.parameters import MergeMode as MergeMode
     from nncf_ext.parameters import SearchSampler as SearchSampler
+    from nncf_ext.parameters import SparsityAllocation as SparsityAllocation
+    from nncf_ext.parameters import UnitImportance as UnitImportance
     from nncf_ext.report import CompressionReport as CompressionReport
     from nncf_ext.report import compression_report as compression_report
     from nncf_ext.saving.checkpoint import save_pretrained as save_pretrained

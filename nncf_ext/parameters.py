@@ -87,15 +87,49 @@ class CompressMode(StrEnum):
     )
 
 
+class SparsityAllocation(StrEnum):
+    """
+    How many zeros each layer gets, where a ratio is asked for (``AdvancedSparseWeightsParameters.allocation``).
+
+    :param UNIFORM: Every layer as many as asked for.
+    :param OUTLIERS: Fewer where more inputs stand out, block by block. OWL, https://arxiv.org/abs/2310.05175
+    :param SENSITIVITY: Fewer where the model's output suffers more, as measured part by part; the same sum of zeros.
+    """
+
+    UNIFORM = "uniform"
+    OUTLIERS = "outliers"
+    SENSITIVITY = "sensitivity"
+
+
 class ElasticMode(Flag):
     """
     What of a network can change its size after :func:`nncf_ext.make_elastic`.
 
     :param RANK: Ranks of low-rank adapters: leading rows of A and columns of B, with the scaling of the full rank.
         https://arxiv.org/abs/2404.10934
+    :param WIDTH: Channels and heads: leading parts of every tensor that they touch. https://arxiv.org/abs/2112.10878
+    :param DEPTH: How many blocks of each chain of blocks run.
+    :param KERNEL: Sizes of the kernels of convolutions: the centre of the whole one, times a learned matrix.
     """
 
     RANK = 1
+    WIDTH = 2
+    DEPTH = 4
+    KERNEL = 8
+
+
+class UnitImportance(StrEnum):
+    """
+    What says which units of a width matter most (:meth:`SuperNetwork.reorganize`).
+
+    :param L1: Sum of the absolute weights that write into the unit.
+    :param L2: Sum over these weights of the root of the sum of squares.
+    :param FIRST_ORDER: Sum of absolute products of weight and gradient.
+    """
+
+    L1 = "l1"
+    L2 = "l2"
+    FIRST_ORDER = "first_order"
 
 
 class SearchSampler(StrEnum):

@@ -1,8 +1,10 @@
-"""What compression left alone in an IR: the embedding and the head on INT8, other 16-bit values in 16 bits."""
+"""What compression left alone in an IR: embedding and head on INT8 or INT4, other 16-bit values in 16 bits."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -13,17 +15,24 @@ from ov_ext.sparse_weights.weights import FLOATS, constant_behind, element_name,
 
 SPARSE = 0.2  # a trained weight has hardly any zeros; one that was pruned for a gain has more than this share
 MIN_WEIGHTS = 1 << 12  # smaller constants are not worth an operation more
+REST = ("int8", "int4")
+"""What the embedding and the head can be put on."""
+GROUPS = (128, 64, 32)
+
+logger = logging.getLogger("ov_ext")
 
 
-def quantize_rest(model: ov.Model) -> tuple[str, ...]:
-    """Put the token embedding and the head on INT8, where everything else is compressed and they are not.
+def quantize_rest(model: ov.Model, kind: str = "int8") -> tuple[str, ...]:
+    """Put the token embedding and the head on INT8 or INT4, where everything else is compressed and they are not.
 
-    This is what ``nncf.compress_weights`` does with them in its 4-bit modes. One scale for each token, symmetric. A
-    weight that the embedding and the head share stays one constant. A model without any sparse or quantized weight
-    stays as it is, and so does an embedding or a head that is sparse.
+    INT8 is what ``nncf.compress_weights`` does with them in its 4-bit modes: one scale for each token, symmetric. INT4
+    has one for each 128 columns, or 64, or 32: the most that divide them; where none does, it is INT8. A weight that
+    the embedding and the head share stays one constant. A model without any sparse or quantized weight stays as it is,
+    and so does an embedding or a head that is sparse.
 
     :param model: The model of a language model or an encoder. Changed in place.
-    :return: Friendly names of the operations whose weights are on INT8 now.
+    :param kind: One of :data:`REST`.
+    :return: Friendly names of the operations whose weights are quantized now.
     """
     weighted = {node.get_friendly_name(): node for node in model.get_ops() if _weight(node) is not None}
     if not any(_is_compressed(node) for node in weighted.values()):
@@ -33,11 +42,18 @@ def quantize_rest(model: ov.Model) -> tuple[str, ...]:
         return ()
     import nncf
 
-    nncf.compress_weights(
-        model,
-        mode=nncf.CompressWeightsMode.INT8_SYM,
-        ignored_scope=nncf.IgnoredScope(names=[name for name in weighted if name not in chosen], validate=False),
-    )
+    options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_SYM}
+    columns = {weight.shape[-1] for name in chosen if (weight := _weight(weighted[name])) is not None}
+    if kind == "int4":
+        group = next((size for size in GROUPS if all(width % size == 0 for width in columns)), None)
+        if group is None:
+            widths = ", ".join(map(str, sorted(columns)))
+            logger.warning("Embedding and head go on INT8: no group of %s divides their %s columns.", GROUPS, widths)
+        else:
+            mode = nncf.CompressWeightsMode.INT4_SYM
+            options = {"mode": mode, "group_size": group, "ratio": 1.0, "all_layers": True}
+    ignored = nncf.IgnoredScope(names=[name for name in weighted if name not in chosen], validate=False)
+    nncf.compress_weights(model, ignored_scope=ignored, **options)
     return tuple(sorted(chosen))
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ov_ext import runtime, state_space
 from ov_ext.card import EXPORTED, write_card
 from ov_ext.convert import save_model
 from ov_ext.folder import whole_folder
-from ov_ext.leftovers import narrow_constants, quantize_rest
+from ov_ext.leftovers import REST, narrow_constants, quantize_rest
 from ov_ext.stand_in import computing_in_float32, stand_in
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ def export(
     """Export a model of transformers, sparse or compressed by NNCF, as a complete OpenVINO folder.
 
     INT4 weights in NNCF's torch form keep their integers and scales bit for bit. Of a compressed model, the embedding
-    and the head go on INT8 where they are not compressed (``rest``). Nothing else is rounded: floating weights keep
-    their values, in 16 bits where these fit 16 bits exactly.
+    and the head go on INT8 (or INT4) where they are not compressed (``rest``). Nothing else is rounded: floating
+    weights keep their values, in 16 bits where these fit 16 bits exactly.
     Layers may differ in their number of key/value heads, or have no attention: each layer with attention gets a cache
     of its own shape. Mamba and Mamba-2 are exported with the states of their convolutions and state spaces. Layers
     without a state space keep the state of their convolution only.
@@ -134,7 +135,8 @@ def export(
         and generation config.
     :param task: Optimum's name of the task, such as ``"text-classification"``; None: that of the model's class.
     :param rest: What to do with the embedding and the head of a model whose other layers are sparse or quantized:
-        ``"int8"`` rounds them to INT8 with one scale for each token, as NNCF does in its 4-bit modes; None keeps them.
+        ``"int8"`` rounds them to INT8 with one scale for each token, as NNCF does in its 4-bit modes; ``"int4"`` to
+        INT4 in groups, which is smaller and costs more loss; None keeps them.
     :param change: Changes the model in place before it is written, and returns whether it did: packing, for example.
     :param overwrite: Replace an existing model folder once the new one is complete.
     :return: The folder.
@@ -142,8 +144,8 @@ def export(
         attention leaves a gap in the cache, or weights are not in memory.
     :raises OSError: The folder cannot be written; of a full disk the message says what to do.
     """
-    if rest not in ("int8", None):
-        raise ValueError(f"rest is 'int8' or None, got {rest!r}.")
+    if rest not in (*REST, None):
+        raise ValueError(f"rest is 'int8', 'int4' or None, got {rest!r}.")
     if tokenizer is not None:
         _check_vocabulary(model, tokenizer)
     task = task or _task(model)
@@ -198,11 +200,11 @@ def _task(model: PreTrainedModel) -> str:
 
 
 def _finish(path: Path, rest: str | None, change: Callable[[ov.Model], bool] | None) -> None:
-    """Write an IR anew with the embedding and the head on INT8, 16-bit values in 16 bits, and the caller's change."""
+    """Write an IR anew: embedding and head quantized, 16-bit values in 16 bits, and the caller's change."""
     model = ov.Core().read_model(path)
     steps: list[Callable[[ov.Model], object]] = [narrow_constants]
     if rest:
-        steps.insert(0, quantize_rest)
+        steps.insert(0, partial(quantize_rest, kind=rest))
     if change is not None:
         steps.append(change)
     if any([step(model) for step in steps]):  # all of them

@@ -10,7 +10,7 @@ searched ones (NLS). Every finished run is kept in `samples/out/02`, and not rep
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from evidence.show import quiet
@@ -22,7 +22,12 @@ FULL = {"steps": 120, "training": 8000, "validation": 256, "test": 2048}
 
 def main(
     quick: Annotated[bool, typer.Option(help="Two arms, one seed, fewer steps and items: minutes.")] = False,
-    task: Annotated[list[str] | None, typer.Option(help="signatures, arithmetic; all by default.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="signatures, arithmetic, libraries; the first two by default.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Another language model; see python -m samples.real_models. Takes longer.")
+    ] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Pipelines to run; all by default.")] = None,
     form: Annotated[list[str] | None, typer.Option(help="lora, nls; all by default.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of every arm.")] = 3,
@@ -36,13 +41,16 @@ def main(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    budget = dict(QUICK if quick else FULL)
+    budget: dict[str, Any] = dict(QUICK if quick else FULL)
     if steps:
         budget["steps"] = steps
     if quick:
         out, arm, form, seeds = out / "quick", arm or ["lora", "sqft_qa_sparse_peft"], form or ["lora"], 1
+    if model is not None:  # larger models learn at lower rates; groups of 128 do not divide every size
+        budget |= {"base": model, "learning_rate": 1e-3, "group_size": 64}
+        out = out / model.name
     plan = comparison.Plan(
-        tasks=tuple(task or (["signatures"] if quick else comparison.TASKS)),
+        tasks=tuple(task or ["signatures", *([] if quick else ["arithmetic"])]),
         arms=tuple(arm or comparison.ARMS),
         forms=tuple(form or comparison.FORMS),
         seeds=seeds,

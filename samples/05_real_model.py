@@ -3,8 +3,9 @@
 Takes SmolLM2-135M-Instruct (from a package of the Python index, see `real_models`) and makes it smaller in every way at
 hand: stock OpenVINO with NNCF's methods, llama.cpp with its quantizer, and ours. Measures all of them on the same
 windows of English and of Python: loss, with paired intervals to the dense model; bytes, memory, milliseconds a token
-and of a prompt, interleaved; an answer. Prints tables, and draws loss against speed and loss against size. All parts
-are kept in `samples/out/05`: an interrupted run goes on, and a further arm costs only itself.
+and of a prompt, interleaved; an answer. What needs calibration gets the same in all arms: English, Python and
+conversations. Prints tables, and draws loss against speed and loss against size. All parts are kept in
+`samples/out/05`: an interrupted run goes on, and a further arm costs only itself.
 
 Its weights were quantized once before they got into the package (4 bits, asymmetric, groups of 32), so the dense model
 is what that left of the published one.
@@ -49,7 +50,7 @@ def main(
 
     taken = chosen(arms or (table.QUICK if quick else tuple(table.ARMS)))
     console = Console(width=160)
-    subject = Subject(out / "quick" if quick else out, *((8, 128) if quick else (64, 512)), wheel)
+    subject = Subject(out / "quick" if quick else out, *((9, 128) if quick else (48, 512)), wheel)
     try:
         subject.source  # noqa: B018  the download comes first
     except (UnavailableError, ValueError) as error:

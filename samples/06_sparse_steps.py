@@ -1,8 +1,9 @@
 """What each step from SparseGPT to a good sparse INT4 model gains, on one model.
 
 Proves which options of the sparse modes are worth their time: the published methods, the least-squares fit, zeros by
-ADMM, better rounding, and blocks trained to give what the dense ones gave. Prints one table: losses on two held-out
-texts against the dense model, paired, and minutes. What was measured is kept, so an interrupted run goes on.
+ADMM, better rounding, zeros shared out over layers, and blocks trained to give what the dense ones gave. Prints one
+table: losses on two held-out texts against the dense model, paired, and minutes. What was measured is kept, so an
+interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from evidence.show import quiet, table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 PUBLISHED = {"least_squares_steps": 0, "activation_order": False, "scale_search": False, "rounding_passes": 0}
 TRAINED = {"reconstruction_epochs": 4}
+OUTLIERS, SENSITIVITY = {"allocation": "outliers"}, {"allocation": "sensitivity"}
 STEPS: dict[str, tuple[str, bool, bool, dict[str, Any]]] = {
     # name: mode, zeros, INT4, options
     "magnitude": ("SPARSE_MAGNITUDE", True, False, {}),
@@ -26,10 +28,14 @@ STEPS: dict[str, tuple[str, bool, bool, dict[str, Any]]] = {
     "SparseGPT, as published": ("SPARSE_GPT", True, False, PUBLISHED),
     "SparseGPT, fitted": ("SPARSE_GPT", True, False, {}),
     "ADMM, fitted": ("SPARSE_ADMM", True, False, {}),
+    "ADMM, fitted, zeros by outliers": ("SPARSE_ADMM", True, False, OUTLIERS),
+    "ADMM, fitted, zeros by sensitivity": ("SPARSE_ADMM", True, False, SENSITIVITY),
     "ADMM, fitted, trained by blocks": ("SPARSE_ADMM", True, False, TRAINED),
     "SparseGPT and GPTQ, as published": ("SPARSE_GPT", True, True, PUBLISHED),
     "ADMM, INT4": ("SPARSE_ADMM", True, True, {}),
+    "ADMM, INT4, zeros by sensitivity": ("SPARSE_ADMM", True, True, SENSITIVITY),
     "ADMM, INT4, trained by blocks": ("SPARSE_ADMM", True, True, TRAINED),
+    "ADMM, INT4, zeros by sensitivity, trained by blocks": ("SPARSE_ADMM", True, True, SENSITIVITY | TRAINED),
     "INT4 without zeros: GPTQ, as published": ("SPARSE_GPT", False, True, PUBLISHED),
     "INT4 without zeros: better rounding": ("SPARSE_GPT", False, True, {}),
     "INT4 without zeros, trained by blocks": ("SPARSE_GPT", False, True, TRAINED),

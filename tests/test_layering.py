@@ -44,6 +44,8 @@ LAYERS = (
     "weights",
     "structure.wrappers",
     "structure.dimensions",
+    "structure.cutting",
+    "structure.slicing",
     "structure.records",  # know architectures; what stands above them takes dimensions
     "structure.blocks",
     "structure.lookup",

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_ext.calibration.stream import Unit
+from nncf_ext.calibration.stream import Enough, Unit
 
 _SAMPLED_TOKENS_PER_CALL = 16
 _SAMPLED_TOKENS = 1024
+_ROWS_AT_ONCE = 256  # of the products: what lies left of these rows' own square is known from the rows above
 
 
 @dataclass
@@ -48,7 +49,9 @@ class InputStatistics:
         """
         rows = inputs.detach().reshape(-1, self.in_features).to(self._products.device, torch.float32)
         if self.full:
-            self._products.addmm_(rows.T, rows)
+            for start in range(0, self.in_features, _ROWS_AT_ONCE):
+                part = self._products[start : start + _ROWS_AT_ONCE, start:]
+                part.addmm_(rows[:, start : start + _ROWS_AT_ONCE].T, rows[:, start:])
         else:
             self._products += rows.square().sum(dim=0)
         self.sequences += math.prod(inputs.shape[:-2])  # 1 without a batch axis: the product of no numbers
@@ -91,7 +94,8 @@ class InputStatistics:
         """
         # The factor in front cancels in the solver: scores are compared with each other, corrections are ratios of
         # entries, and damping is relative to the diagonal. It is kept so that the number is the one of the paper.
-        return self._products * (2.0 / max(self.sequences, 1))
+        upper = self._products.triu()
+        return (upper + upper.triu(1).T) * (2.0 / max(self.sequences, 1))
 
     def output_error(self, weight: Tensor, replacement: Tensor) -> float:
         """
@@ -140,6 +144,9 @@ def _observe(unit: Unit, full: bool, apart: set[str]) -> tuple[dict[str, InputSt
     # Of each layer's last call: its number, the input, and how often that had been written to.
     latest: dict[str, tuple[int, Tensor, int]] = {}
     parted: set[str] = set()
+    # Once a sample has been run whole, and has called each layer once, others end where the last of them is called.
+    called: set[str] = set()
+    once = False
 
     def observe(name: str, module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs["input"]
@@ -157,11 +164,19 @@ def _observe(unit: Unit, full: bool, apart: set[str]) -> tuple[dict[str, InputSt
             statistics[name].update(inputs)
         elif not _same_call(latest[leader], same):
             parted.add(name)
+        called.add(name)
+        if once and len(called) == len(unit.layers):
+            raise Enough
+
+    def after_sample() -> None:
+        nonlocal once
+        once = once or [number for number, *_ in latest.values()] == [1] * len(unit.layers)
+        called.clear()
 
     with ExitStack() as hooks:
         for name, layer in unit.layers.items():
             hooks.callback(layer.register_forward_pre_hook(partial(observe, name), with_kwargs=True).remove)
-        unit.run()
+        unit.run(after_sample)
     parted |= {name for name, leader in leader_of.items() if latest[name][0] != latest[leader][0]}
     return {name: statistics[leader] for name, leader in leader_of.items()}, parted
 

@@ -11,11 +11,11 @@ or there are none, the whole model is run for each unit: right for any model, an
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import nncf
 import torch
@@ -38,6 +38,7 @@ from nncf_ext.calibration.chain import (
     split,
     trace_calls,
 )
+from nncf_ext.calibration.float_products import fast_products
 from nncf_ext.calibration.trainable_block import TrainableBlock
 from nncf_ext.memory import is_out_of_memory
 from nncf_ext.structure.blocks import BlockList
@@ -45,8 +46,23 @@ from nncf_ext.structure.blocks import BlockList
 logger = logging.getLogger("nncf_ext")
 
 
-class _Reached(Exception):
-    """Ends a forward early: the inputs that it was run for have been captured."""
+class Enough(Exception):
+    """Raised in a hook to end a forward early: what it was run for has been seen."""
+
+
+class Run(Protocol):
+    """Runs samples through a unit; outputs are dropped."""
+
+    def __call__(self, after_sample: Callable[[], None] = ...) -> None:
+        """
+        Runs every sample, each until it ends or a hook raises :class:`Enough`.
+
+        :param after_sample: Called after each.
+        """
+
+
+def _nothing() -> None:
+    """What happens after a sample if nothing is asked for."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +70,14 @@ class Unit:
     """
     :param name: Path of the block, or of the first layer.
     :param layers: Linear layers to compress together, by path.
-    :param run: Runs every calibration sample through the unit as it is now; outputs are dropped.
+    :param run: Runs every calibration sample through the unit as it is now.
     :param advance: To be called once the unit is compressed: its outputs become the inputs of the next unit.
     :param block: How to train the unit by itself; None where it cannot be run by itself, or nobody asked.
     """
 
     name: str
     layers: Mapping[str, nn.Linear]
-    run: Callable[[], None]
+    run: Run
     advance: Callable[[], None]
     block: TrainableBlock | None = None
 
@@ -142,18 +158,23 @@ class CalibrationStream:
             else:
                 yield from self._walk(segment, segment.chain)
 
-    def _call(self, item: Any) -> None:
+    def call(self, item: Any) -> Any:
+        """
+        :param item: An item of the calibration data.
+        :return: What the model gives for it.
+        """
         item = _copied(item, self._device)
         if isinstance(item, Mapping):
-            self._model(**{**item, **self._options})
-        elif isinstance(item, Tensor):
-            self._model(item, **self._options)
-        else:
-            self._model(*item, **self._options)
+            return self._model(**{**item, **self._options})
+        if isinstance(item, Tensor):
+            return self._model(item, **self._options)
+        return self._model(*item, **self._options)
 
-    def _run_model(self) -> None:
+    def _run_model(self, after_sample: Callable[[], None] = _nothing) -> None:
         for item in self._items:
-            self._call(item)
+            with suppress(Enough):
+                self.call(item)
+            after_sample()
 
     def _plan(self, block_lists: Sequence[BlockList], layers: Mapping[str, nn.Linear]) -> list[_Segment]:
         """
@@ -231,7 +252,7 @@ class CalibrationStream:
         def begin(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given.setdefault(name, kind_of(joined(args, kwargs), sizes_of))
             if len(given) == len(block_lists) and not outside and (own, *given.items()) in traced:
-                raise _Reached
+                raise Enough
 
         def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             read = args[0] if args else kwargs.get("input")
@@ -245,8 +266,8 @@ class CalibrationStream:
                 start = next(iter(each.blocks.values()))
                 hooks.callback(start.register_forward_pre_hook(partial(begin, each.name), with_kwargs=True).remove)
             try:
-                self._call(self._items[index])
-            except _Reached:
+                self.call(self._items[index])
+            except Enough:
                 return None
             except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
                 if is_out_of_memory(error):
@@ -271,7 +292,7 @@ class CalibrationStream:
         if kind in independent:
             return chain
         with disturbed_outputs(each, chain), trace_calls([each]) as again:
-            self._call(self._items[index])
+            self.call(self._items[index])
         if not same_further_inputs(chain, before, again):
             return None
         independent.add(kind)
@@ -289,9 +310,11 @@ class CalibrationStream:
             found: Tensor = output if chain.exit is None else output[chain.exit]
             return found
 
-        def run(block: nn.Module, inputs: Sequence[Inputs]) -> None:
+        def run(block: nn.Module, inputs: Sequence[Inputs], after_sample: Callable[[], None] = _nothing) -> None:
             for sample in range(len(hidden)):
-                call(inputs, sample, block, hidden)
+                with suppress(Enough):
+                    call(inputs, sample, block, hidden)
+                after_sample()
 
         def advance(block: nn.Module, inputs: Sequence[Inputs], states: list[Tensor]) -> None:
             for sample in range(len(states)):
@@ -335,15 +358,15 @@ class CalibrationStream:
                 {key: shared(value, [row.get(key) for row in known]) for key, value in inputs.items()}
             )
             if index == len(visited) - 1:
-                raise _Reached
+                raise Enough
 
         with ExitStack() as hooks:
             for index, block in enumerate(visited):
                 hooks.callback(block.register_forward_pre_hook(partial(record, index), with_kwargs=True).remove)
             for item in self._items:
                 try:
-                    self._call(item)
-                except _Reached:
+                    self.call(item)
+                except Enough:
                     pass
         return hidden, further
 
@@ -351,7 +374,8 @@ class CalibrationStream:
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """
-    Puts every module into evaluation mode without gradients, and its own mode back afterwards.
+    Puts every module into evaluation mode without gradients, and its own mode back afterwards. Half-precision models
+    multiply in float32 where the CPU is faster so.
 
     :param model: Any torch model.
     """
@@ -361,7 +385,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     model.eval()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with torch.no_grad(), fast_products(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

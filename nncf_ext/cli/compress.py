@@ -34,6 +34,13 @@ def compress_folder(
     mode: Annotated[CompressMode, typer.Option(help="The method.")] = CompressMode.SPARSE_ADMM,
     ratio: Annotated[float, typer.Option(help=_ratio_help())] = 0.5,
     pattern: Annotated[str | None, typer.Option(help="N:M: keep N of every M weights, such as 2:4.")] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How many zeros each layer gets: uniform (default); sensitivity: fewer where the model suffers more, "
+            "which is measured first; outliers."
+        ),
+    ] = None,
     quantization: Annotated[str | None, typer.Option(help="int4_sym, or nothing for floating weights.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns with one scale: 64 or 128 (default).")] = None,
     group_size_fallback: Annotated[
@@ -81,6 +88,7 @@ def compress_folder(
         parameters = _parameters(
             mode,
             pattern=pattern,
+            allocation=allocation,
             quantization=quantization,
             group_size=group_size,
             group_size_fallback_mode=group_size_fallback,

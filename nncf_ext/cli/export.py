@@ -17,7 +17,9 @@ def export_folder(
     pack: Annotated[bool, typer.Option("--pack", help="Pack sparse weights, as ov-ext pack does by default.")] = False,
     rest: Annotated[
         str,
-        typer.Option(help="Embedding and head of a compressed model, where they are not: int8, or none to keep them."),
+        typer.Option(
+            help="Embedding and head of a compressed model, where they are not: int8, int4, or none to keep them."
+        ),
     ] = "int8",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,39 @@ def l1_norm(parts: Sequence[Tensor]) -> Tensor:
     total = sum(part.float().abs().sum(dim=2).mean(dim=1) for part in parts)
     assert isinstance(total, Tensor)
     return total
+
+
+def norm_sum(parts: Sequence[Tensor], power: int) -> Tensor:
+    """
+    Sum over all weights that write into a unit of the norm of the unit's part: ``sum |w|``, or ``sqrt(sum w^2)``.
+
+    :param parts: For each weight ``[units, rows, inputs]``, any floating type.
+    :param power: 1 or 2.
+    :return: Score ``[units]``, float32 or as precise as the weights.
+    Source: BootstrapNAS, arXiv 2112.10878 (filter importance); its rules in NNCF up to 2.19.
+    """
+    total = sum(torch.linalg.vector_norm(part.flatten(1).to(_precise(part)), power, dim=1) for part in parts)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def first_order(parts: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """
+    What the loss would lose with a unit, to first order: ``sum |w * dL/dw|`` over all weights that write into it.
+
+    :param parts: For each weight ``[units, rows, inputs]``, any floating type.
+    :param gradients: The gradients of the loss by them, likewise.
+    :return: Score ``[units]``, float32 or as precise as the weights.
+    Source: EFTNAS, LREC-COLING 2024 (first-order weight importance).
+    """
+    products = (one.to(_precise(one)) * other for one, other in zip(parts, gradients, strict=True))
+    total = sum(each.abs().flatten(1).sum(dim=1) for each in products)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _precise(part: Tensor) -> torch.dtype:
+    return torch.promote_types(part.dtype, torch.float32)
 
 
 def activation_norm(mean_square: Tensor, weight: Tensor, units: int) -> Tensor:

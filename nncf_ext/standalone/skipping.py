@@ -48,6 +48,20 @@ class SkippedMlp(Skipped):
         return hidden_states.new_zeros(())
 
 
+class SkippedBlock(Skipped):
+    """Stands for a whole block, of whatever model: gives back the first tensor that it is given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+
+
+class SkippedBlockInTuple(SkippedBlock):
+    """The same for blocks that give a tuple of one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (super().forward(*args, **kwargs),)
+
+
 class SkippedAttention(Skipped):
     """Adds nothing to the residual stream and has no attention weights."""
 

@@ -111,7 +111,7 @@ def survey(model: nn.Module, ignored_scope: nncf.IgnoredScope | None = None) -> 
     lists = tuple(find_block_lists(model))
     in_blocks = {id(module) for each in lists for block in each.blocks.values() for module in block.modules()}
     head = _output_head(model)
-    ignored = _ignored_modules(model, ignored_scope) if ignored_scope is not None else set()
+    ignored = ignored_modules(model, ignored_scope) if ignored_scope is not None else set()
     names = names_of_parameters(model)
 
     weights = []
@@ -221,7 +221,14 @@ def _unsupported(module: nn.Module, own_name: str, parameter: Tensor) -> str | N
     return f"{parameter.dim()}-D parameter of {kind}, which is not torch.nn.Linear: not supported"
 
 
-def _ignored_modules(model: nn.Module, scope: nncf.IgnoredScope) -> set[str]:
+def ignored_modules(model: nn.Module, scope: nncf.IgnoredScope) -> set[str]:
+    """
+    :param model: Any torch model.
+    :param scope: What the user keeps out; see :func:`survey`.
+    :return: Paths of the modules that it names.
+    :raises nncf.ValidationError: A rule matches nothing.
+    :raises nncf.ParameterNotSupportedError: It holds subgraphs.
+    """
     if scope.subgraphs:
         msg = (
             "Asked to ignore subgraphs. Layers are found without tracing the model, so there is no graph to cut. "

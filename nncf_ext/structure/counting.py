@@ -1,5 +1,6 @@
 """What does a model cost, and what would it cost after a plan? From shapes alone: the meta device will do."""
 
+import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
@@ -48,14 +49,21 @@ def lost_numbers(model: nn.Module, kept: Kept, dimensions: Dimensions) -> dict[i
     :param dimensions: The model's dimensions.
     :return: How many numbers each parameter loses, by its id. One that is shared loses what all of its users lose.
     """
-    lost = _lost_by_path(model, kept, dimensions)
+    lost = lost_by_path(model, kept, dimensions)
     # One user that keeps more of a shared weight than the others keeps it for all of them.
     return {key: min(lost.get(path, 0) for path in paths) for key, paths in names_of_parameters(model).items()}
 
 
-def _lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mapping[str, int]:
+def lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mapping[str, int]:
+    """
+    :param model: A model.
+    :param kept: Units of each dimension that stay.
+    :param dimensions: The model's dimensions.
+    :return: How many numbers each tensor loses that loses some, by path.
+    """
     lost: dict[str, int] = {}
-    left: dict[str, Fraction] = {}  # of tensors that are cut, on one axis or several
+    replaced: dict[str, int] = {}
+    left: dict[tuple[str, int], Fraction] = {}  # of each axis that is cut
     for name, dimension in dimensions.items():
         gone = dimension.size - len(kept[name])
         if not gone:
@@ -65,15 +73,15 @@ def _lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mappi
             module = model.get_submodule(path)
             stays = {own: each.numel() for own, each in stand_in.standing_for(module).named_parameters()}
             every = module.named_parameters(remove_duplicate=False)
-            lost |= {f"{path}.{own}": each.numel() - stays.get(own, 0) for own, each in every}
+            replaced |= {f"{path}.{own}": each.numel() - stays.get(own, 0) for own, each in every}
         for cut in () if stand_ins else dimension.cuts:
-            length = axis_length(model, cut)
-            share = Fraction(length - gone * cut.indices_per_unit, length)
-            left[cut.tensor] = left.get(cut.tensor, Fraction(1)) * share
-    for tensor, share in left.items():
+            share = Fraction(gone * cut.indices_per_unit, axis_length(model, cut))
+            left[cut.tensor, cut.axis] = left.get((cut.tensor, cut.axis), Fraction(1)) - share
+    for tensor in dict.fromkeys(tensor for tensor, _ in left):
         numbers = tensor_at(model, tensor).numel()  # packed codes of a grid count as they are stored
-        lost[tensor] = numbers - int(numbers * share)
-    return lost
+        shares = [share for (other, _), share in left.items() if other == tensor]
+        lost[tensor] = numbers - int(numbers * math.prod(shares))
+    return lost | replaced
 
 
 def _block_parameters(model: nn.Module, dimensions: Dimensions) -> Iterator[nn.Parameter]:

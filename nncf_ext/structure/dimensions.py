@@ -6,7 +6,7 @@ a model is true of its copies. Records (:mod:`nncf_ext.structure.records`) make 
 masks, surgery and counts need nothing else.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -97,6 +97,8 @@ class Dimension:
     :param config_keys: The configuration's names for its size, and how many of them one unit is.
     :param token_numbers: Numbers that one unit keeps in the cache of every token (keys and values).
     :param state_numbers: Numbers kept of a whole sequence with 0, 1, .. units; empty: none.
+    :param numbers: Numbers that modules keep about it, such as head counts: paths of attributes, and how many of them
+        one unit is.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Dimension:
     config_keys: Mapping[str, int] = field(default_factory=dict)
     token_numbers: int = 0
     state_numbers: tuple[int, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def part(self) -> str:
@@ -200,13 +203,14 @@ class Dimensions(Mapping[str, Dimension]):
     """
     The dimensions of one model by name, in the order of its blocks.
 
-    Two dimensions may cut one tensor on different axes. They do not overlap in any other way: what one replaces, no
-    other cuts.
+    Two dimensions may cut one tensor on different axes, or one axis at different places; what one replaces, another may
+    cut inside.
 
     :param dimensions: The dimensions.
     :param blocks: Path of the list of repeated blocks, from the model.
     :param record: What the architecture asks for beyond; None: nothing.
     :param shared: Names of dimensions that cut the very same tensors, group by group.
+    :param scopes: By path of a tensor, the module while which runs it is read, where that is not the one that holds it.
     """
 
     def __init__(
@@ -215,11 +219,13 @@ class Dimensions(Mapping[str, Dimension]):
         blocks: str = "",
         record: Architecture | None = None,
         shared: Sequence[tuple[str, ...]] = (),
+        scopes: Mapping[str, str] | None = None,
     ) -> None:
         self._by_name = {each.name: each for each in dimensions}
         self.blocks = blocks
         self.record = Architecture() if record is None else record
         self._users = {name: names for names in shared for name in names}
+        self.scopes = {} if scopes is None else dict(scopes)
 
     def __getitem__(self, name: str) -> Dimension:
         return self._by_name[name]
@@ -256,12 +262,13 @@ class Dimensions(Mapping[str, Dimension]):
         """:return: Every unit of every dimension: what a dense model keeps."""
         return {name: each.all_units for name, each in self.items()}
 
-    def unit_weights(self, model: nn.Module, name: str) -> list[Tensor]:
+    def unit_weights(self, model: nn.Module, name: str, of: Callable[[Tensor], Tensor] = Tensor.detach) -> list[Tensor]:
         """
         The weights that write into a dimension's units, cut up by unit: what scores of units are computed from.
 
         :param model: The model, or a copy of it.
         :param name: Name of a dimension.
+        :param of: What of each weight to take, of its shape: its numbers, its gradient.
         :return: For each segment ``[units, rows of the segment, inputs of a row]``. Layers that read the units are not
             among them, and no biases.
         """
@@ -271,8 +278,8 @@ class Dimensions(Mapping[str, Dimension]):
             if cut.axis or weight.ndim < 2:
                 continue
             for offset, size in cut.segments:
-                rows = weight[offset : offset + dimension.size * size]
-                found.append(rows.detach().reshape(dimension.size, size, -1))
+                rows = of(weight)[offset : offset + dimension.size * size]
+                found.append(rows.reshape(dimension.size, size, -1))
         return found
 
 

@@ -4,17 +4,17 @@ import copy
 from typing import Any, TypeVar
 
 import nncf
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from nncf_ext.standalone.skipping import keep_ties, tied_names
 from nncf_ext.structure.checks import check_plan
-from nncf_ext.structure.dimensions import Dimension, Dimensions, Kept, tensor_at
+from nncf_ext.structure.cutting import kept_numbers, sizes_of_layer, staying
+from nncf_ext.structure.dimensions import Dimensions, Kept, tensor_at
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.records import set_record
-from nncf_ext.weights.sharing import names_of_parameters
 
 TModel = TypeVar("TModel", bound=nn.Module)
 
@@ -76,72 +76,36 @@ def cut_tensors(model: nn.Module, kept: Kept, dimensions: Dimensions) -> None:
     :param kept: Units of each dimension that stay.
     :param dimensions: The model's dimensions.
     """
-    scissors = _Scissors(model)  # one for all dimensions: a tensor may be cut by two of them
+    numbers = kept_numbers(dimensions, kept)
+    axes_of = staying(model, dimensions, kept)
+    wholes = {path: tensor_at(model, path) for path in axes_of}
+    pieces: dict[int, Tensor] = {}  # a tensor that several modules share stays shared
+    for path, axes in axes_of.items():
+        whole = wholes[path]
+        if id(whole) not in pieces:
+            piece = whole.detach()
+            for axis, indices in axes.items():
+                piece = piece.index_select(axis, torch.from_numpy(indices).to(whole.device))
+            is_parameter = isinstance(whole, nn.Parameter)
+            pieces[id(whole)] = nn.Parameter(piece, requires_grad=whole.requires_grad) if is_parameter else piece
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if name == "weight":
+            for attribute, value in sizes_of_layer(module, pieces[id(whole)].shape).items():
+                setattr(module, attribute, value)
+        setattr(module, name, pieces[id(whole)])
+        set_record(module, None)
+    for path, value in numbers.items():
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, value)
     for name, dimension in dimensions.items():
-        units = kept[name]
-        if tuple(units) == dimension.all_units:
-            continue
-        if stand_ins := dimension.replaced(units):
-            for path, stand_in in stand_ins.items():
-                replaced = model.get_submodule(path)
-                replacement = stand_in.standing_for(replaced)
-                # A new module is in training mode; what it stands for may not be.
-                for module in {*replacement.modules()} - {*replaced.modules()}:
-                    module.training = replaced.training
-                # Stand-ins look at slices of the weights; a copy lets the rest of the memory go.
-                for parameter in replacement.parameters():
-                    parameter.data = parameter.data.clone()
-                model.set_submodule(path, replacement)
-        else:
-            scissors.cut(dimension, units)
-
-
-class _Scissors:
-    """Cuts tensors; one that several modules share stays shared."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        names = names_of_parameters(model)
-        # Kept alive, so that no new tensor gets the id of an old one.
-        self._shared: dict[int, Tensor] = {id(each): each for each in model.parameters() if len(names[id(each)]) > 1}
-        self._pieces: dict[tuple[int, int], Tensor] = {}
-
-    def cut(self, dimension: Dimension, units: Any) -> None:
-        for cut in dimension.cuts:
-            module, name = self._model.get_submodule(cut.module), cut.tensor.rpartition(".")[2]
-            whole = tensor_at(self._model, cut.tensor)
-            piece = self._pieces.get((id(whole), cut.axis))
-            if piece is None:
-                piece = whole.detach().index_select(cut.axis, cut.indices(units, whole.device))
-                if isinstance(whole, nn.Parameter):
-                    piece = nn.Parameter(piece, requires_grad=whole.requires_grad)
-                if id(whole) in self._shared:
-                    self._pieces[id(whole), cut.axis] = piece
-                    self._shared[id(piece)] = piece
-            setattr(module, name, piece)
-            fit_attributes(module)
-            set_record(module, None)
-
-
-def fit_attributes(module: Any) -> None:
-    """
-    Makes the numbers that a layer keeps about its shape agree with its weight.
-
-    :param module: A linear layer, convolution, embedding or normalization; any other stays as it is.
-    """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if module.groups == module.in_channels > 1:  # depthwise: a group for each channel that is left
-            module.groups = weight.shape[0] * module.groups // module.out_channels
-        module.out_channels = weight.shape[0]
-        module.in_channels = weight.shape[1] * module.groups
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = weight.shape
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, _NormBase):
-        module.num_features = weight.shape[0]
+        for path, stand_in in dimension.replaced(kept[name]).items():
+            replaced = model.get_submodule(path)
+            replacement = stand_in.standing_for(replaced)
+            # A new module is in training mode; what it stands for may not be.
+            for each in {*replacement.modules()} - {*replaced.modules()}:
+                each.training = replaced.training
+            # Stand-ins look at slices of the weights; a copy lets the rest of the memory go.
+            for parameter in replacement.parameters():
+                parameter.data = parameter.data.clone()
+            model.set_submodule(path, replacement)

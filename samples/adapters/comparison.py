@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nncf_ext
 from adapters import deployment, recipes
 from adapters.arithmetic import arithmetic_task
+from adapters.libraries import LIBRARIES, libraries_task
 from adapters.scoring import logits_of, right_answers
 from adapters.signatures import HELD_OUT_PACKAGES, TRAINING_PACKAGES, signatures_task
 from adapters.task import Item, Task, encode
@@ -29,12 +31,18 @@ from adapters.training import ALPHA, LINEARS, Settings
 from nncf_ext.files import write_whole
 
 ASSETS = Path(__file__).parents[1] / "assets"
-TASKS = ("signatures", "arithmetic")
+TINY = ASSETS / "tiny_lm"
+TASKS = ("signatures", "arithmetic", "libraries")
 ARMS = ("lora", "shears", "sqft", "sqft_sparse_peft", "sqft_qa_sparse_peft")
 FORMS = ("lora", "nls")
 PARTS = ("training", "validation", "test")
+MADE_OF: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {
+    "signatures": (signatures_task, (*TRAINING_PACKAGES, *HELD_OUT_PACKAGES)),
+    "libraries": (libraries_task, LIBRARIES),
+}
+"""What makes a task, and the packages that it reads."""
 INT4 = ("sqft", "sqft_qa_sparse_peft")
-LONGEST = 40  # tokens of an item
+LONGEST = {"signatures": 40, "arithmetic": 40, "libraries": 64}  # tokens of an item
 RATIO = 0.5  # of zeros
 
 console = Console()
@@ -52,6 +60,9 @@ class Plan:
     :param validation: Items to choose by.
     :param test: Items to report.
     :param windows: Windows of 256 tokens of calibration text.
+    :param base: Folder of the language model.
+    :param learning_rate: The highest.
+    :param group_size: Columns that share an INT4 scale.
     """
 
     tasks: tuple[str, ...]
@@ -63,6 +74,9 @@ class Plan:
     validation: int
     test: int
     windows: int = 128
+    base: Path = TINY
+    learning_rate: float = 4e-3
+    group_size: int = 128
 
 
 def run(plan: Plan, out: Path, *, train: bool = True) -> list[dict[str, Any]]:
@@ -77,7 +91,7 @@ def run(plan: Plan, out: Path, *, train: bool = True) -> list[dict[str, Any]]:
     (out / "runs").mkdir(parents=True, exist_ok=True)
     records = []
     for name, seed, arm, form in itertools.product(plan.tasks, range(plan.seeds), plan.arms, plan.forms):
-        settings = Settings(steps=plan.steps, seed=seed)
+        settings = Settings(steps=plan.steps, learning_rate=plan.learning_rate, seed=seed)
         sizes = {key: getattr(plan, key) for key in ("training", "validation", "test", "windows")}
         wanted = json.loads(json.dumps(asdict(settings) | sizes))  # as it comes back from a file
         which = {"task": name, "arm": arm, "form": form, "seed": seed}
@@ -115,9 +129,9 @@ def _file(record: dict[str, Any], out: Path) -> Path:
 
 
 def _run(name: str, arm: str, form: str, settings: Settings, plan: Plan, out: Path) -> dict[str, Any]:
-    task, tokenizer = task_of(name, plan.training, plan.validation, plan.test, out), _tokenizer()
+    task, tokenizer = task_of(name, plan, out), _tokenizer(plan.base)
     padding = tokenizer.pad_token_id
-    rows = {part: encode(tokenizer, getattr(task, part), LONGEST) for part in PARTS}
+    rows = {part: encode(tokenizer, getattr(task, part), LONGEST[name]) for part in PARTS}
 
     def right(model: nn.Module, part: str = "test") -> torch.Tensor:
         return right_answers(logits_of(model), rows[part], padding, show=f"scoring {part}")
@@ -125,8 +139,9 @@ def _run(name: str, arm: str, form: str, settings: Settings, plan: Plan, out: Pa
     def validate(model: nn.Module) -> float:
         return float(right(model, "validation").float().mean())
 
-    data = recipes.Data(rows["training"], _calibration(plan.windows), padding, validate)
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny_lm", dtype=torch.float32)
+    calibration = _calibration(plan.base, plan.windows)
+    data = recipes.Data(rows["training"], calibration, padding, validate, plan.group_size)
+    model = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32)
     options: dict[str, Any] = (
         {} if arm == "lora" else {"ratio": RATIO, "keep": out / ("compressed-int4" if arm in INT4 else "compressed")}
     )
@@ -138,7 +153,7 @@ def _run(name: str, arm: str, form: str, settings: Settings, plan: Plan, out: Pa
     if arm != "lora":
         record["separate"] = _score(right(tuned.model))
         if arm in ("shears", "sqft") and settings.seed == 0:
-            base = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny_lm", dtype=torch.float32)
+            base = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32)
             recipes.sparsify(base, data, RATIO, int4=arm in INT4, keep=options["keep"])
             deployment.export_separate(base, tuned.model, tokenizer, folder / "separate")
     if arm == "sqft":  # its adapter cannot be merged onto the grid: that is what QA-SparsePEFT is for
@@ -159,42 +174,40 @@ def _run(name: str, arm: str, form: str, settings: Settings, plan: Plan, out: Pa
 
 
 @cache
-def _tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ASSETS / "tiny_lm")
+def _tokenizer(base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(base)
 
 
 @cache
-def _calibration(count: int) -> torch.Tensor:
-    ids = torch.tensor(_tokenizer()((ASSETS / "calibration.txt").read_text(encoding="utf-8"))["input_ids"])
+def _calibration(base: Path, count: int) -> torch.Tensor:
+    ids = torch.tensor(_tokenizer(base)((ASSETS / "calibration.txt").read_text(encoding="utf-8"))["input_ids"])
     windows = ids[: len(ids) // 256 * 256].view(-1, 256)
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 
-@cache
-def task_of(name: str, training: int, validation: int, test: int, out: Path) -> Task:
+def task_of(name: str, plan: Plan, out: Path) -> Task:
     """
     :param name: A member of TASKS.
-    :param training: Items to learn from.
-    :param validation: Items to choose by.
-    :param test: Items to report.
+    :param plan: How many items, and whose tokens count.
     :param out: Folder that keeps the items, since reading the packages takes a minute.
     :return: The task.
     """
     if name == "arithmetic":
-        return arithmetic_task(min(training, 6000), validation, test)
-    packages = {*TRAINING_PACKAGES, *HELD_OUT_PACKAGES} - {STDLIB}
+        return arithmetic_task(min(plan.training, 6000), plan.validation, plan.test)
+    make, read = MADE_OF[name]
+    packages = {*read} - {STDLIB}
     versions = {package: metadata.version(package) for package in sorted(packages)}
-    file = out / "signatures.json"
+    file = out / f"{name}.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
-    wanted = {"versions": versions, "sizes": [training, validation, test]}
+    wanted = {"versions": versions, "sizes": [plan.training, plan.validation, plan.test]}
     if {key: kept.get(key) for key in wanted} != wanted:
-        tokenizer = _tokenizer()
+        tokenizer = _tokenizer(plan.base)
 
         def fits(item: Item) -> bool:
-            return len(tokenizer.backend_tokenizer.encode(item.prompt + item.answer).ids) < LONGEST
+            return len(tokenizer.backend_tokenizer.encode(item.prompt + item.answer).ids) < LONGEST[name]
 
-        with console.status("Reading signatures"):
-            task = signatures_task(fits, training, validation, test)
+        with console.status(f"Reading {name}"):
+            task = make(fits, plan.training, plan.validation, plan.test)
         kept = wanted | {part: [[item.prompt, item.answer] for item in getattr(task, part)] for part in PARTS}
         _write(file, kept)
     return Task(name, *(tuple(Item(*item) for item in kept[part]) for part in PARTS))

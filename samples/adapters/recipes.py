@@ -38,12 +38,14 @@ class Data:
     :param calibration: What the pruning sees: int64 [windows, tokens].
     :param padding: Id of the padding token.
     :param accuracy: Of a model on validation items, 0..1; chooses the ranks of NLS.
+    :param group_size: Columns that share an INT4 scale.
     """
 
     rows: Rows
     calibration: torch.Tensor
     padding: int
     accuracy: Callable[[nn.Module], float]
+    group_size: int = 128
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ def sparsify(model: nn.Module, data: Data, ratio: float, *, int4: bool, keep: Pa
         dataset=nncf.Dataset(items),
         subset_size=len(items),
         resume=keep,
-        advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(quantization=quantization, keep_prerounding=int4),
+        advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(
+            quantization=quantization, group_size=data.group_size, keep_prerounding=int4
+        ),
     )
 
 

@@ -94,18 +94,31 @@ def _items(
 
 
 def _package_items(name: str, held_out: bool) -> Iterator[Item]:
+    def counts(relative: Path) -> bool:
+        return name != corpus.STDLIB or held_out == bool(corpus.HELD_OUT_STDLIB & set(relative.with_suffix("").parts))
+
+    for tree in parsed_files(name, counts):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (item := item_of(node)):
+                yield item
+
+
+def parsed_files(name: str, counts: Callable[[Path], bool] = lambda relative: True) -> Iterator[ast.Module]:
+    """
+    :param name: Of an installed package.
+    :param counts: Whether a file counts, by its name in the package.
+    :return: Its files of Python as trees, in the order of the hashes of their names.
+    :raises RuntimeError: It is not installed.
+    """
     for relative, path in sorted(_files(name), key=lambda file: _rank(file[0])):
-        if name == corpus.STDLIB and held_out != bool(corpus.HELD_OUT_STDLIB & set(relative.with_suffix("").parts)):
+        if not counts(relative):
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escapes in other people's code
-                tree = ast.parse(path.read_text(encoding="utf-8"))
+                yield ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (item := item_of(node)):
-                yield item
 
 
 def _files(name: str) -> list[tuple[Path, Path]]:

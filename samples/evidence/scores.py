@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,10 @@ def losses(model: Any, ids: Any, batch: int = 8) -> Losses:
     """
     import torch
 
+    from nncf_ext.calibration.float_products import fast_products
+
     found: list[float] = []
-    with torch.no_grad():
+    with torch.no_grad(), fast_products(model) if isinstance(model, torch.nn.Module) else nullcontext():
         for rows in ids.split(batch):
             logits = torch.as_tensor(model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits)
             each = zip(logits.float().cpu().numpy(), rows.cpu().numpy(), strict=True)

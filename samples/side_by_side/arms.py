@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from side_by_side import gguf_files, ours, stock
 from side_by_side.subject import Subject
@@ -49,23 +50,26 @@ def _llama_cpp() -> Iterator[Arm]:
 
 
 def _ours() -> Iterator[Arm]:
-    def packed(name: str, kind: str, model: ours.Recipe, int8: bool = False) -> Arm:
-        return Arm(f"ours-{name}", OURS, kind, partial(ours.packed, model=model, int8=int8))
+    def packed(name: str, kind: str, model: ours.Recipe, **options: Any) -> Arm:
+        return Arm(f"ours-{name}", OURS, kind, partial(ours.packed, model=model, **options))
 
     yield Arm("ours-bf16", OURS, "bf16", partial(ours.repacked, stock=stock.dense))
     yield Arm("ours-int8", OURS, "int8", partial(ours.repacked, stock=stock.int8))
     yield packed("int4", "int4", partial(ours.sparse, ratio=0.0, int4=True))
+    yield packed("int4-all", "int4", partial(ours.sparse, ratio=0.0, int4=True), rest="int4")
     for percent in (30, 50):
         sparse = partial(ours.sparse, ratio=percent / 100)
         yield packed(f"sparse{percent}-bf16", "bf16", sparse)
         yield packed(f"sparse{percent}-int8", "int8", sparse, int8=True)
         yield packed(f"sparse{percent}-int4", "int4", partial(sparse, int4=True))
+        uniform = partial(sparse, int4=True, allocation="uniform")
+        yield packed(f"sparse{percent}-int4-uniform", "int4", uniform)
         yield packed(f"sparse{percent}-int4-trained", "int4", partial(sparse, int4=True, epochs=4))
+        yield packed(f"sparse{percent}-int4-trained-all", "int4", partial(sparse, int4=True, epochs=4), rest="int4")
     pruned = partial(ours.pruned, ratio=0.1)
     yield packed("pruned10-bf16", "bf16", pruned)
     yield packed("pruned10-int4", "int4", partial(ours.sparse, ratio=0.0, int4=True, base=pruned))
     yield packed("pruned20-bf16", "bf16", partial(ours.pruned, ratio=0.2))
-    # Models recovered as a whole stand here: packed("sparse50-int4-recovered", "int4", a recipe).
 
 
 ARMS = {arm.name: arm for arm in (*_stock(), *_llama_cpp(), *_ours())}

@@ -15,12 +15,21 @@ Recipe = Callable[[Subject], Any]
 """Makes a torch model in float32 of the subject."""
 
 
-def sparse(subject: Subject, *, ratio: float, int4: bool = False, epochs: int = 0, base: Recipe | None = None) -> Any:
+def sparse(
+    subject: Subject,
+    *,
+    ratio: float,
+    int4: bool = False,
+    epochs: int = 0,
+    allocation: str = "sensitivity",
+    base: Recipe | None = None,
+) -> Any:
     """
     :param subject: What is compressed.
     :param ratio: Share of zeros.
     :param int4: Put the other weights on the INT4 grid.
-    :param epochs: Of reconstruction, block by block. The model then computes in bfloat16, for speed.
+    :param epochs: Of reconstruction, block by block. The model then computes in bfloat16 where PyTorch is fast at it.
+    :param allocation: How many zeros each layer gets.
     :param base: Compress this model in the place of the dense one.
     :return: The model by SPARSE_ADMM.
     """
@@ -33,20 +42,21 @@ def sparse(subject: Subject, *, ratio: float, int4: bool = False, epochs: int = 
         import nncf_ext
 
         options: dict[str, Any] = {"quantization": nncf.CompressWeightsMode.INT4_SYM} if int4 else {}
+        half = epochs > 0 and torch.backends.cpu.get_cpu_capability() == "AVX512"
         return nncf_ext.compress(
-            subject.load(torch.bfloat16 if epochs else torch.float32) if base is None else base(subject),
+            subject.load(torch.bfloat16 if half else torch.float32) if base is None else base(subject),
             nncf_ext.CompressMode.SPARSE_ADMM,
             ratio=ratio,
             dataset=nncf.Dataset(batches(subject.calibration, 1)),
             subset_size=len(subject.calibration),
             resume=journal,
             advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(
-                group_size=GROUP, reconstruction_epochs=epochs, **options
+                group_size=GROUP, reconstruction_epochs=epochs, allocation=allocation, **options
             ),
         )
 
     kind, trained = "int4" if int4 else "", f"trained {epochs}" if epochs else ""
-    name = f"{'' if base is None else base_name(base)} admm {ratio:.0%} {kind} {trained}"
+    name = f"{'' if base is None else base_name(base)} admm {ratio:.0%} {allocation} {kind} {trained}"
     return subject.compressed(name, make)
 
 
@@ -80,15 +90,15 @@ def pruned(subject: Subject, *, ratio: float) -> Any:
     return subject.compressed(f"pruned {ratio:.0%}", make)
 
 
-def packed(subject: Subject, folder: Path, *, model: Recipe, int8: bool = False) -> None:
+def packed(subject: Subject, folder: Path, *, model: Recipe, int8: bool = False, rest: str = "int8") -> None:
     """
-    Writes a model as a packed OpenVINO folder. The embedding, which is the head, too, is on INT8 where other weights
-    are sparse or quantized.
+    Writes a model as a packed OpenVINO folder.
 
     :param subject: What is compressed.
     :param folder: An empty folder.
     :param model: Makes the torch model.
     :param int8: Put weights that are still floating on INT8; zeros stay zero.
+    :param rest: What the embedding, which is the head, too, is put on where other weights are sparse or quantized.
     """
     import nncf
     import openvino as ov
@@ -99,7 +109,7 @@ def packed(subject: Subject, folder: Path, *, model: Recipe, int8: bool = False)
     made = model(subject)
     if not is_wrapped(made):  # NNCF's INT4 form is exported from float32, everything else as it is deployed
         made = made.bfloat16()
-    ov_ext.optimum.export(made, subject.tokenizer, folder, overwrite=True)
+    ov_ext.optimum.export(made, subject.tokenizer, folder, rest=rest, overwrite=True)
     ir = ov.Core().read_model(folder / ov_ext.optimum.MODEL)
     _pack(nncf.compress_weights(ir, mode=nncf.CompressWeightsMode.INT8_SYM) if int8 else ir, folder)
 

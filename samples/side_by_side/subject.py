@@ -24,7 +24,7 @@ class Subject:
     """
 
     out: Path
-    calibration_windows: int = 64
+    calibration_windows: int = 48
     length: int = 512
     wheel: Path | None = None
 
@@ -44,12 +44,31 @@ class Subject:
 
     @cached_property
     def calibration(self) -> Tensor:
-        """:return: int64 ``[windows, length]``: English."""
-        from evidence.text import windows
+        """:return: int64 ``[windows, length]``: English, Python and conversations in turns, a third of each."""
+        import torch
+        from evidence.text import python, windows
 
         from samples.real_models.texts import english
 
-        return windows(self.tokenizer, english()[0], self.length, self.calibration_windows)
+        texts = (english()[0], python("calibration"), self.conversations)
+        share = -(-self.calibration_windows // len(texts))
+        parts = [windows(self.tokenizer, text, self.length, share) for text in texts]
+        turns = torch.cat([part[index : index + 1] for index in range(share) for part in parts])
+        return turns[: self.calibration_windows]
+
+    @property
+    def conversations(self) -> str:
+        """:return: What the dense model answers to plain questions."""
+        from samples.real_models.conversations import conversations
+
+        def write(folder: Path) -> None:
+            import torch
+
+            tokens = min(self.length, 192)
+            written = conversations(self.load(torch.float32), self.tokenizer, tokens)
+            (folder / "conversations.txt").write_text(written, encoding="utf-8")
+
+        return (kept(self.out / "conversations", write) / "conversations.txt").read_text(encoding="utf-8")
 
     @cached_property
     def dense(self) -> Path:

@@ -95,7 +95,8 @@ def test_every_layer_sees_what_the_whole_model_would_give_it(kind):
             statistics = observe_inputs(unit, full=True)
             for name, layer in unit.layers.items():
                 rows = torch.cat([value.reshape(-1, layer.in_features) for value in inputs_of(model, name, samples)])
-                torch.testing.assert_close(statistics[name]._products, rows.T @ rows, rtol=1e-4, atol=1e-4)
+                found_products = statistics[name].hessian * statistics[name].sequences / 2
+                torch.testing.assert_close(found_products, rows.T @ rows, rtol=1e-4, atol=1e-4)
                 visited.append(name)
             for layer in unit.layers.values():
                 layer.weight.data *= 0.5
@@ -120,6 +121,24 @@ def test_chains_run_each_block_alone(kind, planning, passes):
             unit.run()
             unit.advance()
     assert len(runs) == planning + len(samples) * passes
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("plain", 1), ("own mask", 1), ("between", 1), ("twice", 4)])
+def test_a_sample_is_run_no_further_than_to_the_last_layer(kind, whole):
+    """Where each layer is called once; the first sample shows that, so it is run whole."""
+    model, samples = Stack(kind), items()
+    calls = []
+    model.layers[1].second.register_forward_hook(lambda *_: calls.append(1))
+    found = survey(model)
+    with evaluation(model):
+        for unit in CalibrationStream(model, samples, found.block_lists, found.targets).units():
+            calls.clear()
+            statistics = observe_inputs(unit, full=False)
+            if "layers.1.second" in unit.layers:
+                assert len(calls) == whole * (2 if kind == "twice" else 1)
+                rows = sum(sample.shape[0] * sample.shape[1] for sample in samples)
+                assert statistics["layers.1.second"].tokens == rows * (2 if kind == "twice" else 1)
+            unit.advance()
 
 
 def living_activations():
@@ -302,6 +321,17 @@ def test_transform_and_subset_are_respected():
     model = nncf_ext.compress(Stack(), CompressMode.SPARSE_WANDA, ratio=0.5, dataset=dataset, subset_size=4)
     other = nncf_ext.compress(Stack(), CompressMode.SPARSE_WANDA, ratio=0.5, dataset=nncf.Dataset(samples))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("in_features", [1, 255, 256, 257, 600])
+def test_products_of_all_pairs_of_features(in_features):
+    generator = torch.Generator().manual_seed(in_features)
+    statistics, rows = InputStatistics(in_features, full=True), torch.randn(9, in_features, generator=generator)
+    for part in rows.split(4):
+        statistics.update(part)
+    expected = 2 * rows.double().T @ rows.double() / 3
+    torch.testing.assert_close(statistics.hessian.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(statistics.hessian, statistics.hessian.T)
 
 
 @pytest.mark.parametrize("full", [False, True])

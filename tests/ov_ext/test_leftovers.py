@@ -75,6 +75,40 @@ def test_embedding_and_head_of_a_compressed_model_go_to_int8(tied: bool) -> None
     assert quantize_rest(model) == ()
 
 
+def unpacked(constant: ov.Node) -> np.ndarray:
+    """Codes of an i4 constant: two to a byte, the lower bits first."""
+    data = np.frombuffer(constant.get_data().tobytes(), np.uint8)
+    codes = np.stack([data & 15, data >> 4], axis=-1).astype(np.int64)
+    return np.where(codes > 7, codes - 16, codes).reshape(constant.shape)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("width", "group"), [(64, 64), (96, 32), (256, 128)])
+def test_embedding_and_head_may_go_to_int4(tied: bool, width: int, group: int) -> None:
+    layer, table = half_zero(normal(width, width)), normal(TOKENS, width)
+    head = table if tied else normal(TOKENS, width)
+    model = language_model(layer, table, None if tied else head)
+    assert quantize_rest(model, "int4") == ("embedding", "head")
+    data = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+    values = {}
+    for name, weight in ({"table": table} | ({} if tied else {"head_weight": head})).items():
+        assert data[name].get_element_type() == ov.Type.i4
+        codes, scales = unpacked(data[name]), data[f"{name}/scale"].get_data().astype(np.float32)
+        assert codes.shape == (TOKENS, width // group, group) and scales.shape == (TOKENS, width // group, 1)
+        values[name] = (codes * scales).reshape(TOKENS, width)
+        steps = np.abs(scales).repeat(group, axis=2).reshape(TOKENS, width)
+        assert (np.abs(values[name] - weight) <= 1.07 * steps).all()
+    assert sum(kind == "i4" for kind in constants(model).values()) == len(values)
+    wanted = logits(layer, values["table"], values.get("head_weight", values["table"]))
+    np.testing.assert_allclose(run(model), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_where_no_group_fits_int4_becomes_int8(caplog: pytest.LogCaptureFixture) -> None:
+    model = language_model(half_zero(normal(72, 72)), normal(TOKENS, 72))
+    assert quantize_rest(model, "int4") == ("embedding", "head")
+    assert constants(model)["table"] == "i8" and "72 columns" in caplog.text
+
+
 def test_a_model_without_compression_stays() -> None:
     model = language_model(normal(WIDTH, WIDTH), normal(TOKENS, WIDTH))
     before = run(model)

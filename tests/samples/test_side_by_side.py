@@ -24,6 +24,9 @@ from side_by_side import arms, gguf_files, measuring, report  # noqa: E402
 from side_by_side.arms import ARMS, DENSE, LLAMA_CPP, OURS, STOCK, Arm  # noqa: E402
 from side_by_side.subject import Subject, kept, slug  # noqa: E402
 
+from samples.real_models import conversations  # noqa: E402
+from samples.real_models.texts import english  # noqa: E402
+
 TINY = SAMPLES / "assets" / "tiny_lm"
 script = importlib.import_module("05_real_model")
 
@@ -168,3 +171,27 @@ def test_a_run_shows_everything_and_goes_on_where_it_ended(tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "quick" / "arms")  # nothing of it is needed for what is known
     again = subprocess.run(command, capture_output=True, text=True)
     assert json.loads((tmp_path / "quick" / "record.json").read_text()) == record, again.stderr[-3000:]
+
+
+def test_calibration_is_english_python_and_conversations_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(TINY, tmp_path / "source")
+    monkeypatch.setattr(Subject, "conversations", "words upon words " * 400)
+    subject = Subject(tmp_path, 7, 32)
+    texts = (english()[0], text.python("calibration"), subject.conversations)
+    assert subject.calibration.shape == (7, 32)
+    for number, row in enumerate(subject.calibration):
+        assert subject.tokenizer.decode(row, clean_up_tokenization_spaces=False) in texts[number % 3]
+
+
+def test_every_question_is_answered_in_the_form_of_the_template() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    written = conversations.conversations(model, tokenizer, 2)
+    assert written == conversations.conversations(model, tokenizer, 2)
+    for question in conversations.QUESTIONS:
+        assert written.count(f"<user>{question}</><assistant>") == 1
+    assert written.count("</>") >= 2 * len(conversations.QUESTIONS) and measuring.QUESTION not in written

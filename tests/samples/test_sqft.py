@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "samples"))
 
-from adapters import comparison, scoring, signatures, task  # noqa: E402
+from adapters import comparison, libraries, scoring, signatures, task  # noqa: E402
 from adapters.arithmetic import arithmetic_task  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -57,6 +57,33 @@ def test_too_few_signatures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(signatures, "TRAINING_PACKAGES", ("yarl",))
     with pytest.raises(RuntimeError, match="Asked for 1 signatures, but yarl have 0"):
         signatures.signatures_task(lambda item: "zzzz" in item.answer, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Return the sum of all elements.  More of it.\n\nParameters", "Return the sum of all elements."),
+        ("Return the sum\n    of all elements, by rows\n\nMore.", "Return the sum of all elements, by rows"),
+        ("Return it.", None),
+        (None, None),
+        ("Return what NumPy would return for this.", None),
+        ("long " * 60, None),
+    ],
+)
+def test_the_first_sentence_of_a_documentation_string(text: str | None, sentence: str | None) -> None:
+    assert libraries.sentence_of(text) == sentence
+
+
+def test_sentences_of_libraries_are_not_learned_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "LIBRARIES", ("networkx", "yarl", "rich"))
+    found = libraries.libraries_task(lambda item: len(item.prompt) < 150, 6, 3, 9)
+    assert found == libraries.libraries_task(lambda item: len(item.prompt) < 150, 6, 3, 9)
+    assert [len(part) for part in (found.training, found.validation, found.test)] == [6, 3, 9]
+    everything = [item for part in (found.training, found.validation, found.test) for item in part]
+    assert len({item.prompt for item in everything}) == 18 and all(len(item.prompt) < 150 for item in everything)
+    assert [item.answer for item in found.test] == 3 * [" networkx", " yarl", " rich"]
+    with pytest.raises(RuntimeError, match="yarl has"):
+        libraries.libraries_task(lambda item: True, 6, 3, 30_000)
 
 
 def test_arithmetic_problems_are_true_and_apart() -> None:

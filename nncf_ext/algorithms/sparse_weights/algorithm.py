@@ -6,10 +6,11 @@ round their weights; put the new weights in; let the unit's new outputs feed the
 all, so an interrupted run leaves a model of which the first units are compressed and the others untouched.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import nncf
 import torch
 from torch import nn
 
+from nncf_ext.algorithms.sparse_weights.allocation import allocate, parts_of
 from nncf_ext.algorithms.sparse_weights.layer import Curvature, LayerSolver
 from nncf_ext.algorithms.sparse_weights.parameters import AdvancedSparseWeightsParameters, smaller_groups
 from nncf_ext.algorithms.sparse_weights.reconstruction import reconstruct
@@ -26,9 +28,9 @@ from nncf_ext.calibration.statistics import InputStatistics, observe_inputs
 from nncf_ext.calibration.stream import CalibrationStream, Unit, evaluation, read_items
 from nncf_ext.calibration.trainable_block import TrainableBlock
 from nncf_ext.files import digest
-from nncf_ext.journal import Journal
+from nncf_ext.journal import Journal, read_json
 from nncf_ext.method import Request
-from nncf_ext.parameters import CompressMode
+from nncf_ext.parameters import CompressMode, SparsityAllocation
 from nncf_ext.progress import Progress
 from nncf_ext.structure.blocks import Survey
 from nncf_ext.upstream import HOOKS_PREFIX
@@ -36,6 +38,7 @@ from nncf_ext.weights.int4 import check_hookable, decompressors, dequantize, pac
 from nncf_ext.weights.records import LayerRecord, record_of, set_record
 
 logger = logging.getLogger("nncf_ext")
+_RATIOS = "allocation.json"
 
 MODES = (
     CompressMode.SPARSE_MAGNITUDE,
@@ -66,8 +69,12 @@ class SparseWeights:
         self._quantize = parameters.quantization is not None
         self._items: list[Any] = []
         self._epochs = parameters.reconstruction_epochs
-        if mode is not CompressMode.SPARSE_MAGNITUDE or self._quantize or self._epochs:
+        self._allocation = SparsityAllocation(parameters.allocation)
+        self._ratios: Mapping[str, float] = {}
+        measured = self._allocation is not SparsityAllocation.UNIFORM
+        if mode is not CompressMode.SPARSE_MAGNITUDE or self._quantize or self._epochs or measured:
             further = " with quantization" if self._quantize else " with reconstruction" if self._epochs else ""
+            further = further or (f" with allocation by {self._allocation.value}" if measured else "")
             what = f"{mode.value}{further}"
             if request.dataset is None:
                 msg = f"{what} looks at the inputs of each layer and needs a dataset; got None."
@@ -148,9 +155,10 @@ class SparseWeights:
         survey = survey.including(self._parameters.include)
         _note_untouched(survey)
         targets = survey.targets
-        finished = None
+        finished = journal = None
         if self._resume is not None:
-            finished = FinishedUnits(Journal(self._resume, "compression", self._header(model, survey)))
+            journal = Journal(self._resume, "compression", self._header(model, survey))
+            finished = FinishedUnits(journal)
         packed = [name for name in targets if f"{name}.weight" in decompressors(model)]
         foreign = sorted(set(packed) - (finished.layers() if finished is not None else set()))
         if foreign:
@@ -172,6 +180,7 @@ class SparseWeights:
                     stream = CalibrationStream(
                         model, self._items, survey.block_lists, targets, trainable=self._epochs > 0
                     )
+                    self._ratios = self._allocated(stream, survey, journal, progress)
                     units, total = stream.units(), len(stream)
                 else:
                     units, total = _single_layers(targets), len(targets)
@@ -190,6 +199,34 @@ class SparseWeights:
                 msg = f"Interrupted: {done} of {len(targets)} layers are compressed, the others are untouched; {how}."
                 logger.warning(msg)
                 raise KeyboardInterrupt(msg) from interrupt
+
+    def _allocated(
+        self, stream: CalibrationStream, survey: Survey, journal: Journal | None, progress: Progress
+    ) -> dict[str, float]:
+        """Ratios; none where all layers have the one asked for. Kept: who resumes may have a model half compressed."""
+        if self._allocation is SparsityAllocation.UNIFORM or self._ratio == 0:
+            return {}
+        kept = journal.read(_RATIOS, read_json) if journal is not None else None
+        if kept is not None:
+            return kept
+        parts = parts_of(survey.block_lists, survey.targets)
+        task = progress.add_task("Allocating zeros", total=len(parts))
+        ratios = allocate(
+            stream,
+            self._items,
+            parts,
+            self._allocation,
+            self._ratio,
+            self._parameters.allocation_spread,
+            lambda done, of: progress.update(task, completed=done),
+        )
+        progress.update(task, completed=len(parts))
+        if journal is not None:
+            journal.write(_RATIOS, lambda aside: aside.write_text(json.dumps(ratios)))
+        return ratios
+
+    def _solver_of(self, name: str) -> LayerSolver:
+        return replace(self._solver, ratio=self._ratios.get(name, self._ratio))
 
     def _compress_unit(self, model: nn.Module, unit: Unit, finished: FinishedUnits | None) -> None:
         if not unit.layers:
@@ -234,7 +271,7 @@ class SparseWeights:
                 logger.warning("%s cannot be trained by itself: its layers are solved one by one only.", unit.name)
             results = {}
             for name, layer in layers.items():  # what is derived from inputs goes with the last layer that has them
-                solution = self._solver.solve(layer.weight, statistics.get(name), curvatures.pop(name, None))
+                solution = self._solver_of(name).solve(layer.weight, statistics.get(name), curvatures.pop(name, None))
                 results[name] = self._result(layer, statistics.get(name), solution)
         return results | {name: _left_alone(name, unit.layers[name]) for name in unseen}
 
@@ -261,9 +298,8 @@ class SparseWeights:
             epochs=self._epochs,
             learning_rate=self._parameters.reconstruction_learning_rate,
         )
-        floating = self._solver.floating()
         solutions = {
-            name: floating.solve(layer.weight, statistics.get(name), curvatures.get(name))
+            name: self._solver_of(name).floating().solve(layer.weight, statistics.get(name), curvatures.get(name))
             for name, layer in layers.items()
         }
         solutions = train(solutions)
@@ -355,7 +391,7 @@ def _already_compressed(name: str, kind: str) -> str:
 
 def _single_layers(targets: Mapping[str, nn.Linear]) -> Iterator[Unit]:
     for name, layer in targets.items():
-        yield Unit(name, {name: layer}, lambda: None, lambda: None)
+        yield Unit(name, {name: layer}, lambda after_sample=None: None, lambda: None)
 
 
 def _left_alone(name: str, layer: nn.Linear) -> LayerResult:

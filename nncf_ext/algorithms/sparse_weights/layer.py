@@ -15,7 +15,6 @@ from nncf_ext.algorithms.sparse_weights.solver import (
     AdaptiveMask,
     FixedMask,
     Solution,
-    dead_columns,
     inverse_factor,
     revive,
     solve,
@@ -49,7 +48,7 @@ class Curvature:
     @cached_property
     def dead(self) -> Tensor:
         """Inputs that were always zero ``[in_features]``, bool."""
-        return dead_columns(self.statistic.hessian)
+        return self.statistic.mean_square == 0
 
     @cached_property
     def factor(self) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import nncf
 
-from nncf_ext.parameters import parse_choice
+from nncf_ext.parameters import SparsityAllocation, parse_choice
 
 GROUP_SIZES = (64, 128)
 QUANTIZATIONS = (nncf.CompressWeightsMode.INT4_SYM,)
@@ -29,6 +29,11 @@ class AdvancedSparseWeightsParameters:
 
     :param pattern: None zeros weights wherever they matter least. ``"N:M"`` keeps N of every M consecutive input
         columns (``"2:4"``, ``"4:8"``); the ratio must then be ``1 - N / M``.
+    :param allocation: How many zeros each layer gets: UNIFORM, as many as asked for; SENSITIVITY, fewer where the
+        model's output suffers more; OUTLIERS, fewer where more inputs stand out. The ratio of all layers together is
+        the one asked for. SENSITIVITY runs the model once for each part of each block (attention, MLP), on two to eight
+        calibration items, about 512 tokens.
+    :param allocation_spread: How far a layer's ratio may be from the one asked for, 0..1.
     :param quantization: None leaves floating weights. ``nncf.CompressWeightsMode.INT4_SYM`` puts them on NNCF's
         symmetric INT4 grid by GPTQ, which keeps every zero; it needs a dataset in every mode.
     :param group_size: Input columns that share one scale: 64 or 128.
@@ -59,6 +64,8 @@ class AdvancedSparseWeightsParameters:
     """
 
     pattern: str | None = None
+    allocation: SparsityAllocation = SparsityAllocation.UNIFORM
+    allocation_spread: float = 0.1
     quantization: nncf.CompressWeightsMode | None = None
     group_size: int = 128
     group_size_fallback_mode: nncf.GroupSizeFallbackMode = nncf.GroupSizeFallbackMode.ERROR
@@ -120,6 +127,13 @@ class AdvancedSparseWeightsParameters:
                 f"Pattern {self.pattern} keeps {pattern[0]} of {pattern[1]} weights, so the ratio must be "
                 f"{1 - pattern[0] / pattern[1]:g}; got {ratio:g}."
             )
+            raise nncf.ValidationError(msg)
+        allocation = parse_choice(self.allocation, SparsityAllocation, "allocation")
+        if allocation is not SparsityAllocation.UNIFORM and pattern is not None:
+            msg = f"Pattern {self.pattern} gives every layer the same zeros; leave allocation at uniform."
+            raise nncf.ValidationError(msg)
+        if not 0 < self.allocation_spread < 1:
+            msg = f"allocation_spread is between 0 and 1 (0.1 is usual); got {self.allocation_spread}."
             raise nncf.ValidationError(msg)
         if self.quantization is not None:
             parse_choice(self.quantization, QUANTIZATIONS, "quantization")

@@ -1,0 +1,1 @@
+"""The method: a super-network made of any trained model (BootstrapNAS)."""

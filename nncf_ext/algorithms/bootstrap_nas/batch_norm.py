@@ -1,0 +1,81 @@
+"""Statistics of batch norms belong to one sub-network: they are estimated for it, and put back afterwards."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import nncf
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nncf_ext.structure.tracing.front import call_of
+
+
+def adapt_batch_norm(model: nn.Module, data: nncf.Dataset | Iterable[Any], batches: int | None = None) -> int:
+    """
+    Estimates means and variances of all batch norms anew, for what the model computes now: the mean over all batches.
+
+    :param model: The model; its batch norms change, nothing else.
+    :param data: Inputs: tensors, tuples of arguments or dictionaries of named ones. Each counts as one batch, whatever
+        its size.
+    :param batches: How many of them to take; None: all.
+    :return: How many were taken.
+    :raises nncf.ValidationError: There are none.
+    """
+    norms = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    training = {module: module.training for module in model.modules()}
+    momenta = [each.momentum for each in norms]
+    taken = 0
+    model.eval()
+    for each in norms:
+        each.reset_running_stats()
+        each.momentum = None  # a mean, every batch the same share
+        each.training = True
+    try:
+        for item in data.get_inference_data() if isinstance(data, nncf.Dataset) else data:
+            if taken == batches:
+                break
+            args, kwargs = call_of(item)
+            with torch.no_grad():
+                model(*args, **kwargs)
+            taken += 1
+    finally:
+        for each, momentum in zip(norms, momenta, strict=True):
+            each.momentum = momentum
+        for module, was in training.items():
+            module.training = was
+    if not taken:
+        msg = "Asked to estimate batch norms, and the data are empty. Give at least one batch."
+        raise nncf.ValidationError(msg)
+    return taken
+
+
+@contextmanager
+def adapted_batch_norm(
+    model: nn.Module, data: nncf.Dataset | Iterable[Any], batches: int | None = None
+) -> Iterator[None]:
+    """
+    Within the context batch norms have the statistics of what the model computes now; afterwards those they had, bit
+    for bit. So what one sub-network leaves behind reaches no other, in whatever order they are judged::
+
+        net.activate(point)
+        with nncf_ext.adapted_batch_norm(model, batches):
+            accuracy = evaluate(model)
+            small = net.extract(point)  # with these statistics
+
+    :param model: The model.
+    :param data: As for :func:`adapt_batch_norm`.
+    :param batches: How many of them to take; None: all.
+    :raises nncf.ValidationError: There are none.
+    """
+    norms = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    before = [{name: tensor.clone() for name, tensor in each._buffers.items() if tensor is not None} for each in norms]
+    try:
+        adapt_batch_norm(model, data, batches)
+        yield
+    finally:
+        with torch.no_grad():
+            for norm, tensors in zip(norms, before, strict=True):
+                for name, tensor in tensors.items():
+                    norm._buffers[name].copy_(tensor)  # type: ignore[union-attr]
