@@ -36,10 +36,11 @@ class FloatProducts(TorchFunctionMode):
     ) -> Any:
         """:return: What the function returns, in the type it would have without."""
         kwargs = kwargs or {}
-        if function not in _PRODUCTS or not _is_half(args[0]):
+        half = next((value.dtype for value in (*args, *kwargs.values()) if _is_half(value)), None)
+        if function not in _PRODUCTS or half is None or kwargs.get("out") is not None:
             return function(*args, **kwargs)
         widened = {name: _float(value) for name, value in kwargs.items()}
-        return function(*map(_float, args), **widened).to(args[0].dtype)
+        return function(*map(_float, args), **widened).to(half)
 
 
 @contextmanager

@@ -139,6 +139,15 @@ def test_no_other_ratios_with_the_same_sum_cost_less(drawn, ratio, seed):
         assert cost(changed) >= cost(ratios) - 0.05 * slack
 
 
+def test_the_energy_lost_is_that_of_what_is_taken_away():
+    """Rows of very different size: what goes is the smallest of each row, not of the matrix."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(8, 64, generator=generator) * torch.logspace(-2, 0, 8)[:, None]
+    energy = scores.double().square().numpy()
+    expected = sum(np.sort(row)[:32].sum() for row in energy) / energy.sum()
+    assert allocation._curve(scores, 0.5).lost == pytest.approx(expected, rel=1e-6)
+
+
 def test_outliers_are_those_of_the_paper():
     model, ratio, spread = Stack(1.0, 1.0, 1.0), 0.6, 0.08
     with torch.no_grad():

@@ -16,6 +16,7 @@ PRODUCTS = {
     "matmul": torch.matmul,
     "operator": lambda x, y: x @ y.mT,
     "bmm": lambda x, y: torch.bmm(x.expand(2, -1, -1), y.mT.expand(2, -1, -1)),
+    "by name": lambda x, y: functional.linear(input=x, weight=y),
     "attention": lambda x, y: functional.scaled_dot_product_attention(x[None, None], y[None, None], y[None, None]),
 }
 
@@ -29,7 +30,7 @@ class Seen(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in float_products._PRODUCTS:
-            self.dtypes.append(args[0].dtype)
+            self.dtypes.append(next(iter((*args, *(kwargs or {}).values()))).dtype)
         return function(*args, **(kwargs or {}))
 
 
@@ -61,6 +62,13 @@ def test_gradients_are_those_of_float32(dtype):
     for found, exact in ((x.grad, a.grad), (y.grad, b.grad)):
         assert found.dtype == dtype
         assert torch.linalg.norm(found.double() - exact) <= 2 * torch.finfo(dtype).eps * torch.linalg.norm(exact)
+
+
+def test_a_given_result_is_written_into():
+    x, y = _pair(torch.bfloat16)
+    with FloatProducts():
+        found = torch.matmul(x, y, out=(given := torch.zeros(16, 16, dtype=torch.bfloat16)))
+    assert found is given and torch.equal(given, x @ y)
 
 
 def test_other_types_and_other_functions_are_left_alone():

@@ -51,7 +51,7 @@ class Curve:
     :param size: Number of weights.
     :param levels: ``[steps]``, ascending: what the weight loses at which a share of 0, 1/steps, .. is reached, as a
         fraction of the layer's energy.
-    :param lost: Fraction of the energy lost at the ratio that is tried.
+    :param lost: Fraction of the energy lost where Wanda prunes at the ratio that is tried.
     :param outliers: Fraction of scores far above their mean.
     """
 
@@ -86,7 +86,7 @@ def allocate(
     :param parts: All layers.
     :param allocation: How.
     :param ratio: Fraction of zeros, above 0.
-    :param spread: How far the ratio of a layer may be from that.
+    :param spread: How far the ratio of a layer may be from that; with OUTLIERS, half of the range of all ratios.
     :param advance: Told how many measurements are done, of how many.
     :return: Ratios by the path of the layer. A layer that sees no token keeps the ratio asked for.
 
@@ -170,7 +170,7 @@ def _curve(scores: Tensor, ratio: float) -> Curve | None:
     if not total > 0 or not math.isfinite(total):
         return None
     levels = energy[torch.linspace(0, len(energy) - 1, min(_STEPS, len(energy)), dtype=torch.float64).long()] / total
-    lost = float(energy[: int(ratio * len(energy))].sum()) / total
+    lost = float(scores.square()[_wanda(scores, ratio)].double().sum()) / total
     outliers = float((scores > _OUTLIER * scores.mean()).float().mean())
     return Curve(scores.numel(), levels.cpu(), lost, outliers)
 
@@ -182,8 +182,12 @@ def _pruned(part: Part, scores: Mapping[str, Tensor], ratio: float) -> Any:
         for name, score in scores.items():
             weight = part.layers[name].weight
             undo.callback(setattr, weight, "data", weight.data)
-            weight.data = weight.data.masked_fill(smallest_mask(score, int(score.shape[1] * ratio)), 0.0)
+            weight.data = weight.data.masked_fill(_wanda(score, ratio), 0.0)
         yield
+
+
+def _wanda(scores: Tensor, ratio: float) -> Tensor:
+    return smallest_mask(scores, int(scores.shape[1] * ratio))
 
 
 def _output(given: Any) -> tuple[Tensor, bool]:

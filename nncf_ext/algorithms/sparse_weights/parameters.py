@@ -33,7 +33,8 @@ class AdvancedSparseWeightsParameters:
         model's output suffers more; OUTLIERS, fewer where more inputs stand out. The ratio of all layers together is
         the one asked for. SENSITIVITY runs the model once for each part of each block (attention, MLP), on two to eight
         calibration items, about 512 tokens.
-    :param allocation_spread: How far a layer's ratio may be from the one asked for, 0..1.
+    :param allocation_spread: How far a layer's ratio may be from the one asked for, 0..1. With OUTLIERS, half of the
+        range of all ratios, as in the paper.
     :param quantization: None leaves floating weights. ``nncf.CompressWeightsMode.INT4_SYM`` puts them on NNCF's
         symmetric INT4 grid by GPTQ, which keeps every zero; it needs a dataset in every mode.
     :param group_size: Input columns that share one scale: 64 or 128.
