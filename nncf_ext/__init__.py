@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.elastic_lora.parameters import RankGroup as RankGroup
     from nncf_ext.algorithms.elastic_lora.training import ElasticCallback as ElasticCallback
     from nncf_ext.algorithms.elastic_lora.training import sandwich_loss as sandwich_loss
+    from nncf_ext.algorithms.lonas.algorithm import ElasticBaseAndLora as ElasticBaseAndLora
     from nncf_ext.algorithms.mamba_shedder.parameters import (
         AdvancedMambaShedderParameters as AdvancedMambaShedderParameters,
     )
