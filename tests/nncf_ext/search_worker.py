@@ -1,8 +1,10 @@
 """
 One process of several that search together: ``python -m tests.nncf_ext.search_worker STORAGE SAMPLER BUDGET LOG
-SECONDS [STOP]`` writes each point to LOG when it begins to measure it. At its STOP-th point it waits to be killed.
+SECONDS [STOP]`` writes its number and the point to LOG when it begins to measure one. At its STOP-th point it waits to
+be killed.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ def main(storage: str, sampler: str, budget: str, log: str, seconds: str, stop: 
         nonlocal count
         count += 1
         with Path(log).open("a") as file:
-            file.write(f"{[*point.values()]}\n")
+            file.write(f"{[os.getpid(), *point.values()]}\n")
         time.sleep(1000 if count == int(stop) else float(seconds))
         return accuracy(point)
 

@@ -58,13 +58,13 @@ def two_workers_and_a_kill(storage: str, folder: Path, sampler: str) -> None:
     killed = worker(storage, log, sampler, stop=4)
     other = worker(storage, log, sampler)
     # Both are at work, and the first hangs at its fourth point.
-    until(lambda: len(begun(log)) >= 12)
+    until(lambda: [pid for pid, *_ in begun(log)].count(killed.pid) == 4 and len(begun(log)) >= 6)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     late = worker(storage, log, sampler)
     reports = [finish(other), finish(late)]
     assert reports[0] == reports[1] and len(set(reports[0])) == len(reports[0]) == 24
-    measured = begun(log)
+    measured = [tuple(point) for _, *point in begun(log)]
     # What was measured when the kill came is measured once more, by one of the others; nothing else is.
     assert set(measured) == set(reports[0]) and len(measured) == 25
     assert storage and len(search(network(), [ACCURACY, COST], sampler=sampler, budget=24, storage=storage).front) > 1
