@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.elastic_lora.parameters import RankGroup as RankGroup
     from nncf_ext.algorithms.elastic_lora.training import ElasticCallback as ElasticCallback
     from nncf_ext.algorithms.elastic_lora.training import sandwich_loss as sandwich_loss
+    from nncf_ext.algorithms.lonas.algorithm import ElasticBaseAndLora as ElasticBaseAndLora
     from nncf_ext.algorithms.mamba_shedder.parameters import (
         AdvancedMambaShedderParameters as AdvancedMambaShedderParameters,
     )
@@ -52,7 +53,13 @@ if TYPE_CHECKING:
     from nncf_ext.compression import structure_plan as structure_plan
     from nncf_ext.elastic import make_elastic as make_elastic
     from nncf_ext.exploration.engine import search as search
+    from nncf_ext.exploration.linas import LinasSampler as LinasSampler
+    from nncf_ext.exploration.objectives import Measured as Measured
     from nncf_ext.exploration.objectives import Objective as Objective
+    from nncf_ext.exploration.objectives import macs as macs
+    from nncf_ext.exploration.objectives import parameter_count as parameter_count
+    from nncf_ext.exploration.objectives import weight_bytes as weight_bytes
+    from nncf_ext.exploration.openvino_latency import latency as latency
     from nncf_ext.exploration.report import SearchReport as SearchReport
     from nncf_ext.exploration.samplers import HillClimbingSampler as HillClimbingSampler
     from nncf_ext.exploration.space import SearchSpace as SearchSpace

@@ -10,6 +10,7 @@ from nncf_ext.algorithms.bootstrap_nas.algorithm import SuperNetwork
 from nncf_ext.algorithms.bootstrap_nas.parameters import AdvancedBootstrapNasParameters
 from nncf_ext.algorithms.elastic_lora.algorithm import ElasticLora
 from nncf_ext.algorithms.elastic_lora.parameters import RankGroup
+from nncf_ext.algorithms.lonas.algorithm import ElasticBaseAndLora
 from nncf_ext.parameters import ElasticMode
 from nncf_ext.structure.wrappers import check_not_compiled, check_plain
 
@@ -43,9 +44,9 @@ def make_elastic(
         dictionary of named ones.
     :param ignored_scope: For the other modes: layers that keep their shapes.
     :param advanced_parameters: For the other modes: which sizes there are.
-    :return: The elastic network, a :class:`SuperNetwork`, for ranks an :class:`ElasticLora`: its space, and
-        ``activate(point)``. Train it with ``ElasticCallback`` or a loop of your own, choose with ``search``, cut with
-        ``extract``.
+    :return: The elastic network, a :class:`SuperNetwork`, for ranks an :class:`ElasticLora`, for both together an
+        :class:`ElasticBaseAndLora`: its space, and ``activate(point)``. Train it with ``ElasticCallback`` or a loop of
+        your own, choose with ``search``, cut with ``extract``.
     :raises nncf.ValidationError: Groups match nothing or overlap, ranks do not begin with the rank of the adapters, a
         layer stands in no block, the adapter is unknown, merged or already elastic; there is no example, or the model
         does not run with it; a rule of the ignored scope matches nothing.
@@ -62,16 +63,21 @@ def make_elastic(
         raise nncf.ParameterNotSupportedError(msg)
     check_not_compiled(model)
     sizes = mode & ~ElasticMode.RANK
-    if ElasticMode.RANK in mode:
-        if sizes:
-            msg = f"{mode} is not possible together. Make ranks elastic alone, or the other sizes."
-            raise nncf.ParameterNotSupportedError(msg)
-        if groups is None:
-            msg = "Ranks become elastic in groups: give groups=[nncf_ext.RankGroup(patterns, ranks)]."
-            raise nncf.ValidationError(msg)
-        return ElasticLora(model, groups, adapter_name)
-    if example_input is None:
-        msg = f"{mode} follows a forward of the model: give example_input=, what {type(model).__name__} is called with."
+    if sizes and example_input is None:
+        msg = (
+            f"{sizes} follows a forward of the model: give example_input=, what {type(model).__name__} is called with."
+        )
         raise nncf.ValidationError(msg)
+    if ElasticMode.RANK not in mode:
+        check_plain(model)
+        return SuperNetwork(model, mode, example_input, ignored_scope, advanced_parameters)
+    if groups is None:
+        msg = "Ranks become elastic in groups: give groups=[nncf_ext.RankGroup(patterns, ranks)]."
+        raise nncf.ValidationError(msg)
+    if not sizes:
+        return ElasticLora(model, groups, adapter_name)
+    if ElasticMode.KERNEL in mode:
+        msg = f"Kernels and ranks do not go together; got {mode}. Use ranks with widths and depth, or kernels alone."
+        raise nncf.ParameterNotSupportedError(msg)
     check_plain(model)
-    return SuperNetwork(model, mode, example_input, ignored_scope, advanced_parameters)
+    return ElasticBaseAndLora(model, mode, groups, adapter_name, example_input, ignored_scope, advanced_parameters)

@@ -139,13 +139,18 @@ class SearchSampler(StrEnum):
     :param HEURISTIC: The middle size of every dimension; one evaluation.
     :param HILL_CLIMBING: From the best point so far to neighbours, until none of several is better. One objective.
     :param RANDOM: Uniformly, every point once.
+    :param TPE: Optuna's tree-structured Parzen estimator; any number of objectives.
     :param NSGA2: Optuna's NSGA-II; any number of objectives.
+    :param LINAS: NSGA-II on predictors that learn from the points measured so far: the fewest measurements for several
+        objectives. https://arxiv.org/abs/2202.12954
     """
 
     HEURISTIC = "heuristic"
     HILL_CLIMBING = "hill_climbing"
     RANDOM = "random"
+    TPE = "tpe"
     NSGA2 = "nsga2"
+    LINAS = "linas"
 
 
 class MergeMode(StrEnum):

@@ -29,7 +29,7 @@ from ov_ext.noise import own_lines
 from ov_ext.optimum import TOKENIZER, WITHOUT_TOKENIZER, TokenizerError, load_tokenizer, save_tokenizer_ir
 from ov_ext.runtime import TARGETS
 from ov_ext.sparse_weights import calibration
-from ov_ext.sparse_weights.cost import KINDS, CostTable
+from ov_ext.sparse_weights.cost import KINDS, CostTable, entry
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
 from ov_ext.sparse_weights.policy import SparsePolicy
 from ov_ext.sparse_weights.report import PackReport
@@ -180,6 +180,7 @@ def pack(
 @app.command()
 def calibrate(
     seconds: Annotated[float, typer.Option(help="At most so long.")] = calibration.LONGEST,
+    activation_group: Annotated[int, typer.Option(help="As you will pack: 0, or any other.")] = 128,
     report: Annotated[Path | None, typer.Option(help="Write the times as JSON, too.")] = None,
 ) -> None:
     """Measure on this CPU what packing decides by: stock OpenVINO and our forms. Kept for later `pack`."""
@@ -187,12 +188,14 @@ def calibrate(
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         measured = calibration.calibrate(
-            seconds, on_progress=lambda text, done: bar.update(task, description=text, completed=done)
+            seconds,
+            [entry(kind, activation_group) for kind in KINDS],
+            lambda text, done: bar.update(task, description=text, completed=done),
         )
     _show(_cost_table(measured))
     if report is not None:
         write_whole(report, json.dumps(measured.to_dict(), indent=2))
-    if missing := [kind for kind in KINDS if kind not in measured.kinds]:
+    if missing := [kind for kind in KINDS if entry(kind, activation_group) not in measured.kinds]:
         raise ValueError(
             f"{', '.join(missing)} could not be measured; packing takes the times of another CPU for them."
         )

@@ -1,8 +1,8 @@
 """
 Skips, and the real models that tests of several folders use.
 
-A skip names the hardware that is missing, or the real model that cannot be downloaded. Any other skip is a failure: a
-test that never runs says nothing.
+A skip names the hardware that is missing, the real model that cannot be downloaded, or the server of a data base that
+is not installed. Any other skip is a failure: a test that never runs says nothing.
 """
 
 import os
@@ -18,7 +18,9 @@ os.environ.setdefault("NNCF_EXT_NO_TELEMETRY", "1")
 os.environ.setdefault("OV_EXT_CALIBRATE", "0")
 import ov_ext  # noqa: E402, F401  before openvino
 
-_HARDWARE = re.compile(r"Skipped: .*(\bCPU has no\b|no AVX-512 code on|no GPU|cannot be downloaded)")
+_HARDWARE = re.compile(
+    r"Skipped: .*(\bCPU has no\b|no AVX-512 code on|no GPU|cannot be downloaded|no PostgreSQL server)"
+)
 
 
 @pytest.fixture(scope="session")

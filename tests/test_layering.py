@@ -62,6 +62,7 @@ LAYERS = (
     "pruning",
     "exploration",
     "algorithms.*",
+    "algorithms.lonas",  # ranks and widths together
     "algorithms.sqft",  # adapters that merge build on elastic ones
     "compression",
     "elastic",

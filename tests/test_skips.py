@@ -15,6 +15,7 @@ def test_a_skip_that_names_no_hardware_fails_the_run(tmp_path: Path) -> None:
         "def test_two():\n    pytest.skip('not today')\n"
         "@pytest.mark.skipif(True, reason='no AVX-512 code on aarch64')\n"
         "def test_three():\n    pass\n"
+        "def test_six():\n    pytest.skip('there is no PostgreSQL server here')\n"
         "def test_four():\n    pytest.importorskip('no_such_package')\n"
         "@pytest.mark.xfail\n"
         "def test_five():\n    raise ValueError\n"
@@ -25,5 +26,5 @@ def test_a_skip_that_names_no_hardware_fails_the_run(tmp_path: Path) -> None:
         text=True,
     )
     assert run.returncode == 1
-    assert "2 failed, 2 skipped, 1 xfailed" in run.stdout
+    assert "2 failed, 3 skipped, 1 xfailed" in run.stdout
     assert "test_two was skipped, and not for lack of hardware: Skipped: not today" in run.stdout

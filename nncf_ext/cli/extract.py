@@ -106,7 +106,7 @@ def _read(report: Path, point: str) -> tuple[list[Any], dict[str, int]]:
         msg = f"{report} is no report of nncf-ext search ({type(error).__name__}: {error})."
         raise nncf.ValidationError(msg) from error
     if point == "chosen" and chosen is None:
-        msg = f"In {report} no point keeps the limits. Name one by its number: --point 0."
+        msg = f"In {report} no point keeps the constraints. Name one by its number: --point 0."
         raise nncf.ValidationError(msg)
     if point != "chosen" and not (point.isdecimal() and int(point) < len(points)):
         msg = f"--point is 'chosen', or a number from 0 to {len(points) - 1}; got {point!r}."

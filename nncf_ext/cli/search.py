@@ -27,7 +27,11 @@ from nncf_ext.parameters import SearchSampler
 
 def search_folder(
     model_dir: ModelDir,
-    out: Annotated[Path, typer.Argument(help="Report to write (JSON), for nncf-ext extract; must not exist.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Report to write (JSON), for nncf-ext extract; must not exist. Not with --worker."),
+    ] = None,
+    *,
     adapter: Adapter,
     dataset: Annotated[str, typer.Option(help=f"What to validate on: {SOURCES}.")],
     ranks: Annotated[
@@ -43,17 +47,25 @@ def search_folder(
     ),
     budget: Annotated[int, typer.Option(help="Number of points to measure.")] = 100,
     parameters: Annotated[
-        bool, typer.Option("--parameters", help="Look for small adapters, too (sampler random or nsga2).")
+        bool, typer.Option("--parameters", help="Look for small adapters, too (not with hill_climbing).")
     ] = False,
-    limit: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE: at most so much 'perplexity' or 'parameters'; repeatable.")
+    constraint: Annotated[
+        list[str] | None,
+        typer.Option(help="What the chosen ranks keep to: 'perplexity <= 30', 'parameters <= 60%'; repeatable."),
     ] = None,
     test: Annotated[str | None, typer.Option(help="Another text, to measure the chosen point on at the end.")] = None,
     dataset_config: DatasetConfig = None,
     split: Split = None,
     test_split: Annotated[str | None, typer.Option(help="Split of the dataset of --test.")] = None,
     column: Column = None,
-    storage: Annotated[Path | None, typer.Option(help="File that keeps results; continues from it.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="File or URL of a data base that keeps results; continues from it.")
+    ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(help="Take part in the search in this storage (file or URL): measure, but write no report."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table of all points to write.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     samples: Samples = 32,
     window: Window = None,
@@ -72,6 +84,9 @@ def search_folder(
     nncf-ext search model report.json --adapter adapter --ranks 32,24,16 --dataset validation.txt --budget 50
 
     nncf-ext extract then cuts the adapter to the ranks that were found.
+
+    Several machines search together if one has --storage and the others the same as --worker, all other arguments
+    being equal: --storage postgresql+psycopg://user@host/search. Each may be killed and started again at any time.
     """
     with user_errors():
         import nncf
@@ -82,15 +97,21 @@ def search_folder(
         from nncf_ext.files import write_whole
 
         hush("optuna")
-        check_new(out, overwrite)
+        if (out is None) != (worker is not None) or (worker is not None and (storage or test or plot or csv)):
+            msg = (
+                "Name a report OUT to write, or with --worker nothing to write and nothing to test: the process with "
+                "--storage does that."
+            )
+            raise nncf.ValidationError(msg)
+        for file in (out, plot, csv):
+            if file is not None:
+                check_new(file, overwrite)
         if plot is not None:
-            check_new(plot, overwrite)
             if not parameters:
                 msg = "--plot draws two objectives, and there is perplexity alone. Add --parameters."
                 raise nncf.ValidationError(msg)
             import matplotlib  # noqa: F401  better missed now than after the search
         groups = _groups(ranks, group, per)
-        limits = dict(_limit(each) for each in limit or ())
         model, tokenizer = load_adapted(model_dir, adapter, mode, grid, start, dtype, trust_remote_code)
         texts = [
             read_windows(Source(each, dataset_config, part, column, "validation"), tokenizer, samples, window, model)
@@ -106,14 +127,17 @@ def search_folder(
             objectives,
             sampler=sampler,
             budget=budget,
-            limits=limits,
+            constraints=constraint or (),
             test=None if test is None else lambda point: perplexity(model, texts[1]),
-            storage=storage,
+            storage=worker or storage,
             seed=seed,
         )
-        content = json.dumps(report.to_dict() | {"groups": [asdict(each) for each in groups]}, indent=1)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, lambda aside: aside.write_text(content))
+        if out is not None:
+            content = json.dumps(report.to_dict() | {"groups": [asdict(each) for each in groups]}, indent=1)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(out, lambda aside: aside.write_text(content))
+        if csv is not None:
+            report.to_csv(csv)
         if plot is not None:
             report.plot(plot)
         typer.echo(str(report))
@@ -155,14 +179,3 @@ def _groups(ranks: str | None, group: list[str] | None, per: str) -> list[Any]:
             raise nncf.ValidationError(msg)
         groups.append(RankGroup([pattern], sizes, per))  # type: ignore[arg-type]  # RankGroup says what is wrong
     return groups
-
-
-def _limit(text: str) -> tuple[str, float]:
-    import nncf
-
-    name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        msg = f"A limit is NAME=VALUE, such as parameters=100000; got {text!r}."
-        raise nncf.ValidationError(msg) from None

@@ -1,15 +1,18 @@
 """Optuna samplers, for our engine and for anyone else's study."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from random import Random
 from typing import Any
 
 import nncf
+import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+from nncf_ext.exploration.fronts import Floats, best_first
 
 _TRIES = 100
 
@@ -81,11 +84,30 @@ class OrderedNSGAIISampler(NSGAIISampler):
     NSGA-II whose parents stand in the order of their numbers. Optuna hands a new generation its parents in the order of
     selection once, and in that of their numbers when it reads them from the study: a study that continues from storage
     would draw other children.
+
+    :param violation: Of values ``[points, objectives]``, how far each point is from keeping constraints, 0 where it
+        keeps them: ``[points]``. Points that keep them become parents before others. None: there are no constraints.
+    :param settings: Those of Optuna's NSGAIISampler.
     """
+
+    def __init__(
+        self, population_size: int = 50, *, violation: Callable[[Floats], Floats] | None = None, **settings: Any
+    ) -> None:
+        super().__init__(population_size=population_size, **settings)
+        self._violation = violation
 
     def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
         """Optuna's interface: the trials that a generation descends from."""
-        return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
+        if self._violation is None:
+            parents = super().select_parent(study, generation)
+        else:
+            before = generation - 1
+            trials = self.get_population(study, before) + self.get_parent_population(study, before)
+            values = np.array([trial.values for trial in trials], dtype=np.float64)
+            signs = [-1.0 if each is StudyDirection.MAXIMIZE else 1.0 for each in study.directions]
+            order = best_first(values * signs, self._violation(values), len(trials))
+            parents = [trials[place] for place in order[: self.population_size]]
+        return sorted(parents, key=lambda trial: trial.number)
 
 
 def asked(study: Study, names: Collection[str]) -> int:

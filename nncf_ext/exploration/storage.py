@@ -9,30 +9,55 @@ it writes leaves half a line at the end; it counts as not written, and the next 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import nncf
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import BaseJournalBackend, JournalFileSymlinkLock
 
 _SEAL = "sha256"
 _BEGINNING = b'{"op_code":'
 
 
-def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage | str | None:
+def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage | None:
     """
     :param storage: File of a journal, URL of a data base, or None.
     :return: What Optuna takes.
-    :raises nncf.ValidationError: The file is no journal, or damaged.
+    :raises nncf.ValidationError: The file is no journal, or damaged; the data base cannot be reached, or its driver is
+        not installed.
     """
-    if storage is None or "://" in str(storage):
-        return None if storage is None else str(storage)
+    if storage is None:
+        return None
+    if "://" in str(storage):
+        return _data_base(str(storage))
     try:
         return JournalStorage(SealedJournalFile(storage))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
         what = f"({type(error).__name__}: {error})"
         msg = f"{os.fspath(storage)} is no journal of Optuna {what}. Name another file for the search."
+        raise nncf.ValidationError(msg) from error
+
+
+def without_password(storage: str | os.PathLike[str] | None) -> str:
+    """
+    :param storage: File or URL.
+    :return: It, for messages.
+    """
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", str(storage))
+
+
+def _data_base(url: str) -> BaseStorage:
+    try:
+        return get_storage(url)
+    except Exception as error:  # each driver has errors of its own
+        what = without_password(str(error)).splitlines() or [""]
+        msg = (
+            f"The data base {without_password(url)} cannot be opened ({type(error).__name__}: {what[0]}). Is its "
+            "server running, and its driver installed (PostgreSQL: pip install 'psycopg[binary]', with a URL that "
+            "begins with postgresql+psycopg://)?"
+        )
         raise nncf.ValidationError(msg) from error
 
 

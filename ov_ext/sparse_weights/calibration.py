@@ -13,7 +13,7 @@ import numpy as np
 from ov_ext import machine
 from ov_ext.extension import extension_path
 from ov_ext.sparse_weights import store, trials
-from ov_ext.sparse_weights.cost import KINDS, CostTable, KindCosts
+from ov_ext.sparse_weights.cost import KINDS, MEASURABLE, CostTable, KindCosts, weights_and_activations
 from ov_ext.sparse_weights.trials import Arm
 
 logger = logging.getLogger("ov_ext")
@@ -48,15 +48,16 @@ def calibrate(
     and to OV_EXT_ISA and ONEDNN_MAX_CPU_ISA where they are set. Two processes do not measure at the same time.
 
     :param seconds: At most so long, above 0. What could not be measured well in that time is left out.
-    :param kinds: Kinds of weights: ``"bf16"``, ``"int8"``, ``"int4"``.
+    :param kinds: Kinds of weights: ``"bf16"``, ``"int8"``, ``"int4"``; ``"int4_f32"`` and so on are the same for
+        packing with ``activation_group=0``.
     :param on_progress: Called with a text and the fraction 0..1 that is done.
     :return: What was measured. A kind is missing where the machine was too busy, or too slow for the time.
     :raises ValueError: A kind that does not exist, or no time.
     :raises RuntimeError: Another process measures, and has not ended in ``seconds`` and a minute.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
     """
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"kinds are {', '.join(KINDS)}; got {', '.join(unknown)}.")
+    if unknown := [kind for kind in kinds if kind not in MEASURABLE]:
+        raise ValueError(f"kinds are {', '.join(MEASURABLE)}; got {', '.join(unknown)}.")
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds is a time above 0, got {seconds}.")
     extension_path()
@@ -117,20 +118,21 @@ def measure(
 ) -> KindCosts | None:
     """Time all forms of one kind of weight.
 
-    :param kind: Kind of the weights.
+    :param kind: Kind of the weights, and of the activations: see :func:`calibrate`.
     :param deadline: When to end, by ``clock``.
     :param on_progress: See :func:`calibrate`.
     :param make: Makes what is timed.
     :param clock: Seconds.
     :return: The times; None, after a warning, where they are too uncertain.
     """
-    arms = trials.arms(kind, ZEROS)
-    layers, timed = trials.layer_count(kind, ZEROS), dict[Arm, TimedArm]()
+    weights, floating = weights_and_activations(kind)
+    arms = trials.arms(weights, ZEROS, 0 if floating else trials.ACTIVATION_GROUP)
+    layers, timed = trials.layer_count(weights, ZEROS), dict[Arm, TimedArm]()
     for i, arm in enumerate(arms):
         on_progress("making layers", 0.4 * i / len(arms))
         # OpenVINO may have no primitive for stock in this setting, and says so when it runs.
         with suppress(RuntimeError) if arm.form == "stock" else nullcontext():
-            trial = make(kind, arm, layers)
+            trial = make(weights, arm, layers)
             for rows in ROWS:
                 trial.seconds(rows)  # caches, and code that OpenVINO compiles
             timed[arm] = trial

@@ -20,11 +20,23 @@ Form = Literal["stock", "dense", "sparse"]
 OURS: tuple[Form, Form] = ("dense", "sparse")
 KINDS = ("bf16", "int8", "int4")
 MEASURED_GROUP = {"bf16": 0, "int8": 0, "int4": 128}  # inputs that share a scale in the layers behind a table
+_FLOAT = "_f32"  # behind a kind: times of our forms with activations that stay in floating point
+MEASURABLE = (*KINDS, *(kind + _FLOAT for kind in KINDS))
 
 # Ours must be faster than stock by this factor: a stock layer needs no extension.
 MARGIN = 1.1
 
 _MOST_ROWS, _MOST_PICOSECONDS, _MOST_COLUMNS = 1 << 20, 1e9, 64
+
+
+def entry(kind: str, activation_group: int) -> str:
+    """:return: Of a table: where the times of a kind of weight with such activations are, one of :data:`MEASURABLE`."""
+    return kind if activation_group else kind + _FLOAT
+
+
+def weights_and_activations(name: str) -> tuple[str, bool]:
+    """:return: What an entry is about: kind of weight, whether activations stay in floating point."""
+    return name.removesuffix(_FLOAT), name.endswith(_FLOAT)
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class CostTable:
 
     :param cpu: Where they were measured, in words.
     :param threads: With so many threads.
-    :param kinds: By kind of weight; a kind may be missing.
+    :param kinds: By kind of weight, or by :func:`entry`; any may be missing.
     """
 
     cpu: str
@@ -96,12 +108,18 @@ class CostTable:
             times[form] = Expected((token + more) * unit, None if prompt is None else (prompt + more) * unit)
         return times
 
+    def with_activations(self, activation_group: int) -> CostTable:
+        """:return: By kind of weight alone: times with such activations, where they are known, else the usual ones."""
+        kinds = {kind: self.kinds.get(entry(kind, activation_group), self.kinds.get(kind)) for kind in KINDS}
+        return replace(self, kinds={kind: costs for kind, costs in kinds.items() if costs is not None})
+
     def with_stock_of(self, other: CostTable) -> CostTable:
         """:return: Our forms as here, stock as on another CPU: for kernels that are held below what the CPU has. The
         times are brought together at our dense form at one row, which reads memory at the same rate on both."""
         kinds = {}
-        for kind in self.kinds.keys() & other.kinds.keys():
-            ours, theirs = self.kinds[kind], other.kinds[kind]
+        for kind, ours in self.kinds.items():
+            if (theirs := other.kinds.get(weights_and_activations(kind)[0])) is None:
+                continue
             scale = ours.dense[0] / theirs.dense[0]
             stock = tuple(scale * float(np.interp(rows, theirs.rows, theirs.stock)) for rows in ours.rows)
             kinds[kind] = replace(ours, stock=stock)
@@ -123,7 +141,7 @@ def read_table(data: Any) -> CostTable:
     if not isinstance(fields["cpu"], str) or not _is_count(fields["threads"]):
         raise ValueError("cpu is a text and threads a number from 1")
     kinds = _mapping(fields["kinds"])
-    if unknown := kinds.keys() - set(KINDS):
+    if unknown := kinds.keys() - set(MEASURABLE):
         raise ValueError(f"{', '.join(sorted(map(str, unknown)))} is no kind of weight")
     return CostTable(fields["cpu"], fields["threads"], {kind: _read_kind(each) for kind, each in kinds.items()})
 

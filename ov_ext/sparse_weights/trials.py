@@ -26,7 +26,7 @@ from ov_ext.sparse_weights.packed import OPERATION
 from ov_ext.sparse_weights.stock import stock_weight
 
 GROUP = 128  # inputs that share a scale in int4, as NNCF's default; int8 has one scale per output
-ACTIVATION_GROUP = 128  # as in SparsePolicy
+ACTIVATION_GROUP = 128  # inputs that share a scale at run time, as in SparsePolicy
 _SIDE = 4096
 _PROMPT_OUTPUTS = 2048  # prompts are bound by arithmetic: fewer weights do, and take less time
 PROMPT_ROWS = 64  # from so many rows on
@@ -43,11 +43,13 @@ class Arm:
     :param form: ``"stock"``, ``"dense"`` or ``"sparse"``.
     :param zeros: Fraction 0..1 of zeros.
     :param setting: OpenVINO's properties, as pairs.
+    :param activation_group: Of our forms, as in ``SparsePolicy``.
     """
 
     form: Form
     zeros: float = 0.0
     setting: tuple[tuple[str, str], ...] = ()
+    activation_group: int = ACTIVATION_GROUP
 
 
 class Trial:
@@ -75,7 +77,7 @@ class Trial:
         return (time.perf_counter() - start) / weights
 
 
-def arms(kind: str, zeros: tuple[float, ...]) -> list[Arm]:
+def arms(kind: str, zeros: tuple[float, ...], activation_group: int = ACTIVATION_GROUP) -> list[Arm]:
     """List what to time.
 
     Stock runs in each of the settings that can be the fastest: with a bf16 hint, where that is the default, OpenVINO
@@ -83,6 +85,7 @@ def arms(kind: str, zeros: tuple[float, ...]) -> list[Arm]:
 
     :param kind: Kind of the weights.
     :param zeros: Shares of zeros of the sparse form; the others do not depend on zeros.
+    :param activation_group: Of our forms. Stock is compared in its fastest setting whatever they do.
     """
     f32, group = ("INFERENCE_PRECISION_HINT", "f32"), "DYNAMIC_QUANTIZATION_GROUP_SIZE"
     settings: list[tuple[tuple[str, str], ...]] = [()]
@@ -92,7 +95,8 @@ def arms(kind: str, zeros: tuple[float, ...]) -> list[Arm]:
         settings += [(f32,)]
     if kind != "bf16":
         settings += [(f32, (group, "128")), *([(f32, (group, "0"))] if capped else [])]
-    return [Arm("stock", 0.0, setting) for setting in settings] + [Arm("dense"), *(Arm("sparse", z) for z in zeros)]
+    ours = [Arm("dense", 0.0, (), activation_group), *(Arm("sparse", z, (), activation_group) for z in zeros)]
+    return [Arm("stock", 0.0, setting) for setting in settings] + ours
 
 
 def layer_count(kind: str, zeros: tuple[float, ...]) -> int:
@@ -128,20 +132,20 @@ def _request(weights: list[Weight], arm: Arm) -> ov.InferRequest:
     factory = NodeFactory()
     factory.add_extension(extension_path())
     for weight in weights:
-        port = _stock(port, weight) if arm.form == "stock" else _ours(port, weight, arm.form == "dense", factory)
+        port = _stock(port, weight) if arm.form == "stock" else _ours(port, weight, arm, factory)
     properties = {"PERFORMANCE_HINT": "LATENCY", **dict(arm.setting)}
     with native.no_dense_copies():
         compiled = ov.Core().compile_model(ov.Model([ops.result(port)], [x], "trial"), "CPU", properties)
     return compiled.create_infer_request()
 
 
-def _ours(x: Output, weight: Weight, dense: bool, factory: NodeFactory) -> Output:
+def _ours(x: Output, weight: Weight, arm: Arm, factory: NodeFactory) -> Output:
     n, k = weight.shape
     attributes = {
         **{"n": n, "outputs": [], "k": k, "kind": weight.kind, "epilogue": "", "source": ""},
-        "activation_group": ACTIVATION_GROUP,
+        "activation_group": arm.activation_group,
     }
-    blob = ov.op.Constant(native.pack(weight, dense))
+    blob = ov.op.Constant(native.pack(weight, arm.form == "dense"))
     return factory.create(OPERATION, [x, blob.output(0)], attributes).output(0)
 
 

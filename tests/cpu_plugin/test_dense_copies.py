@@ -98,3 +98,33 @@ def test_memory_for_copies_has_a_limit() -> None:
     assert max(sizes) == sizes[1] == dense("int4", 128) and len(said.splitlines()) == 2
     assert "no room for dense copies in 1 MiB" in said
     assert run(OV_EXT_ISA=OLDER[0], OV_EXT_EXPAND_MIB="0") == ([0] * 8, "")  # who chose it need not be told
+
+
+# Two models whose constants share memory of the user's, written anew in between with a blob of the same size.
+REUSED = """
+import numpy as np, openvino as ov
+import ov_ext
+from dataclasses import replace
+from ov_ext.cpu_plugin.sparse_matmul import native
+from tests.cpu_plugin.conftest import make_weight
+from openvino import opset13 as opset
+from tests.cpu_plugin.test_operation import F32, operation
+
+weight = make_weight("int4", 200, 512, group=128)
+weight = replace(weight, values=weight.values.clip(-7, 7))
+blobs = native.pack(weight), native.pack(replace(weight, values=-weight.values))
+core, x, memory = ov_ext.add_extension(ov.Core()), np.ones((2, 512), np.float32), blobs[0].copy()
+models = []
+for blob in blobs:
+    memory[:] = blob
+    activations = opset.parameter([-1, 512], np.float32)
+    product = operation(activations, ov.op.Constant(memory, shared_memory=True), n=200, k=512)
+    models.append(core.compile_model(ov.Model([opset.result(product)], [activations], "m"), "CPU", F32))
+    assert np.array_equal(models[-1](x)[0], native.matmul(x, blob))
+assert native.bytes_of_dense_copies() > native.pack(weight, dense=True).nbytes
+"""
+
+
+@pytest.mark.skipif(not OLDER, reason="this CPU has no AVX2")
+def test_memory_that_holds_another_blob_gets_another_copy() -> None:
+    subprocess.run([sys.executable, "-c", REUSED], env=os.environ | {"OV_EXT_ISA": OLDER[0]}, check=True)

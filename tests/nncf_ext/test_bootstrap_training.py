@@ -172,14 +172,24 @@ def test_distances_by_hand() -> None:
     torch.testing.assert_close(nncf_ext.soft_cross_entropy(logits, target, 2.0), 4 * wanted / 2)
 
 
+class Many:
+    """Forty dimensions, each of which costs what its size is."""
+
+    space = nncf_ext.SearchSpace({f"width {number}": [8, 6, 4, 2] for number in range(40)})
+
+    def macs(self, point: dict[str, int]) -> int:
+        return sum(point.values())
+
+
 def test_costs_are_drawn_evenly() -> None:
-    net = supernet("bottleneck")
-    least, most = net.macs(net.minimal()), net.macs(net.maximal())
-    shares = [(net.macs(nncf_ext.uniform_over_macs(net, 0, step)) - least) / (most - least) for step in range(90)]
-    plain = [(net.macs(net.random(0, step)) - least) / (most - least) for step in range(90)]
-    thirds = [sum(low <= share < low + 1 / 3 for share in shares) for low in (0, 1 / 3, 2 / 3)]
-    assert min(thirds) >= 15
-    assert min(sum(low <= share < low + 1 / 3 for share in plain) for low in (0, 1 / 3, 2 / 3)) < 5
+    net = Many()
+
+    def thirds(points: list[dict[str, int]]) -> list[int]:
+        shares = [(net.macs(point) - 80) / 240 for point in points]
+        return [sum(low <= share < low + 1 / 3 for share in shares) for low in (0, 1 / 3, 2 / 3)]
+
+    assert min(thirds([nncf_ext.uniform_over_macs(net, 0, step) for step in range(90)])) >= 15
+    assert min(thirds([net.space.draw(0, step) for step in range(90)])) < 3
 
 
 class Classifier(nn.Module):

@@ -185,7 +185,7 @@ def test_name_of_the_adapter():
 
 @pytest.mark.parametrize("mode", [ElasticMode(0), "rank", None, 1])
 def test_mode(mode):
-    with pytest.raises(nncf.ParameterNotSupportedError, match=r"There is ElasticMode\.RANK"):
+    with pytest.raises(nncf.ParameterNotSupportedError, match=r"There are ElasticMode\.RANK"):
         nncf_ext.make_elastic(adapted(), mode, groups=[qkv(6, 4)])
 
 

@@ -91,6 +91,14 @@ def test_found_ranks_become_an_ordinary_adapter(folder, adapter, text, tmp_path)
     assert perplexity(small, text, tokenizer, 32, 4) == pytest.approx(min(values), rel=1e-4)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
+    # A worker adds to the storage, and has nothing to write.
+    place = arguments.index("--storage")
+    shared = [each for each in arguments if each != report]
+    shared[shared.index("--storage")] = "--worker"
+    del shared[shared.index("--test") : shared.index("--test") + 2]
+    code, output = run(*shared)
+    assert code == 0 and arguments[place + 1].exists(), output
+
     # The storage continues: nothing is measured again, and the report is the same.
     assert run(*arguments)[0] == 2
     code, output = run(*arguments, "--overwrite")
@@ -107,7 +115,7 @@ def test_search_for_small_adapters_draws_a_front(folder, adapter, text, tmp_path
     arguments = [
         "search", folder, tmp_path / "report.json", "--adapter", adapter, "--dataset", tmp_path / "lines.jsonl",
         "--window", "32", "--samples", "3", "--ranks", "6,3,1", "--sampler", "nsga2", "--budget", "6", "--parameters",
-        "--limit", "parameters=4000", "--plot", tmp_path / "front.png",
+        "--constraint", "parameters <= 4000", "--plot", tmp_path / "front.png",
     ]  # fmt: skip
     code, output = run(*arguments)
     assert code == 0, output
@@ -234,6 +242,8 @@ MERGE = ["merge", "FOLDER", "OUT", "--adapter", "ADAPTER"]
     ("arguments", "text"),
     [
         (SEARCH, "Say which ranks there are"),
+        ([*SEARCH, "--ranks", "6,4", "--worker", "storage.log"], "or with --worker nothing to write"),
+        ([*SEARCH[:2], *SEARCH[3:], "--ranks", "6,4"], "Name a report OUT to write"),
         ([*SEARCH, "--ranks", "6,4", "--group", ".*=6,4"], "either --ranks"),
         ([*SEARCH, "--ranks", "six"], "whole numbers with commas"),
         ([*SEARCH, "--group", "6,4"], "after PATTERN= of a group; got 6,4"),
@@ -242,8 +252,8 @@ MERGE = ["merge", "FOLDER", "OUT", "--adapter", "ADAPTER"]
         ([*SEARCH, "--ranks", "6,4", "--per", "layer"], "must be 'block' or 'model'"),
         ([*SEARCH, "--ranks", "6,4", "--plot", "x.png"], "Add --parameters"),
         ([*SEARCH, "--ranks", "6,4", "--parameters"], "Hill climbing needs one objective"),
-        ([*SEARCH, "--ranks", "6,4", "--limit", "accuracy=1"], "limits on ['accuracy']"),
-        ([*SEARCH, "--ranks", "6,4", "--limit", "perplexity"], "A limit is NAME=VALUE"),
+        ([*SEARCH, "--ranks", "6,4", "--constraint", "accuracy >= 1"], "constraint on 'accuracy'"),
+        ([*SEARCH, "--ranks", "6,4", "--constraint", "perplexity"], "A constraint is NAME <= NUMBER"),
         ([*SEARCH, "--ranks", "6,4", "--budget", "0"], "at least 1; got 0"),
         ([*SEARCH, "--ranks", "6,4", "--samples", "0"], "--samples is a number of windows"),
         ([*SEARCH, "--ranks", "6,4", "--dataset", "absent.txt"], "no validation text absent.txt"),
@@ -258,7 +268,7 @@ MERGE = ["merge", "FOLDER", "OUT", "--adapter", "ADAPTER"]
         ([*EXTRACT, "--adapter", "ADAPTER", "--report", "TEXT"], "is no report of nncf-ext search"),
         ([*EXTRACT, "--adapter", "ADAPTER", "--report", "DEEP"], "is no report of nncf-ext search"),
         ([*EXTRACT, "--adapter", "ADAPTER", "--report", "POINTS"], "is no report of nncf-ext search"),
-        ([*EXTRACT, "--adapter", "ADAPTER", "--report", "REPORT"], "no point keeps the limits"),
+        ([*EXTRACT, "--adapter", "ADAPTER", "--report", "REPORT"], "no point keeps the constraints"),
         ([*EXTRACT, "--adapter", "ADAPTER", "--report", "REPORT", "--point", "7"], "a number from 0 to 0; got '7'"),
         ([*MERGE, "--adapter", "absent"], "is no folder of an adapter"),
         ([*MERGE, "--mode", "quant_aware", "--start", "random"], "start must be one of"),

@@ -65,12 +65,15 @@ EVERY_SEARCH = [
     (SearchSampler.RANDOM, [ACCURACY]),
     pytest.param(SearchSampler.NSGA2, [ACCURACY], marks=pytest.mark.slow),
     pytest.param(SearchSampler.NSGA2, [ACCURACY, COST], marks=pytest.mark.slow),
+    (SearchSampler.TPE, [ACCURACY]),
+    pytest.param(SearchSampler.LINAS, [ACCURACY, COST], marks=pytest.mark.slow),
 ]
 
 
 @pytest.fixture
 def small_generations(monkeypatch):
-    monkeypatch.setattr("nncf_ext.exploration.engine._POPULATION", 3)
+    populations = {SearchSampler.NSGA2: 3, SearchSampler.LINAS: 5}
+    monkeypatch.setattr("nncf_ext.exploration.loop._POPULATIONS", populations)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
@@ -269,6 +272,6 @@ def test_storage_of_another_search(tmp_path):
         (network(), [ACCURACY, COST]),
         (network(), [Objective("accuracy", accuracy, maximize=False)]),
     ):
-        with pytest.raises(nncf.ValidationError, match="of another space or other objectives.*Name another"):
+        with pytest.raises(nncf.ValidationError, match="of another space or other objectives, .*Name another"):
             search(net, objectives, sampler="random", storage=storage)
     search(network(4), [ACCURACY], budget=2, storage=storage, study_name="other")

@@ -284,6 +284,33 @@ def test_packing_measures_once_what_it_needs(measured: list[tuple[list[str], flo
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["after"]["token"] == pytest.approx(128 * 128 * 5e-12)
 
 
+def test_activations_in_floating_point_are_measured_apart(measured: list[tuple[list[str], float]]) -> None:
+    store.add(replace(TABLE, kinds={"bf16": COSTS, "bf16_f32": replace(COSTS, sparse=((2.5, 990.0),))}))
+    for group, speedup in ((128, 2), (0, 4)):
+        report = ov_ext.pack_sparse_weights(layers(0.5), SparsePolicy(activation_group=group))[1]
+        assert report.layers[0].speedup == pytest.approx(speedup) and "quantized" not in report.costs
+    assert not measured
+    report = ov_ext.pack_sparse_weights(layers(0.5), SparsePolicy(activation_group=0, target="avx512"))[1]
+    assert "with quantized activations" in report.costs  # those of another CPU that nobody measured
+    store.path().unlink()
+    ov_ext.pack_sparse_weights(layers(0.5), SparsePolicy(activation_group=0))
+    assert [kinds for kinds, _ in measured] == [["bf16_f32"]]
+
+
+def test_arms_keep_activations_as_the_entry_says() -> None:
+    clock, seen = Clock(), list[tuple[str, Arm]]()
+
+    def make(kind: str, arm: Arm, layers: int) -> Any:
+        seen.append((kind, arm))
+        return fake(clock, speed)(kind, arm, layers)
+
+    for entry, group in (("int8_f32", 0), ("int8", 128)):
+        seen.clear()
+        assert calibration.measure(entry, clock.now + 1000, quiet, make, clock) is not None
+        assert {kind for kind, _ in seen} == {"int8"}
+        assert {arm.activation_group for _, arm in seen if arm.form != "stock"} == {group}
+
+
 def test_what_switches_calibration_off(
     measured: list[tuple[list[str], float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

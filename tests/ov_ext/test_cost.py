@@ -182,7 +182,7 @@ def test_half_the_weights_zero_pay_with_vbmi2(target: str, kind: str) -> None:
 
 def test_every_target_has_times_and_says_of_which_cpu() -> None:
     assert set(TARGETS) == set(runtime.TARGETS) - {"reference"}
-    assert all(set(table.kinds) == set(cost.KINDS) and table.cpu for table in tables.builtin().values())
+    assert all(set(table.kinds) >= set(cost.KINDS) and table.cpu for table in tables.builtin().values())
     table, said = tables.costs(SparsePolicy(target="avx512"), ["int4"])
     assert table == tables.builtin()["avx512"] and said == f"built-in times of {table.cpu}"
 

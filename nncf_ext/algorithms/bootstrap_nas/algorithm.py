@@ -87,6 +87,11 @@ class SuperNetwork:
         return self._found.dimensions
 
     @property
+    def products(self) -> Mapping[str, float]:
+        """For each weight, how many products each of its numbers takes part in, in one forward of the example."""
+        return self._found.products
+
+    @property
     def refused(self) -> dict[str, str]:
         """What cannot change, and why."""
         return dict(self._found.refused)

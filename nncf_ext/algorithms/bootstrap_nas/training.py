@@ -40,8 +40,8 @@ def sandwich(net: Elastic, seed: int, step: int, between: int = 1) -> list[Point
 
 def uniform_over_macs(net: Weighed, seed: int, step: int, candidates: int = 16) -> Point:
     """
-    A point whose cost is drawn uniformly between the smallest and the largest. Points that are drawn uniformly
-    themselves nearly all cost about the same.
+    A point whose cost is drawn uniformly between the smallest and the largest. Where there are many dimensions, points
+    that are drawn uniformly themselves nearly all cost about the same.
 
     :param net: The network.
     :param seed: Seed.

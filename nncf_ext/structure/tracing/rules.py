@@ -344,6 +344,8 @@ def reduced_axes(func: Any, bound: Bound) -> list[int]:
         return list(range(ndim - len(bound["normalized_shape"]), ndim))
     if rule is _group_norm:
         return [1] if bound["group"] == 1 else []
+    if rule is _batch_norm:
+        return [axis for axis in range(bound["input"].ndim) if axis != 1] if bound.get("training") else []
     return _dims(bound) if rule is _reduce else []
 
 
@@ -424,7 +426,8 @@ def _unknown(run: Follower, name: str, bound: Bound, results: list[Tensor]) -> l
 
 
 _NAMES: dict[Rule, str] = {
-    _pointwise: "copy native_dropout dropout lerp _prelu_kernel _fused_dropout masked_fill",
+    _pointwise: "copy native_dropout dropout lerp _prelu_kernel _fused_dropout masked_fill hardswish hardsigmoid "
+    "hardtanh leaky_relu elu celu selu mish softplus log_sigmoid_forward",
     _same: "_to_copy clone detach alias contiguous lift_fresh zeros_like ones_like full_like empty_like rand_like "
     "randn_like",
     _move: "view _unsafe_view reshape _reshape_alias permute transpose t numpy_T expand unsqueeze squeeze slice select "

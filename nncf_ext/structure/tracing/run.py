@@ -15,6 +15,8 @@ from nncf_ext.structure.tracing.rules import bind, keeps_numbers, outputs_of, ru
 from nncf_ext.upstream import TorchDispatchMode
 from nncf_ext.weights.sharing import place_of
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @dataclass
 class Known:
@@ -109,8 +111,11 @@ class Run(TorchDispatchMode):
             if first != path and tensor.is_floating_point():
                 self.tensors[path] = self.tensors[first]
             else:
-                whole = tensor.is_floating_point()
-                self.tensors[path] = [self.labels.new(size) if whole else None for size in tensor.shape]
+                # Windows of convolutions do not get smaller by indices.
+                most = 2 if isinstance(model.get_submodule(path.rpartition(".")[0]), _CONVOLUTIONS) else tensor.ndim
+                most = most if tensor.is_floating_point() else 0
+                sizes = enumerate(tensor.shape)
+                self.tensors[path] = [self.labels.new(size) if axis < most else None for axis, size in sizes]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -146,7 +151,9 @@ class Run(TorchDispatchMode):
             name, rule = rule_of(func)
             bound["move"] = lambda other: func(other, *args[1:], **kwargs)
             found = rule(self, name, bound, results)
-            origin = self._origin(inputs[0]) if keeps_numbers(rule) else ""
+            # What is computed from one weight alone is that weight still, such as a standardized one.
+            origins = {self._origin(inputs[0])} if keeps_numbers(rule) else {self._origin(each) for each in inputs}
+            origin = origins.pop() if len(origins) == 1 else ""
             for tensor, axes in zip(results, found, strict=True):
                 self._known[tensor] = Known(list(axes), self._now, origin)
                 if not keeps_numbers(rule):

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -14,6 +15,7 @@
 #include <utility>
 
 #include "../support/isa_selection.hpp"
+#include "../support/unaligned.hpp"
 #include "dispatch.hpp"
 #include "format.hpp"
 
@@ -102,13 +104,15 @@ void say(const char* isa, bool expanded) {
 
 struct DenseCopy {
     std::shared_ptr<const void> owner;
+    Header of;  // of the sparse blob, with its checksum: a Constant may share memory that its user writes anew
     uint64_t bytes;
     Reservation room;
     std::unique_ptr<uint8_t, Free> blob;
 
     // Throws std::bad_alloc, when there is no memory or no room in the limit.
-    DenseCopy(const BlobView& sparse, std::shared_ptr<const void> owner, uint64_t bytes)
+    DenseCopy(const BlobView& sparse, std::shared_ptr<const void> owner, const uint8_t* header, uint64_t bytes)
         : owner(std::move(owner)),
+          of(load<Header>(header)),
           bytes(bytes),
           room(bytes) {
         if (room)
@@ -121,29 +125,32 @@ struct DenseCopy {
 
 namespace {
 
-// Copies by the memory that they were made from, which lives as long as they do. Nothing is expanded under the lock: a thread that waits for
+// Copies by the memory that they were made from, which lives as long as they do, and by the header of the blob in it. Nothing is expanded under the lock: a thread that waits for
 // others may be given work that needs it. So two threads may expand the same blob; one copy stays.
 std::shared_ptr<DenseCopy> shared_copy(const BlobView& w, const std::shared_ptr<const void>& owner, const uint8_t* blob, size_t bytes) {
     static std::mutex mutex;
     static std::map<std::pair<const uint8_t*, size_t>, std::weak_ptr<DenseCopy>> copies;
+    const auto known = [&]() {
+        const auto found = copies[{blob, bytes}].lock();
+        return found && std::memcmp(&found->of, blob, sizeof(Header)) == 0 ? found : nullptr;
+    };
     {
         std::lock_guard<std::mutex> lock(mutex);
-        if (auto found = copies[{blob, bytes}].lock())
+        if (auto found = known())
             return found;
     }
     std::shared_ptr<DenseCopy> made;
     try {
-        made.reset(new DenseCopy(w, owner, dense_bytes(w)));
+        made.reset(new DenseCopy(w, owner, blob, dense_bytes(w)));
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
     std::lock_guard<std::mutex> lock(mutex);
     for (auto each = copies.begin(); each != copies.end();)
         each = each->second.expired() ? copies.erase(each) : std::next(each);
-    auto& place = copies[{blob, bytes}];
-    if (auto found = place.lock())
+    if (auto found = known())
         return found;
-    place = made;
+    copies[{blob, bytes}] = made;
     return made;
 }
 

@@ -10,7 +10,7 @@
 
 namespace ov_ext::sparse_matmul {
 
-struct DenseCopy;  // shared by all operations of the process that read the same memory
+struct DenseCopy;  // shared by all operations of the process that read the same blob in the same memory
 
 // Of the constant blobs of one operation. Safe to use from several threads.
 class DenseCopies {

@@ -69,7 +69,7 @@ void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t 
         const uint64_t end = begin + w.tiles_per_chunk < w.tiles ? begin + w.tiles_per_chunk : w.tiles;
         float sum[block_n] = {};
         int64_t integer[block_n] = {};
-        float real[block_n] = {};
+        float real[block_n][2] = {};  // even and odd inputs
         for (uint64_t t = begin; t < end; t++) {
             decoder.tile(run, t, values);
             for (uint64_t c = 0; c < block_n; c++)
@@ -77,22 +77,23 @@ void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t 
                     const uint64_t k = t * tile_inputs + i;
                     if (a.integer)
                         integer[c] += int64_t(reinterpret_cast<const int32_t*>(x)[k]) * values[c][i];
-                    else if (w.kind == Kind::bf16)
-                        sum[c] = std::fma(reinterpret_cast<const float*>(x)[k], bf16_to_float(uint16_t(values[c][i])), sum[c]);
                     else
-                        real[c] = std::fma(reinterpret_cast<const float*>(x)[k], float(values[c][i]), real[c]);
+                        real[c][i % 2] =
+                            std::fma(reinterpret_cast<const float*>(x)[k],
+                                     w.kind == Kind::bf16 ? bf16_to_float(uint16_t(values[c][i])) : float(values[c][i]), real[c][i % 2]);
                 }
             if (w.segment && (t + 1) % tiles_per_segment == 0) {
                 const uint64_t s = t / tiles_per_segment;
                 for (uint64_t c = 0; c < block_n; c++) {
                     const float scale = scale_of(w, block, s, c);
-                    sum[c] = a.integer ? std::fma(float(integer[c]), x_scales[s] * scale, sum[c]) : std::fma(real[c], scale, sum[c]);
-                    integer[c] = 0, real[c] = 0.0f;
+                    sum[c] =
+                        std::fma(a.integer ? float(integer[c]) : real[c][0] + real[c][1], a.integer ? x_scales[s] * scale : scale, sum[c]);
+                    integer[c] = 0, real[c][0] = real[c][1] = 0.0f;
                 }
             }
         }
         for (uint64_t c = 0; c < block_n; c++)
-            out[c] += sum[c];
+            out[c] += w.segment ? sum[c] : real[c][0] + real[c][1];
     }
 }
 

@@ -15,9 +15,9 @@ int64_t multiply(const uint8_t* masks, const uint8_t* values, const void* codes,
         alignas(32) uint16_t offsets[16];
         ov_ext::look_up<16>(masks, offsets);
         for (int s = 0; s < 2; s++) {
-            const uint64_t mask = ov_ext::load<uint64_t>(masks + 8 * s);
             __m256i half[2];
-            ov_ext::expand_bytes(values, mask, offsets + 8 * s, [](__m256i packed) INLINED { return packed; }, half);
+            const uint64_t mask = ov_ext::load<uint64_t>(masks + 8 * s);
+            ov_ext::expand_bytes(values, mask, offsets + 8 * s, half);
             values += __builtin_popcountll(mask);
             int8_t weights[64];
             __builtin_memcpy(weights, half, 64);

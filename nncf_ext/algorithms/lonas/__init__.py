@@ -1,0 +1,1 @@
+"""The method: ranks of adapters and widths of their base, elastic together (LoNAS)."""

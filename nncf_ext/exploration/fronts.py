@@ -1,0 +1,96 @@
+"""Which of some points does no other beat, how good is a front? Losses here: less is better in every column."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def unbeaten(losses: Floats) -> NDArray[np.bool_]:
+    """
+    :param losses: ``[points, objectives]``.
+    :return: ``[points]``: whether no other point is at least as good in everything and better in something. Equal
+        points do not beat each other.
+    """
+    # Whoever has the smallest sum of the points left is beaten by none of them; each pass drops what it beats.
+    order = np.argsort(losses.sum(axis=1), kind="stable")
+    left, best = losses[order], 0
+    while best < len(left):
+        one = left[best]
+        stays = ~((left >= one).all(axis=1) & (left > one).any(axis=1))
+        best = int(stays[:best].sum()) + 1
+        order, left = order[stays], left[stays]
+    mask = np.zeros(len(losses), dtype=bool)
+    mask[order] = True
+    return mask
+
+
+def ranks(losses: Floats, violations: Floats, enough: int) -> NDArray[np.int64]:
+    """
+    Non-dominated sorting: 0 for the front, 1 for the front of what is left, and so on. Points that violate constraints
+    come after all others, in the order of their violation (Deb's constrained domination).
+
+    :param losses: ``[points, objectives]``.
+    :param violations: ``[points]``, 0 where a point keeps all constraints.
+    :param enough: After so many points the fronts are not told apart any more: the rest has one common rank.
+    :return: ``[points]``.
+    """
+    found = np.zeros(len(losses), dtype=np.int64)
+    left, rank = np.flatnonzero(violations <= 0), 0
+    sorted_points = 0
+    while len(left):
+        front = unbeaten(losses[left]) if sorted_points < enough else np.ones(len(left), dtype=bool)
+        found[left[front]] = rank
+        sorted_points += int(front.sum())
+        left, rank = left[~front], rank + 1
+    late = violations > 0
+    found[late] = rank + np.unique(violations[late], return_inverse=True)[1]
+    return found
+
+
+def crowding(losses: Floats, rank: NDArray[np.int64]) -> Floats:
+    """
+    :param losses: ``[points, objectives]``.
+    :param rank: ``[points]``, from :func:`ranks`.
+    :return: ``[points]``: how far the neighbours in the same front are, as a share of the front's extent, summed over
+        objectives; infinite at its ends. Source: NSGA-II (Deb et al., 2002), section III-B.
+    """
+    distance = np.zeros(len(losses))
+    for front in (np.flatnonzero(rank == each) for each in np.unique(rank)):
+        for column in losses[front].T:
+            order = np.argsort(column, kind="stable")
+            extent = column[order[-1]] - column[order[0]]
+            distance[front[order[[0, -1]]]] = np.inf
+            if extent > 0:
+                distance[front[order[1:-1]]] += (column[order[2:]] - column[order[:-2]]) / extent
+    return distance
+
+
+def best_first(losses: Floats, violations: Floats, enough: int) -> NDArray[np.int64]:
+    """
+    :param losses: ``[points, objectives]``.
+    :param violations: ``[points]``.
+    :param enough: How many of the first places matter.
+    :return: Numbers of the points by rank, then by crowding; equal ones in their order.
+    """
+    rank = ranks(losses, violations, enough)
+    return np.lexsort((-crowding(losses, rank), rank))
+
+
+def hypervolume(losses: Floats, reference: Floats) -> float:
+    """
+    :param losses: ``[points, objectives]``.
+    :param reference: ``[objectives]``: the worst that counts; points that are not better in everything add nothing.
+    :return: The volume of what at least one point beats and the reference does not.
+    """
+    inside = losses[(losses < reference).all(axis=1)]
+    if not len(inside):
+        return 0.0
+    front = inside[unbeaten(inside)]
+    if losses.shape[1] == 1:
+        return float(reference[0] - front.min())
+    # Slices along the last objective: each is as thick as the way to the next point, and as large as all up to it.
+    front = front[np.argsort(front[:, -1], kind="stable")]
+    thickness = np.diff(np.append(front[:, -1], reference[-1]))
+    areas = (hypervolume(front[: count + 1, :-1], reference[:-1]) for count in range(len(front)))
+    return float(sum(area * thick for area, thick in zip(areas, thickness, strict=True) if thick > 0))
