@@ -36,6 +36,7 @@ def adapt_batch_norm(model: nn.Module, data: nncf.Dataset | Iterable[Any], batch
         assert each.num_batches_tracked is not None
         each.num_batches_tracked.zero_()
         for tensor in (each.running_mean, each.running_var):
+            assert tensor is not None
             tensor.nan_to_num_()  # no share of it stays, but that of NaN would be NaN
         each.momentum = None
         each.training = True
