@@ -87,20 +87,6 @@ class CompressMode(StrEnum):
     )
 
 
-class SparsityAllocation(StrEnum):
-    """
-    How many zeros each layer gets, where a ratio is asked for (``AdvancedSparseWeightsParameters.allocation``).
-
-    :param UNIFORM: Every layer as many as asked for.
-    :param OUTLIERS: Fewer where more inputs stand out, block by block. OWL, https://arxiv.org/abs/2310.05175
-    :param SENSITIVITY: Fewer where the model's output suffers more, as measured part by part; the same sum of zeros.
-    """
-
-    UNIFORM = "uniform"
-    OUTLIERS = "outliers"
-    SENSITIVITY = "sensitivity"
-
-
 class ElasticMode(Flag):
     """
     What of a network can change its size after :func:`nncf_ext.make_elastic`.
@@ -151,6 +137,20 @@ class SearchSampler(StrEnum):
     TPE = "tpe"
     NSGA2 = "nsga2"
     LINAS = "linas"
+
+
+class SparsityAllocation(StrEnum):
+    """
+    How many zeros each layer gets, where a ratio is asked for (``AdvancedSparseWeightsParameters.allocation``).
+
+    :param UNIFORM: Every layer as many as asked for.
+    :param OUTLIERS: Fewer where more inputs stand out, block by block. OWL, https://arxiv.org/abs/2310.05175
+    :param SENSITIVITY: Fewer where the model's output suffers more, as measured part by part; the same sum of zeros.
+    """
+
+    UNIFORM = "uniform"
+    OUTLIERS = "outliers"
+    SENSITIVITY = "sensitivity"
 
 
 class MergeMode(StrEnum):

@@ -176,18 +176,18 @@ def stock_study(file):
 
 def test_tools_of_optuna_show_sizes_and_names(tmp_path, recwarn):
     file = tmp_path / "search.log"
-    report = search(network(), [ACCURACY, COST], sampler="nsga2", budget=6, storage=file)
+    report = search(network(), [ACCURACY, COST], sampler="nsga2", budget=20, storage=file)
     assert not [each for each in recwarn if issubclass(each.category, optuna.exceptions.ExperimentalWarning)]
     study = stock_study(file)
     assert study.metric_names == ["accuracy", "cost"]
     sizes = [trial.user_attrs["sizes"] for trial in study.trials]
-    assert sizes[0] == dict.fromkeys(network().space.dimensions, 24)
+    assert sizes[0] == dict.fromkeys(network().space.dimensions, 32)  # with several objectives the full network first
     assert [cost(each) for each in sizes] == [trial.values[1] for trial in study.trials]
     assert all(each.point in sizes for each in report.evaluations)
 
 
 def test_a_file_without_sizes_and_names_continues(tmp_path):
-    """As earlier releases wrote it."""
+    """What is missing is written again."""
     settings = {"sampler": "random", "seed": 3}
     whole, old = tmp_path / "whole.log", tmp_path / "old.log"
     search(network(), [ACCURACY], budget=4, storage=whole, **settings)
@@ -198,7 +198,7 @@ def test_a_file_without_sizes_and_names_continues(tmp_path):
     reports = [search(network(), [ACCURACY], budget=7, storage=file, **settings) for file in (whole, old)]
     assert reports[0].evaluations == reports[1].evaluations
     assert stock_study(old).metric_names == ["accuracy"]
-    assert ["sizes" in trial.user_attrs for trial in stock_study(old).trials] == [False] * 4 + [True] * 3
+    assert all("sizes" in trial.user_attrs for trial in stock_study(old).trials if trial.value is not None)
 
 
 @pytest.mark.parametrize("stored", [False, True])
