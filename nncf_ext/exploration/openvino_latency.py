@@ -215,7 +215,7 @@ class _Predicted:
         self._timer = timer
         self._table = OperatorTable(lambda graph: timer.compiled(graph, PERF_COUNT=True), operation_key)
         self._values: dict[str, Measured] = {}
-        self._besides: list[float] = []
+        self._timed: list[tuple[float, float]] = []  # sum of operations, whole network
         self._errors: list[float] = []
         self._predictions = 0
 
@@ -225,18 +225,28 @@ class _Predicted:
         if key not in self._values:
             number = len(self._values)
             total = self._table.total(graph)
-            predicted = total + (median(self._besides) if self._besides else 0.0)
+            predicted = self._whole(total)
             if number < _FIRST or number % _EVERY == 0:
                 whole = self._timer.timed(graph)
                 if number >= _FIRST:
                     self._errors.append(abs(predicted / whole - 1))
-                self._besides.append(whole - total)
+                self._timed.append((total, float(whole)))
                 self._values[key] = whole
             else:
                 self._predictions += 1
                 off = median(self._errors) if self._errors else 0.0
                 self._values[key] = Measured(predicted, off * predicted)
         return self._values[key]
+
+    def _whole(self, total: float) -> float:
+        """The time of a network whose operations sum to a total: what comes on top is the same for all of them."""
+        if not self._timed:
+            return total
+        besides = median(whole - operations for operations, whole in self._timed)
+        if besides >= 0:
+            return total + besides
+        # Operations timed one by one took longer than all in a row; a difference could come out below zero.
+        return total * median(whole / operations for operations, whole in self._timed)
 
     def note(self) -> str:
         count, total = self._predictions, len(self._values)
