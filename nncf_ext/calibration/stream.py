@@ -42,6 +42,7 @@ from nncf_ext.calibration.float_products import fast_products
 from nncf_ext.calibration.trainable_block import TrainableBlock
 from nncf_ext.memory import is_out_of_memory
 from nncf_ext.structure.blocks import BlockList
+from nncf_ext.structure.modes import evaluation_mode
 
 logger = logging.getLogger("nncf_ext")
 
@@ -379,18 +380,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
     :param model: Any torch model.
     """
-    training = [module for module in model.modules() if module.training]
-    # The fast path of nn.TransformerEncoder runs none of its layers' modules, and makes nested tensors of padded text.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), fast_products(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), torch.no_grad(), fast_products(model):
+        yield
 
 
 def _merge_order(order: list[str], seen: Iterable[str]) -> None:

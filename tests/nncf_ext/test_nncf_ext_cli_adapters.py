@@ -114,7 +114,7 @@ def test_search_for_small_adapters_draws_a_front(folder, adapter, text, tmp_path
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": text.read_text()[:500]}) for _ in range(3)))
     arguments = [
         "search", folder, tmp_path / "report.json", "--adapter", adapter, "--dataset", tmp_path / "lines.jsonl",
-        "--window", "32", "--samples", "3", "--ranks", "6,3,1", "--sampler", "random", "--budget", "6", "--parameters",
+        "--window", "32", "--samples", "3", "--ranks", "6,3,1", "--sampler", "nsga2", "--budget", "20", "--parameters",
         "--constraint", "parameters <= 4000", "--plot", tmp_path / "front.png",
     ]  # fmt: skip
     code, output = run(*arguments)

@@ -348,7 +348,8 @@ def test_vision(name) -> None:
     numbers = sum(each.numel() for each in model.parameters())
     cut_tensors(model, {each: range(0, one.size, 2) for each, one in traced.dimensions.items()}, traced.dimensions)
     assert outputs(model, inputs).shape == before.shape
-    assert sum(each.numel() for each in model.parameters()) < 0.85 * numbers
+    most = 0.85 if name == "pvt_v2" else 0.8  # of its twelve groups three are elastic
+    assert sum(each.numel() for each in model.parameters()) < most * numbers
 
 
 def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.structure.modes import evaluation_mode
 from nncf_ext.structure.tracing.rules import outputs_of, tensors_of
 from nncf_ext.weights.sharing import place_of
 
@@ -66,22 +67,10 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """
-    Evaluation mode, in which no statistics change; torch's fused encoder layers are off, and numbers that the model
-    draws all the same are not missed by others.
-    """
-    training = [module for module in model.modules() if module.training]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
+    """Evaluation mode; numbers that the model draws all the same are not missed by others."""
     devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(sorted(each.index for each in devices)):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), torch.random.fork_rng(sorted(each.index for each in devices)):
+        yield
 
 
 def perturbed(model: nn.Module, example: Example) -> nn.Module:
