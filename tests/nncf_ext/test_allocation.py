@@ -58,7 +58,7 @@ def allocated(model, how=SparsityAllocation.SENSITIVITY, ratio=0.5, spread=0.2, 
     with evaluation(model):
         stream = CalibrationStream(model, data, found.block_lists, found.targets)
         parts = parts_of(found.block_lists, found.targets)
-        return allocate(stream, data, parts, how, ratio, spread, lambda done, of: None)
+        return allocate(stream, data, parts, how, ratio, spread, lambda done: None)
 
 
 def mean(ratios, model):

@@ -218,7 +218,7 @@ class SparseWeights:
             self._allocation,
             self._ratio,
             self._parameters.allocation_spread,
-            lambda done, of: progress.update(task, completed=done),
+            lambda done: progress.update(task, completed=done),
         )
         progress.update(task, completed=len(parts))
         if journal is not None:

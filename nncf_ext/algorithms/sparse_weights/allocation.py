@@ -72,7 +72,7 @@ def allocate(
     allocation: SparsityAllocation,
     ratio: float,
     spread: float,
-    advance: Callable[[int, int], None],
+    advance: Callable[[int], None],
 ) -> dict[str, float]:
     """
     Ratios of the layers whose mean, weighted by size, is the ratio asked for.
@@ -87,7 +87,7 @@ def allocate(
     :param allocation: How.
     :param ratio: Fraction of zeros, above 0.
     :param spread: How far the ratio of a layer may be from that; with OUTLIERS, half of the range of all ratios.
-    :param advance: Told how many measurements are done, of how many.
+    :param advance: Told how many parts are measured.
     :return: Ratios by the path of the layer. A layer that sees no token keeps the ratio asked for.
 
     Source of OUTLIERS: Yin et al., OWL, arXiv 2310.05175, section 3.2.
@@ -111,7 +111,7 @@ def allocate(
             harm = sum(_difference(_output(stream.call(item)), *pair) for item, pair in zip(few, dense, strict=True))
         lost = sum(curves[name].lost for name in known)
         prices |= dict.fromkeys(known, harm / lost if lost > 0 else 0.0)
-        advance(done + 1, len(parts))
+        advance(done + 1)
     if not all(map(math.isfinite, prices.values())):
         msg = "The model's outputs are not finite on the calibration data, so that parts cannot be compared."
         raise nncf.ValidationError(msg)
