@@ -79,6 +79,7 @@ OV_EXT_LAYERS = (
     "machine",
     "cpu_plugin.support",
     "cpu_plugin.*",
+    "graphs",
     "runtime",
     "sparse_*",
     "stand_in",
