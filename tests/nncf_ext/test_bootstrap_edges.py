@@ -46,6 +46,19 @@ class Plain:
         self.logits = logits
 
 
+class Slotted:
+    __slots__ = ("logits", "__weakref__")
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Ring(Plain):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits)
+        self.again = self
+
+
 ENDS = {
     "argmax": lambda y: y.argmax(-1),
     "argmin of all": lambda y: y.argmin(),
@@ -55,6 +68,10 @@ ENDS = {
     "dataclass": Out,
     "dataclass in a tuple": lambda y: (y.sum(), [Out(y)]),
     "object": Plain,
+    "object in a tuple": lambda y: (y.sum(), {"end": Plain(y)}),
+    "object in an object": lambda y: Plain([Plain(y)]),
+    "object with slots": lambda y: [Slotted(y)],
+    "object that holds itself": Ring,
 }
 
 
@@ -63,6 +80,37 @@ def test_classes_stay(end) -> None:
     net = elastic(Ends(ENDS[end]), WIDTH, ROWS)
     assert list(net.space.dimensions) == ["a"] and "b" in net.refused
     assert net.extract(net.minimal()).b.out_features == 6
+
+
+class KeptCache(Plain):
+    """What a model keeps for its next call."""
+
+
+def test_a_cache_beside_the_output_shrinks_with_the_model() -> None:
+    class Keeps(Ends):
+        def forward(self, x: Tensor):
+            hidden = self.a(x)
+            return self.b(hidden), KeptCache(hidden)
+
+    assert list(elastic(Keeps(None), WIDTH, ROWS).space.dimensions) == ["a"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_no_output_depends_on_is_refused(frozen) -> None:
+    class Unheard(Ends):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.c = nn.Linear(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.c(x)) + 0 * self.a(x).mean(1, keepdim=True)
+
+    model = Unheard()
+    model.requires_grad_(not frozen)
+    net = elastic(model, WIDTH, ROWS)
+    assert list(net.space.dimensions) == ["c"]
+    assert net.refused["a"].startswith("no output of the model depends on it")
+    assert all(each.requires_grad is not frozen and each.grad is None for each in model.parameters())
 
 
 def test_an_output_without_tensors_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Any torch model and one example of its input -> what in it can change its size, and what cannot, with reasons."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import nncf
@@ -14,7 +14,7 @@ from nncf_ext.structure.tracing.example import Example, evaluated, perturbed
 from nncf_ext.structure.tracing.groups import Group, groups_of
 from nncf_ext.structure.tracing.rules import outputs_of
 from nncf_ext.structure.tracing.run import Run
-from nncf_ext.structure.tracing.verification import failures, same_results
+from nncf_ext.structure.tracing.verification import failures, same_results, unheard
 
 _ROUNDS = 6
 
@@ -67,6 +67,12 @@ def trace(model: nn.Module, example_input: Any, ignored: Sequence[str] = ()) -> 
                 break
             choices |= other
         left = Dimensions([_dimension(each) for each in groups if each.dimension is not None], scopes=run.scopes)
+        if silent := unheard(twin, left, example):
+            groups = [
+                replace(each, dimension=None, reason=silent[each.name]) if each.name in silent else each
+                for each in groups
+            ]
+            left = Dimensions([_dimension(each) for each in groups if each.dimension is not None], scopes=run.scopes)
         products: dict[str, float] = {}
         for path, count in run.products:
             products[path] = products.get(path, 0.0) + count

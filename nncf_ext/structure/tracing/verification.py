@@ -7,13 +7,14 @@ what stays.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.dimensions import Dimensions, tensor_at
 from nncf_ext.structure.slicing import sliced
 from nncf_ext.structure.tracing.example import Example
 from nncf_ext.structure.tracing.labels import Axis
@@ -40,6 +41,47 @@ def failures(model: nn.Module, dimensions: Dimensions, run: Run, example: Exampl
         if not new:
             return found
         found |= new
+
+
+def unheard(model: nn.Module, dimensions: Dimensions, example: Example) -> dict[str, str]:
+    """
+    Where no output depends on a dimension, a trial of it says nothing: whatever is done to it, outputs are the same.
+
+    :param model: The model in evaluation mode, or a copy with other numbers.
+    :param dimensions: What was found in it.
+    :param example: What the model is called with.
+    :return: Names of dimensions whose weights have gradients that are zero throughout, and what that means. None where
+        the outputs have no gradients, such as indices.
+    """
+    weights = {
+        cut.tensor: tensor
+        for each in dimensions.values()
+        for cut in each.cuts
+        if cut.writes and isinstance(tensor := tensor_at(model, cut.tensor), nn.Parameter)
+    }
+    frozen = [each for each in weights.values() if not each.requires_grad]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return model(*args, **kwargs)
+
+    try:
+        for each in frozen:
+            each.requires_grad_(True)
+        outputs = [each for each in outputs_of(example.run(model, forward)) if each.requires_grad]
+        # Sums of normalized numbers are constant; sums of their products with others are not.
+        generator = torch.Generator().manual_seed(0)
+        seeds = [torch.randn(each.shape, generator=generator).to(each) for each in outputs]
+        found = torch.autograd.grad(outputs, [*weights.values()], seeds, allow_unused=True)
+    except Exception:  # noqa: BLE001 - a forward that runs without gradients alone is judged by its outputs
+        return {}
+    finally:
+        for each in frozen:
+            each.requires_grad_(False)
+    silent = {path: each is not None and not each.any() for path, each in zip(weights, found, strict=True)}
+    reason = "no output of the model depends on it with these weights and this example, so it cannot be tried"
+    writers = {name: [cut.tensor for cut in each.cuts if cut.tensor in silent] for name, each in dimensions.items()}
+    return {name: reason for name, paths in writers.items() if paths and all(silent[path] for path in paths)}
 
 
 class _Trial:
