@@ -1,7 +1,7 @@
 """Any torch model and one example of its input -> what in it can change its size, and what cannot, with reasons."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import nncf
@@ -68,10 +68,9 @@ def trace(model: nn.Module, example_input: Any, ignored: Sequence[str] = ()) -> 
             choices |= other
         left = Dimensions([_dimension(each) for each in groups if each.dimension is not None], scopes=run.scopes)
         if silent := unheard(twin, left, example):
-            groups = [
-                replace(each, dimension=None, reason=silent[each.name]) if each.name in silent else each
-                for each in groups
-            ]
+            trial = Dimensions([left[name] for name in silent], scopes=run.scopes)
+            for name, reason in failures(twin, trial, run, example, inside=True).items():
+                found[name].dimension, found[name].reason = None, reason
             left = Dimensions([_dimension(each) for each in groups if each.dimension is not None], scopes=run.scopes)
         products: dict[str, float] = {}
         for path, count in run.products:
