@@ -60,7 +60,7 @@ def sparse(
     return subject.compressed(name, make)
 
 
-def recovered(subject: Subject, *, ratio: float, int4: bool = False, steps: int = 300) -> Any:
+def recovered(subject: Subject, *, ratio: float, int4: bool = False, steps: int = 160) -> Any:
     """
     :param subject: What is compressed.
     :param ratio: Share of zeros.
