@@ -88,7 +88,7 @@ def test_a_quick_run_of_lonas_shows_everything(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "tiny_lm/quick/seed-0-2.json").read_text())
     whole = record["LoRA, dense"]["parameters"]
     assert record["LoNAS, whole"]["parameters"] == whole > record["LoNAS, middle"]["parameters"]
-    for target in (0.9, 0.8):
+    for target in (0.9, 0.85):
         ours, other = (record[f"{arm} {target:g}"]["parameters"] for arm in ("LoNAS, searched", "MultiPruner + LoRA"))
         assert ours <= target * whole and abs(other / ours - 1) < 0.03
     for name in record:
