@@ -16,6 +16,9 @@ from nncf_ext.saving.registration import register as _register
 
 # The public names, one statement each. Type checkers see imports; at run time they are read as text, by _homes().
 if TYPE_CHECKING:
+    from nncf_ext.algorithms.activation_sparsity.parameters import (
+        AdvancedActivationSparsityParameters as AdvancedActivationSparsityParameters,
+    )
     from nncf_ext.algorithms.bootstrap_nas.algorithm import SuperNetwork as SuperNetwork
     from nncf_ext.algorithms.bootstrap_nas.batch_norm import adapt_batch_norm as adapt_batch_norm
     from nncf_ext.algorithms.bootstrap_nas.batch_norm import adapted_batch_norm as adapted_batch_norm
@@ -67,6 +70,8 @@ if TYPE_CHECKING:
     from nncf_ext.importance.metrics import DivergenceMetric as DivergenceMetric
     from nncf_ext.importance.metrics import Metric as Metric
     from nncf_ext.importance.metrics import PerplexityMetric as PerplexityMetric
+    from nncf_ext.input_scopes import sparsify_activations as sparsify_activations
+    from nncf_ext.parameters import ActivationCentering as ActivationCentering
     from nncf_ext.parameters import CompressMode as CompressMode
     from nncf_ext.parameters import ElasticMode as ElasticMode
     from nncf_ext.parameters import MergeMode as MergeMode
@@ -78,6 +83,8 @@ if TYPE_CHECKING:
     from nncf_ext.saving.checkpoint import save_pretrained as save_pretrained
     from nncf_ext.saving.fitting import load_compressed as load_compressed
     from nncf_ext.saving.loading import load_pretrained as load_pretrained
+    from nncf_ext.saving.thresholds import load_thresholds as load_thresholds
+    from nncf_ext.saving.thresholds import save_thresholds as save_thresholds
     from nncf_ext.structure.counting import count_costs as count_costs
     from nncf_ext.structure.masking import masked as masked
     from nncf_ext.structure.plan import StructurePlan as StructurePlan

@@ -54,6 +54,8 @@ class CompressMode(StrEnum):
         of the whole model on calibration text. Nothing is trained. https://arxiv.org/abs/2501.09949
     :param MAMBA_SHEDDER: Removes Mamba blocks or their state spaces, in hybrids also attention and MLPs, in the same
         way. https://arxiv.org/abs/2501.17088
+    :param ACTIVATION_SPARSITY: Replaces inputs of linear layers that are near a centre by it, so that a decoder can
+        skip the channels of the weight that they meet. The weights stay. https://arxiv.org/abs/2412.07174
     """
 
     method: OneShotMethod
@@ -83,6 +85,14 @@ class CompressMode(StrEnum):
             "mamba_shedder.algorithm:MambaShedder",
             "mamba_shedder.parameters:AdvancedMambaShedderParameters",
             ratio="all parameters to remove",
+        ),
+    )
+    ACTIVATION_SPARSITY = (
+        "activation_sparsity",
+        OneShotMethod(
+            "activation_sparsity.algorithm:ActivationSparsityMethod",
+            "activation_sparsity.parameters:AdvancedActivationSparsityParameters",
+            ratio="each layer's inputs to replace",
         ),
     )
 
@@ -151,6 +161,20 @@ class SparsityAllocation(StrEnum):
     UNIFORM = "uniform"
     OUTLIERS = "outliers"
     SENSITIVITY = "sensitivity"
+
+
+class ActivationCentering(StrEnum):
+    """
+    Where inputs of a layer are taken to be densest (``AdvancedActivationSparsityParameters.centering``).
+
+    :param ZERO: At zero: right behind norms and gated activations.
+    :param MEDIAN: At their median.
+    :param MODE: At the peak of their density: of GELU and its like, which pile up below zero.
+    """
+
+    ZERO = "zero"
+    MEDIAN = "median"
+    MODE = "mode"
 
 
 class MergeMode(StrEnum):

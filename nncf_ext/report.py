@@ -28,7 +28,9 @@ _KINDS: dict[str, Any] = {
     "error": (*_NUMBER, type(None)),
     "error_of": _TEXT,
     "note": _TEXT,
+    "input_sparsity": (*_NUMBER, type(None)),
 }
+_LATER = ("input_sparsity",)  # reports of earlier releases lack it
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class WeightReport:
     :param error: Relative error (dimensionless) or None if unknown.
     :param error_of: ``"output"`` (of the layer's output on calibration tokens), ``"weight"``, or None.
     :param note: Why the weight is untouched, or what could not be done; None for a weight treated as asked.
+    :param input_sparsity: Fraction of the layer's inputs that are replaced on calibration tokens, 0..1, or None.
     """
 
     name: str
@@ -56,6 +59,7 @@ class WeightReport:
     error: float | None
     error_of: str | None
     note: str | None
+    input_sparsity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class CompressionReport:
     """
     :param weights: Every weight of the model with at least two axes, in the model's order.
 
-    ``str(report)`` is a table, :meth:`summary` a short one; :meth:`to_dict` gives plain data, :meth:`from_dict` reads
-    it.
+    ``str(report)`` is a table ("inputs": which part of them is replaced), :meth:`summary` a short one; :meth:`to_dict`
+    gives plain data, :meth:`from_dict` reads it.
     """
 
     weights: tuple[WeightReport, ...]
@@ -118,7 +122,7 @@ class CompressionReport:
         if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
             msg = f"A report lists its weights, each with {', '.join(_KINDS)}. This is something else."
             raise nncf.ValidationError(msg)
-        known = ({name: row[name] for name in _KINDS} for row in rows)
+        known = ({name: row.get(name) for name in _KINDS} for row in rows)
         return cls(tuple(WeightReport(**{**row, "shape": tuple(row["shape"])}) for row in known))
 
     def table(self) -> Table:
@@ -129,6 +133,9 @@ class CompressionReport:
         table.add_column("weight", overflow="fold", min_width=24)
         for name in ("shape", "type", "zeros", "bytes before", "after", "error"):
             table.add_column(name, justify="right", no_wrap=True)
+        inputs = any(weight.input_sparsity is not None for weight in self.weights)
+        if inputs:
+            table.add_column("inputs", justify="right", no_wrap=True)
         table.add_column("note", overflow="fold", min_width=12)
         for weight in self.weights:
             error = "" if weight.error is None else f"{weight.error:.3f}{'' if weight.error_of == 'output' else ' (w)'}"
@@ -140,13 +147,13 @@ class CompressionReport:
                 f"{weight.bytes_before:,}",
                 f"{weight.bytes_after:,}",
                 error,
+                *([f"{weight.input_sparsity:.1%}" if weight.input_sparsity is not None else ""] if inputs else []),
                 weight.note or "",
             )
         table.add_section()
         count = f"{len(self.compressed)} of {len(self.weights)} treated"
-        table.add_row(
-            "total", count, "", f"{self.sparsity:.1%}", f"{self.bytes_before:,}", f"{self.bytes_after:,}", "", ""
-        )
+        sizes = f"{self.bytes_before:,}", f"{self.bytes_after:,}"
+        table.add_row("total", count, "", f"{self.sparsity:.1%}", *sizes)
         return table
 
     def summary(self) -> Table:
@@ -219,6 +226,7 @@ def compression_report(model: nn.Module) -> CompressionReport:
                 error=record.error if treated else None,
                 error_of=record.error_of if treated else None,
                 note=record.note if treated else reason_untouched(weight, hook, record),
+                input_sparsity=record.input_sparsity if treated else None,
             )
         )
     return CompressionReport(tuple(rows))
@@ -262,6 +270,6 @@ def _is_row(row: Any) -> bool:
     """Whether plain data is that of a :class:`WeightReport`."""
     return (
         isinstance(row, dict)
-        and all(name in row and isinstance(row[name], kinds) for name, kinds in _KINDS.items())
+        and all((name in row or name in _LATER) and isinstance(row.get(name), kinds) for name, kinds in _KINDS.items())
         and all(isinstance(size, int) for size in row["shape"])
     )

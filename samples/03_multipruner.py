@@ -228,8 +228,8 @@ def main(
 ) -> None:
     quiet()
     import torch
-    from evidence import scores, show
-    from removal import recovery, text
+    from evidence import recovery, scores, show
+    from removal import text
     from rich.console import Console
     from transformers import AutoTokenizer
 
@@ -251,7 +251,7 @@ def main(
         recovered = f"{name}, LoRA merged"
 
         def recover(name: str = name) -> Any:
-            stream = text.Stream(tokens, batch, seed=0)
+            stream = recovery.Stream(tokens, batch, seed=0)
             options = {"steps": steps, "learning_rate": 2e-3, "rank": 32}
             return recovery.recover(removal.arm(name), removal.dense, stream, **options)
 

@@ -90,7 +90,7 @@ def evaluate(model: Any, ids: Any) -> Any:
 
 def recovered(small: Any, dense: Any, stream: Any, steps: int) -> Any:
     """:return: The smaller model after fine-tuning of all its weights."""
-    from removal.recovery import recover
+    from evidence.recovery import recover
     from train_tiny_mamba import fast
 
     with fast(small), fast(dense):
@@ -196,6 +196,7 @@ def main(
     quiet()
     import torch
     from evidence import scores, show
+    from evidence.recovery import Stream
     from removal import text
     from rich.console import Console
     from transformers import AutoTokenizer
@@ -253,7 +254,7 @@ def main(
     models = {"dense": dense}
     for unit, small in chosen.items():
         key = f"{NAMES[unit]}: searched, fine-tuned"
-        make = partial(recovered, small, dense, text.Stream(tokens, 16, seed=0), steps)
+        make = partial(recovered, small, dense, Stream(tokens, 16, seed=0), steps)
         models[key] = kept(out / f"{unit}-recovered-{steps}", make)
         found[key] = evaluate(models[key], held_out)
     rows = []

@@ -65,6 +65,7 @@ LAYERS = (
     "algorithms.lonas",  # ranks and widths together
     "algorithms.sqft",  # adapters that merge build on elastic ones
     "compression",
+    "input_scopes",
     "elastic",
     "extraction",
     "cli",

@@ -74,6 +74,7 @@ class Unit:
     :param run: Runs every calibration sample through the unit as it is now.
     :param advance: To be called once the unit is compressed: its outputs become the inputs of the next unit.
     :param block: How to train the unit by itself; None where it cannot be run by itself, or nobody asked.
+    :param module: The block that `run` and `advance` call; None where they run the whole model.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Unit:
     run: Run
     advance: Callable[[], None]
     block: TrainableBlock | None = None
+    module: nn.Module | None = None
 
 
 @dataclass
@@ -337,7 +339,7 @@ class CalibrationStream:
                 part = TrainableBlock(block, dense, partial(output, inputs))
             # Nothing reads the outputs of the last block: layers after it run by the whole model.
             onward = (lambda: None) if name == last else partial(advance, block, inputs, hidden)
-            yield Unit(name, layers, partial(run, block, inputs), onward, part)
+            yield Unit(name, layers, partial(run, block, inputs), onward, part, block)
 
     def _capture(self, segment: _Segment, chain: Chain) -> tuple[list[Tensor], list[list[Inputs]]]:
         """

@@ -41,6 +41,7 @@ from nncf_ext.saving.grid import each_once, grid_of
 from nncf_ext.saving.layers import edits_from_config, layer_overrides
 from nncf_ext.saving.registration import AUTO_CLASSES
 from nncf_ext.saving.report_file import REPORT, write_report
+from nncf_ext.saving.thresholds import THRESHOLDS, has_thresholds, save_thresholds
 from nncf_ext.structure.wrappers import unwrapped
 from nncf_ext.upstream import is_wrapped
 from nncf_ext.weights.sharing import place_of
@@ -53,7 +54,7 @@ REMOTE_FILES = (REMOTE_CODE, *(REMOTE_CODE.with_name(f"{name}.py") for name in (
 _OF_A_MODEL = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|nncf_model)([.-].*)?\.(safetensors|bin|h5|msgpack)"
     r"|(model|pytorch_model|tf_model|flax_model)\..*index.*\.json"
-    rf"|(generation_)?config\.json|{re.escape(GRID_CONFIG)}|{re.escape(REPORT)}"
+    rf"|(generation_)?config\.json|{re.escape(GRID_CONFIG)}|{re.escape(REPORT)}|{re.escape(THRESHOLDS)}"
     r"|structure_plan\.json|quantize_config\.json|quant_config\.json|"
     + "|".join(re.escape(file.name) for file in REMOTE_FILES)
 )
@@ -63,7 +64,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     Writes a compressed Hugging Face model. Weights go into safetensors files only; what compression noted about the
     layers goes into ``compression_report.json`` (weights from before rounding do not), in short into the model card
-    (README.md) where there is none by somebody else.
+    (README.md) where there is none by somebody else. Thresholds for the inputs of layers go into
+    ``calibrated_thresholds.json``, which :func:`load_pretrained` reads; stock classes load the model without them.
 
     A folder that is there already is the old one until the new one is complete, and needs the disk space of both. Of
     its files, those of another model (weights of any format and name that transformers reads, their indexes,
@@ -98,6 +100,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     with whole_folder(folder, keeps=keeps) as draft:
         _save(model, draft)
         if not is_adapter:
+            if has_thresholds(model):
+                save_thresholds(model, draft / THRESHOLDS)
             report = compression_report(model)
             write_report(report, draft)
             if carded:

@@ -43,6 +43,7 @@ from nncf_ext.saving.folder import (
 from nncf_ext.saving.grid import check_grid, check_scales, grid_in
 from nncf_ext.saving.layers import apply_overrides
 from nncf_ext.saving.report_file import restore_records
+from nncf_ext.saving.thresholds import THRESHOLDS, load_thresholds
 from nncf_ext.upstream import HOOKS_PREFIX
 from nncf_ext.weights.sharing import tie
 
@@ -83,6 +84,8 @@ def load_pretrained(
         model = _load_stock(source, content, dtype, trust_remote_code)
     else:
         model = _load_own(source, content, grid, dtype, trust_remote_code)
+    if (source / THRESHOLDS).is_file():
+        load_thresholds(model, source / THRESHOLDS)
     restore_records(model, source)
     return model.eval()
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from nncf_ext.structure.records import blocks_path
 from nncf_ext.structure.wrappers import reparametrization
 from nncf_ext.upstream import HOOKS_PREFIX
+from nncf_ext.weights.records import LayerRecord, record_of, set_record
 from nncf_ext.weights.sharing import names_of_parameters
 
 OUTPUT_HEAD = "output head: stays in full precision"
@@ -94,6 +95,18 @@ class Survey:
                 replace(weight, untouched=None) if weight.module_name in wanted else weight for weight in self.weights
             ),
         )
+
+
+def note_untouched(survey: Survey) -> None:
+    """
+    Keeps on each layer why it is left alone, for the report.
+
+    :param survey: The model's weights.
+    """
+    for weight in survey.weights:
+        earlier = record_of(weight.module)
+        if weight.untouched is not None and (earlier is None or earlier.mode is None):
+            set_record(weight.module, LayerRecord(untouched=weight.untouched, bytes_before=weight.parameter.nbytes))
 
 
 def survey(model: nn.Module, ignored_scope: nncf.IgnoredScope | None = None) -> Survey:

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 
 from torch import nn
 
-from nncf_ext.structure.dimensions import Dimensions, Kept, axis_length, tensor_at
+from nncf_ext.structure.dimensions import Dimensions, Kept, axis_length
 from nncf_ext.structure.lookup import dimensions_of
 from nncf_ext.structure.plan import Costs, StructurePlan
 from nncf_ext.structure.wrappers import without_shells
@@ -49,39 +48,81 @@ def lost_numbers(model: nn.Module, kept: Kept, dimensions: Dimensions) -> dict[i
     :param dimensions: The model's dimensions.
     :return: How many numbers each parameter loses, by its id. One that is shared loses what all of its users lose.
     """
-    lost = lost_by_path(model, kept, dimensions)
+    lost = ParameterNumbers(model, dimensions).lost({name: len(units) for name, units in kept.items()})
     # One user that keeps more of a shared weight than the others keeps it for all of them.
     return {key: min(lost.get(path, 0) for path in paths) for key, paths in names_of_parameters(model).items()}
 
 
-def lost_by_path(model: nn.Module, kept: Kept, dimensions: Dimensions) -> Mapping[str, int]:
+class ParameterNumbers:
     """
-    :param model: A model.
-    :param kept: Units of each dimension that stay.
-    :param dimensions: The model's dimensions.
-    :return: How many numbers each tensor loses that loses some, by path.
+    How many numbers the parameters of one model have at any sizes of its dimensions. What depends on the model alone is
+    looked up once, so that a search may ask for thousands of points.
+
+    :param model: The model, whole.
+    :param dimensions: Its dimensions.
     """
-    lost: dict[str, int] = {}
-    replaced: dict[str, int] = {}
-    left: dict[tuple[str, int], Fraction] = {}  # of each axis that is cut
-    for name, dimension in dimensions.items():
-        gone = dimension.size - len(kept[name])
-        if not gone:
-            continue
-        stand_ins = dimension.replaced(kept[name])
-        for path, stand_in in stand_ins.items():
-            module = model.get_submodule(path)
-            stays = {own: each.numel() for own, each in stand_in.standing_for(module).named_parameters()}
-            every = module.named_parameters(remove_duplicate=False)
-            replaced |= {f"{path}.{own}": each.numel() - stays.get(own, 0) for own, each in every}
-        for cut in () if stand_ins else dimension.cuts:
-            share = Fraction(gone * cut.indices_per_unit, axis_length(model, cut))
-            left[cut.tensor, cut.axis] = left.get((cut.tensor, cut.axis), Fraction(1)) - share
-    for tensor in dict.fromkeys(tensor for tensor, _ in left):
-        numbers = tensor_at(model, tensor).numel()  # packed codes of a grid count as they are stored
-        shares = [share for (other, _), share in left.items() if other == tensor]
-        lost[tensor] = numbers - int(numbers * math.prod(shares))
-    return lost | replaced
+
+    def __init__(self, model: nn.Module, dimensions: Dimensions) -> None:
+        self._model = model
+        self._dimensions = dimensions
+        self._whole = {path: each.numel() for path, each in model.named_parameters(remove_duplicate=False)}
+        self._cuts: dict[str, list[tuple[str, int, int, int]]] = {}
+        self._replaced: dict[tuple[str, int], dict[str, int]] = {}
+
+    def left(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """
+        :param sizes: How many units of dimensions stay; of one that is not named, all.
+        :return: How many numbers of each parameter stay, by path.
+        """
+        lost = self.lost(sizes)
+        return {path: count - lost.get(path, 0) for path, count in self._whole.items()}
+
+    def lost(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """
+        :param sizes: The same.
+        :return: How many numbers each parameter loses that loses some, by path.
+        """
+        replaced: dict[str, int] = {}
+        lengths: dict[str, dict[int, tuple[int, int]]] = {}  # by tensor and axis: the whole length, and what is left
+        for name, size in sizes.items():
+            dimension = self._dimensions[name]
+            if size == dimension.size:
+                continue
+            if size in dimension.replacements:
+                replaced |= self._lost_with(name, size)
+                continue
+            for tensor, axis, length, each in self._cuts_of(name):
+                axes = lengths.setdefault(tensor, {})
+                left = axes[axis][1] if axis in axes else length
+                axes[axis] = length, left - (dimension.size - size) * each
+        lost = {}
+        for tensor, axes in lengths.items():
+            numbers = self._whole[tensor]  # packed codes of a grid count as they are stored
+            whole = math.prod(length for length, _ in axes.values())
+            lost[tensor] = numbers - numbers * math.prod(left for _, left in axes.values()) // whole
+        return lost | replaced
+
+    def _cuts_of(self, name: str) -> list[tuple[str, int, int, int]]:
+        """Of each parameter that a dimension cuts: its path, the axis, its length, how many indices one unit has."""
+        if name not in self._cuts:
+            self._cuts[name] = [
+                (cut.tensor, cut.axis, axis_length(self._model, cut), cut.indices_per_unit)
+                for cut in self._dimensions[name].cuts
+                if cut.tensor in self._whole
+            ]
+        return self._cuts[name]
+
+    def _lost_with(self, name: str, size: int) -> dict[str, int]:
+        """What the parameters of modules lose that are replaced, by path."""
+        if (name, size) not in self._replaced:
+            found: dict[str, int] = {}
+            for path, stand_in in self._dimensions[name].replacements[size].items():
+                module = self._model.get_submodule(path)
+                stays = {own: each.numel() for own, each in stand_in.standing_for(module).named_parameters()}
+                every = module.named_parameters(remove_duplicate=False)
+                found |= {f"{path}.{own}": each.numel() - stays.get(own, 0) for own, each in every}
+            self._replaced[name, size] = found
+        return self._replaced[name, size]
 
 
 def _block_parameters(model: nn.Module, dimensions: Dimensions) -> Iterator[nn.Parameter]:

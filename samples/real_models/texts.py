@@ -1,5 +1,7 @@
-"""Real English text that every Python carries: the language reference, as ``help()`` shows it."""
+"""English text that is there without a data set: Python's language reference, and what packages say of themselves."""
 
+from collections.abc import Collection
+from importlib import metadata
 from pydoc_data.topics import topics
 
 
@@ -11,3 +13,12 @@ def english() -> tuple[str, str]:
     sections = list(dict.fromkeys(topics[name] for name in sorted(topics)))
     held_out = sections[::3]
     return "\n\n".join(text for text in sections if text not in held_out), "\n\n".join(held_out)
+
+
+def prose(without: Collection[str] = ()) -> str:
+    """
+    :param without: Names of packages.
+    :return: The descriptions of the packages that are installed, by name: mostly English, in Markdown or reST.
+    """
+    pages = {each.metadata["Name"]: str(each.metadata.get_payload() or "") for each in metadata.distributions()}
+    return "\n\n".join(pages[name] for name in sorted(pages) if pages[name] and name not in without)

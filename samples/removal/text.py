@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from evidence import text
+from evidence.recovery import WINDOW
 from numpy.typing import NDArray
 from tiny_lm import corpus
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
-WINDOW = 256  # tokens
 MAX_PACKAGE_BYTES = 400_000
 """Of each training package: enough for a recovery, and for every kind of text that the models learned from."""
 
@@ -61,33 +58,3 @@ def _documents(max_package_bytes: int) -> Iterator[corpus.Document]:
             if size < max_package_bytes and not corpus.HELD_OUT_STDLIB & set(Path(document.path).with_suffix("").parts):
                 size += len(document.text.encode())
                 yield document
-
-
-class Stream(IterableDataset[dict[str, Tensor]]):
-    """
-    Batches of windows without end; each pass over the text is in an order of its own.
-
-    :param tokens: ``[tokens]``.
-    :param batch: Windows of a batch.
-    :param seed: Of the order.
-    """
-
-    def __init__(self, tokens: NDArray[np.uint16], batch: int, seed: int) -> None:
-        self._tokens, self.size, self._seed = tokens, batch, seed
-        self._steps = len(tokens) // WINDOW // batch
-        if not self._steps:
-            raise ValueError(f"One batch needs {batch * WINDOW} tokens, the text has {len(tokens)}.")
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for step in count():
-            yield from ({"input_ids": row} for row in self.batch(step))
-
-    def batch(self, step: int) -> Tensor:
-        """
-        :param step: From 0.
-        :return: int64 ``[batch, WINDOW]``, a pure function of the step.
-        """
-        order = np.random.default_rng([self._seed, step // self._steps]).permutation(len(self._tokens) // WINDOW)
-        first = step % self._steps * self.size
-        rows = [self._tokens[index * WINDOW : (index + 1) * WINDOW] for index in order[first : first + self.size]]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))

@@ -60,6 +60,32 @@ def sparse(
     return subject.compressed(name, make)
 
 
+def recovered(subject: Subject, *, ratio: float, int4: bool = False, steps: int = 160) -> Any:
+    """
+    :param subject: What is compressed.
+    :param ratio: Share of zeros.
+    :param int4: Then put the other weights on the INT4 grid.
+    :param steps: Of the recovery, 2,048 tokens each.
+    :return: The model by SPARSE_ADMM, whose other weights then learned to predict what the dense model predicts.
+    """
+
+    def make(journal: Path) -> Any:
+        import torch
+        from evidence.recovery import Stream, recover
+
+        student = sparse(subject, ratio=ratio)
+        student.get_input_embeddings().requires_grad_(False)  # which is the head, too
+        half = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        dense = subject.load(torch.bfloat16 if half else torch.float32)
+        stream = Stream(subject.reading, batch=2048 // subject.length, seed=0, window=subject.length)
+        options: dict[str, Any] = {"steps": steps, "learning_rate": 2e-4, "rank": None}
+        return recover(student, dense, stream, **options, half=half, folder=journal)
+
+    if int4:
+        return sparse(subject, ratio=ratio, int4=True, base=partial(recovered, ratio=ratio, steps=steps))
+    return subject.compressed(f"recovered {ratio:.0%} {steps}", make)
+
+
 def pruned(subject: Subject, *, ratio: float) -> Any:
     """
     :param subject: What is compressed.

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_PACKAGE_BYTES = 60_000  # of Python, from each package
 GROUP = 64  # input columns that share an INT4 scale: hidden 576 = 9 x 64 has no groups of 128
 
 
@@ -69,6 +74,23 @@ class Subject:
             (folder / "conversations.txt").write_text(written, encoding="utf-8")
 
         return (kept(self.out / "conversations", write) / "conversations.txt").read_text(encoding="utf-8")
+
+    @cached_property
+    def reading(self) -> NDArray[np.uint16]:
+        """:return: ``[tokens]`` to learn from: prose, conversations, and as much Python; nothing of it is held out."""
+        import numpy as np
+        from removal.text import training_tokens
+        from tiny_lm.corpus import HELD_OUT_PACKAGES
+
+        from samples.real_models.texts import english, prose
+
+        def write(folder: Path) -> None:
+            texts = "\n\n".join((english()[0], prose(HELD_OUT_PACKAGES), self.conversations))
+            words = np.array(self.tokenizer(texts, verbose=False)["input_ids"], np.uint16)
+            code = training_tokens(folder / "python.npy", self.source / "tokenizer.json", _PACKAGE_BYTES)[: len(words)]
+            np.save(folder / "tokens.npy", np.concatenate([words, code]))
+
+        return np.load(kept(self.out / "reading", write) / "tokens.npy")
 
     @cached_property
     def dense(self) -> Path:

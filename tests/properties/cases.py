@@ -20,6 +20,7 @@ import nncf_ext
 from nncf_ext import CompressMode
 from nncf_ext.algorithms.sparse_weights.algorithm import MODES
 from nncf_ext.compression import import_class
+from nncf_ext.saving.thresholds import has_thresholds
 from nncf_ext.upstream import is_wrapped
 from tests.structure_models import VOCABULARY, make
 
@@ -104,6 +105,7 @@ DECODER = ModelKind("decoder", lambda: make("llama"), TEXT, "model.layers.1.mlp.
 MAMBA2 = ModelKind("mamba2", lambda: make("mamba2"), TEXT, "backbone.layers.1.mixer.in_proj")
 MODELS = [MLP, BLOCKS, LLAMA]
 GRID = {"quantization": nncf.CompressWeightsMode.INT4_SYM, "group_size": 64}
+EVERYTHING = {"centering": "mode", "mean_replacement": True, "weight_norms": True, "sequential": False}
 TWO_STAGES = (nncf_ext.PruningStage(("ssm",), 1), nncf_ext.PruningStage(("mamba_block",)))
 
 
@@ -114,6 +116,7 @@ class Case:
     :param ratio: What compress() is asked for.
     :param unit: By how much, in weights a row, the number of zeros of a layer may differ from the ratio.
     :param removes: Whether parts go, so that shapes change; otherwise weights become zero and shapes stay.
+    :param inputs: Whether inputs of layers are replaced, and weights stay.
     :param needs_data: Whether there must be a dataset.
     """
 
@@ -123,6 +126,7 @@ class Case:
     ratio: float = 0.6
     unit: float = 1
     removes: bool = False
+    inputs: bool = False
     needs_data: bool = True
 
     def __str__(self):
@@ -165,7 +169,23 @@ CASES = [
     Case(CompressMode.MULTIPRUNER, DECODER, {"mlp_group": 8}, ratio=0.3, removes=True),
     Case(CompressMode.MAMBA_SHEDDER, MAMBA2, ratio=0.3, removes=True),
     Case(CompressMode.MAMBA_SHEDDER, MAMBA2, {"stages": TWO_STAGES}, ratio=0.2, removes=True),
+    *(Case(CompressMode.ACTIVATION_SPARSITY, model, inputs=True) for model in (*MODELS, MAMBA2)),
+    Case(CompressMode.ACTIVATION_SPARSITY, LLAMA, EVERYTHING, inputs=True),
 ]
+
+
+class Logits(nn.Module):
+    """A decoder as a function that can be traced: the mask of its attention is made here."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        length = ids.shape[1]
+        later = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+        mask = later[None, None].expand(len(ids), 1, length, length)
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -175,6 +195,8 @@ def save(model: nn.Module, folder: Path) -> None:
         return
     folder.mkdir()
     torch.save(model.state_dict(), folder / "state.pt")
+    if has_thresholds(model):
+        nncf_ext.save_thresholds(model, folder / "thresholds.json")
     if is_wrapped(model):
         (folder / "config.json").write_text(json.dumps(nncf.torch.get_config(model)))
 
@@ -188,6 +210,8 @@ def load(case: Case, folder: Path) -> nn.Module:
     if (folder / "config.json").is_file():
         return nncf_ext.load_compressed(model, json.loads((folder / "config.json").read_text()), state)
     model.load_state_dict(state)
+    if (folder / "thresholds.json").is_file():
+        nncf_ext.load_thresholds(model, folder / "thresholds.json")
     return model
 
 

@@ -20,8 +20,9 @@ import ov_ext
 from nncf_ext import CompressMode
 from nncf_ext.journal import Journal
 from nncf_ext.structure.masking import masked
+from nncf_ext.weights.activation_sparsity import activation_sparsity_of
 from ov_ext.state_space import convert_state_space_model
-from tests.properties.cases import CASES, Case, cast, compressed, load, save
+from tests.properties.cases import CASES, Case, Logits, cast, compressed, load, save
 
 ROOT = Path(__file__).parents[2]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -45,8 +46,19 @@ def rows_of(model: nn.Module) -> dict[str, Any]:
     return {row.name: row for row in nncf_ext.compression_report(model).weights}
 
 
+def thresholds(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the layers of a model do with their inputs, as numbers."""
+    found = ((name, activation_sparsity_of(module)) for name, module in model.named_modules())
+    return {
+        f"{name} {part}": torch.as_tensor(getattr(sparsity, part))
+        for name, sparsity in found
+        if sparsity is not None
+        for part in ("threshold", "centre", "replacement")
+    }
+
+
 def same_state(one: nn.Module, other: nn.Module) -> bool:
-    left, right = one.state_dict(), other.state_dict()
+    left, right = (each.state_dict() | thresholds(each) for each in (one, other))
     return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
 
 
@@ -70,6 +82,11 @@ def test_ratio_is_reached_within_one_unit(case):
     rows = nncf_ext.compression_report(compressed(case)).compressed
     assert rows
     for row in rows:
+        if case.inputs:  # as a fraction of all inputs in the calibration data
+            assert row.sparsity < 0.1 and row.input_sparsity == pytest.approx(case.ratio, abs=2 / row.shape[1]), (
+                row.name
+            )
+            continue
         surplus = row.sparsity - case.ratio
         assert -1 / row.shape[1] <= surplus <= case.unit / row.shape[1] + 1e-9, row.name
 
@@ -212,7 +229,7 @@ def test_bad_ratio_is_refused(case, ratio, tmp_path):
         case.compress(model, ratio=ratio, resume=tmp_path / "journal")
     text = str(refusal.value)
     assert f"ratio is the fraction of {case.mode.method.ratio}" in text and f"[0, 1); got {ratio}" in text
-    assert ("weight" in text) != case.removes
+    assert ("weight" in text) != (case.removes or case.inputs)
     assert same_state(model, case.fresh()) and not (tmp_path / "journal").exists()
 
 
@@ -297,20 +314,6 @@ def test_extraction_is_masking(case):
         expected = case.run(dense)
     torch.testing.assert_close(case.run(small), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(case.run(nncf_ext.extract(dense, plan)), case.run(small))
-
-
-class Logits(nn.Module):
-    """A decoder as a function that can be traced: the mask of its attention is made here."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids):
-        length = ids.shape[1]
-        later = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
-        mask = later[None, None].expand(len(ids), 1, length, length)
-        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 def in_openvino(case: Case, model: nn.Module) -> np.ndarray:

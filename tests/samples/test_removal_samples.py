@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterable
 from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from nncf_ext import PerplexityMetric, StructurePlan, extract
 from nncf_ext.pruning.candidates import Removal
@@ -26,9 +27,9 @@ from tests.structure_models import make, tokens
 SAMPLES = Path(__file__).parents[2] / "samples"
 sys.path.insert(0, str(SAMPLES))
 
-from evidence import scores, show  # noqa: E402
+from evidence import recovery, scores, show  # noqa: E402
 from evidence.text import batches  # noqa: E402
-from removal import models, recovery, text  # noqa: E402
+from removal import models, text  # noqa: E402
 from train_tiny_mamba import CHUNK, fast  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -64,7 +65,7 @@ def test_the_committed_mamba_is_what_its_provenance_says() -> None:
     facts = json.loads((folder / "provenance.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.num_parameters() == facts["parameters"]
-    assert facts["tokens"] == facts["steps"] * 16 * text.WINDOW
+    assert facts["tokens"] == facts["steps"] * 16 * recovery.WINDOW
     with fast(model.eval()):
         loss = scores.losses(model, text.windows(AutoTokenizer.from_pretrained(folder), "heldout", 8))
     assert 2.6 < loss.mean() < 3.3  # nats a token; a uniform guess has 8.0
@@ -121,7 +122,7 @@ def test_recovery_learns_from_the_dense_model_and_keeps_shapes(
     plan = StructurePlan.dense(dense).keep("layers.1.mlp", range(9)).keep("layers.2.attention", (0, 2))
     small, before = extract(dense, plan), {name: value.clone() for name, value in dense.state_dict().items()}
     rng = np.random.default_rng(0)
-    stream = text.Stream(rng.integers(3, 96, 4 * text.WINDOW).astype(np.uint16), 2, seed=0)
+    stream = recovery.Stream(rng.integers(3, 96, 4 * recovery.WINDOW).astype(np.uint16), 2, seed=0)
     ids, adapted = stream.batch(0)[:, :32], []
     merge = LoraModel.merge_and_unload
 
@@ -147,6 +148,41 @@ def test_recovery_learns_from_the_dense_model_and_keeps_shapes(
             torch.testing.assert_close(result(input_ids=ids, use_cache=False).logits, adapted[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_an_interrupted_recovery_of_a_sparse_model_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "CHECKPOINT_STEPS", 2)
+    dense, rng = make("llama"), np.random.default_rng(0)
+    stream = recovery.Stream(rng.integers(3, 96, 8 * 32).astype(np.uint16), 2, seed=0, window=32)
+    options: dict[str, Any] = {"steps": 4, "learning_rate": 1e-3, "rank": None, "folder": tmp_path}
+
+    def sparse() -> torch.nn.Module:
+        model = make("llama")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight[:, ::2] = 0.0
+        return model
+
+    whole = recovery.recover(sparse(), dense, stream, **options | {"folder": None})
+    seen = []
+
+    class Interruption(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(state.global_step)
+            if seen == [1, 2, 3]:
+                raise KeyboardInterrupt
+
+    bar = recovery.ProgressBar
+    monkeypatch.setattr(recovery, "ProgressBar", lambda show: Interruption())
+    with pytest.raises(KeyboardInterrupt):
+        recovery.recover(sparse(), dense, stream, **options)
+    monkeypatch.setattr(recovery, "ProgressBar", bar)
+    resumed = recovery.recover(sparse(), dense, stream, **options)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+        if name.endswith("down_proj.weight"):
+            assert not value[:, ::2].any() and value[:, 1::2].all()
+
+
 def test_statistics() -> None:
     generator = np.random.default_rng(0)
     dense, noise = generator.normal(2, 1, 400), generator.normal(0, 0.1, 400)
@@ -162,10 +198,10 @@ def test_statistics() -> None:
 
 
 def test_every_pass_over_the_text_takes_all_of_it() -> None:
-    stream = text.Stream(np.arange(10 * text.WINDOW, dtype=np.uint16), 2, seed=3)
+    stream = recovery.Stream(np.arange(10 * recovery.WINDOW, dtype=np.uint16), 2, seed=3)
     passes = [torch.cat([stream.batch(step) for step in range(first, first + 5)]) for first in (0, 5)]
     for each in passes:
-        assert sorted(each.flatten().tolist()) == list(range(10 * text.WINDOW))
+        assert sorted(each.flatten().tolist()) == list(range(10 * recovery.WINDOW))
     assert not torch.equal(*passes) and torch.equal(stream.batch(7), stream.batch(7))
     with pytest.raises(ValueError, match="needs 512 tokens, the text has 500"):
-        text.Stream(np.zeros(500, np.uint16), 2, seed=0)
+        recovery.Stream(np.zeros(500, np.uint16), 2, seed=0)

@@ -25,7 +25,8 @@ def test_the_demo_prints_its_table(tmp_path: Path) -> None:
     )
     table = {name: (float(disk), float(perplexity), kernel) for name, disk, _, perplexity, _, kernel in rows}
     assert list(table) == ["dense-bf16", "stock-int8", "stock-int4", "sparse-int4"]
-    assert table["sparse-int4"][0] < table["stock-int4"][0] < table["stock-int8"][0] < table["dense-bf16"][0]
+    # Where the dense form is the faster one (AVX2), the packed model may be larger, as far as the policy allows.
+    assert table["sparse-int4"][0] <= 1.02 * table["stock-int4"][0] < table["stock-int8"][0] < table["dense-bf16"][0]
     assert table["sparse-int4"][1] < 1.15 * table["dense-bf16"][1]
     assert table["sparse-int4"][2].startswith("ours") and table["stock-int4"][2] == "OpenVINO"
     assert "benchmarks.decode" in done.stdout

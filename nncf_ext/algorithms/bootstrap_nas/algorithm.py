@@ -16,7 +16,7 @@ from nncf_ext.algorithms.bootstrap_nas.reorder import importance_order, reorder
 from nncf_ext.algorithms.bootstrap_nas.structure import Found, find
 from nncf_ext.exploration.space import Point, SearchSpace
 from nncf_ext.parameters import ElasticMode, UnitImportance
-from nncf_ext.structure.counting import lost_by_path
+from nncf_ext.structure.counting import ParameterNumbers
 from nncf_ext.structure.dimensions import DimensionKind, Dimensions, Kept
 from nncf_ext.structure.slicing import Slices, is_sliced, remove_slices
 from nncf_ext.structure.surgery import cut_structure, cut_tensors
@@ -65,6 +65,8 @@ class SuperNetwork:
         self._space = SearchSpace(self._found.sizes)
         self._active = self._space.maximal()
         self._slices = Slices(model, self.dimensions)
+        # Before kernels get their matrices, which no extracted network has.
+        self._numbers = ParameterNumbers(model, self.dimensions)
         self._kernels: dict[str, ElasticKernel] = {
             name: ElasticKernel(self._convolution(name), list(sizes))  # type: ignore[arg-type]
             for name, sizes in self._found.sizes.items()
@@ -266,14 +268,7 @@ class SuperNetwork:
 
     def _left(self, point: Mapping[str, int]) -> dict[str, int]:
         """How many numbers of each parameter stay, by path; matrices of kernels are not among them."""
-        kept = self.dimensions.all_units() | {name: tuple(units) for name, units in self._kept(point).items()}
-        lost = lost_by_path(self._model, kept, self.dimensions)
-        matrices = {id(each) for kernel in self._kernels.values() for each in kernel.parameters()}
-        left = {
-            path: each.numel() - lost.get(path, 0)
-            for path, each in self._model.named_parameters(remove_duplicate=False)
-            if id(each) not in matrices
-        }
+        left = self._numbers.left({name: size for name, size in point.items() if name not in self._kernels})
         for name, kernel in self._kernels.items():
             path = f"{name.removesuffix(_KERNEL)}.weight"
             left[path] = left[path] // kernel.maximum**2 * point[name] ** 2

@@ -15,7 +15,7 @@ from nncf_ext.algorithms.elastic_lora.algorithm import ElasticLora
 from nncf_ext.algorithms.elastic_lora.extraction import extract_ranks
 from nncf_ext.exploration.space import Point, SearchSpace
 from nncf_ext.parameters import ElasticMode
-from nncf_ext.structure.counting import lost_by_path
+from nncf_ext.structure.counting import ParameterNumbers
 from nncf_ext.structure.dimensions import Dimensions, Kept
 from nncf_ext.structure.order import units_at
 from nncf_ext.structure.slicing import remove_slices
@@ -53,6 +53,7 @@ class ElasticBaseAndLora:
         sizes = mode & ~ElasticMode.RANK
         self._sizes = SuperNetwork(self._base, sizes, example_input, ignored_scope, parameters)
         self._space = SearchSpace({**self._sizes.space.dimensions, **self._ranks.space.dimensions})
+        self._numbers = ParameterNumbers(self._base, self.dimensions)
 
     @property
     def model(self) -> Any:
@@ -133,5 +134,4 @@ class ElasticBaseAndLora:
         return units_at(self.dimensions.all_units(), point)
 
     def _left(self, point: Mapping[str, int]) -> dict[str, int]:
-        lost = lost_by_path(self._base, self._kept(point), self.dimensions)
-        return {path: each.numel() - lost.get(path, 0) for path, each in self._base.named_parameters()}
+        return self._numbers.left(point)

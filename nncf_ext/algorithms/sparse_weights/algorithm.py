@@ -32,10 +32,10 @@ from nncf_ext.journal import Journal, read_json
 from nncf_ext.method import Request
 from nncf_ext.parameters import CompressMode, SparsityAllocation
 from nncf_ext.progress import Progress
-from nncf_ext.structure.blocks import Survey
+from nncf_ext.structure.blocks import Survey, note_untouched
 from nncf_ext.upstream import HOOKS_PREFIX
 from nncf_ext.weights.int4 import check_hookable, decompressors, dequantize, pack, unpack, weight_hooks
-from nncf_ext.weights.records import LayerRecord, record_of, set_record
+from nncf_ext.weights.records import LayerRecord, set_record
 
 logger = logging.getLogger("nncf_ext")
 _RATIOS = "allocation.json"
@@ -153,7 +153,7 @@ class SparseWeights:
         :raises KeyboardInterrupt: If interrupted, with the number of finished layers in its text.
         """
         survey = survey.including(self._parameters.include)
-        _note_untouched(survey)
+        note_untouched(survey)
         targets = survey.targets
         finished = journal = None
         if self._resume is not None:
@@ -372,14 +372,6 @@ class SparseWeights:
             "data": digest(self._items),
             "other weights": digest((name, value) for name, value in staying if not name.startswith(HOOKS_PREFIX)),
         }
-
-
-def _note_untouched(survey: Survey) -> None:
-    """Keeps on each layer why it is left alone, for the report."""
-    for weight in survey.weights:
-        earlier = record_of(weight.module)
-        if weight.untouched is not None and (earlier is None or earlier.mode is None):
-            set_record(weight.module, LayerRecord(untouched=weight.untouched, bytes_before=weight.parameter.nbytes))
 
 
 def _already_compressed(name: str, kind: str) -> str:
