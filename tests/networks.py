@@ -168,6 +168,59 @@ class Dense(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(self.transition(x), 2).flatten(1))
 
 
+class DenseLayer(nn.Module):
+    """Reads all before it through a bottleneck of four times the growth."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, 4 * growth, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, before: list[Tensor]) -> Tensor:
+        hidden = self.conv1(torch.relu(self.norm1(torch.cat(before, 1))))
+        return self.conv2(torch.relu(self.norm2(hidden)))
+
+
+class DenseNet(nn.Module):
+    """The densely connected networks of Huang et al. for images of 32 x 32; ``DenseNet([6, 12, 24, 16])`` is 121."""
+
+    def __init__(self, depths: list[int], growth: int = 32, classes: int = 10) -> None:
+        super().__init__()
+        width = 2 * growth
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm0 = nn.BatchNorm2d(width)
+        self.blocks, self.transitions = nn.ModuleList(), nn.ModuleList()
+        for number, depth in enumerate(depths):
+            self.blocks.append(nn.ModuleList(DenseLayer(width + place * growth, growth) for place in range(depth)))
+            width += depth * growth
+            if number + 1 < len(depths):
+                reduce = nn.Conv2d(width, width // 2, 1, bias=False)
+                self.transitions.append(nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), reduce, nn.AvgPool2d(2)))
+                width //= 2
+        self.norm, self.fc = nn.BatchNorm2d(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm0(self.stem(x)))
+        for number, block in enumerate(self.blocks):
+            found = [x]
+            for layer in block:
+                found.append(layer(found))
+            x = torch.cat(found, 1)
+            x = self.transitions[number](x) if number < len(self.transitions) else x
+        return self.fc(torch.relu(self.norm(x)).mean((2, 3)))
+
+
+def vgg_11(kernel: int = 3, classes: int = 10) -> nn.Sequential:
+    """VGG-11 with batch norms for images of 32 x 32, from configuration A of Simonyan and Zisserman."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for width, pool in ((64, 1), (128, 1), (256, 0), (256, 1), (512, 0), (512, 1), (512, 0), (512, 1)):
+        layers += [nn.Conv2d(inputs, width, kernel, padding=kernel // 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [nn.MaxPool2d(2)] if pool else []
+        inputs = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, classes))
+
+
 class ConvNextBlock(nn.Module):
     """Depthwise 7x7, layer norm over channels, an MLP, layer scale."""
 

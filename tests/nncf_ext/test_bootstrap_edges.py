@@ -46,6 +46,19 @@ class Plain:
         self.logits = logits
 
 
+class Slotted:
+    __slots__ = ("logits", "__weakref__")
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Ring(Plain):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits)
+        self.again = self
+
+
 ENDS = {
     "argmax": lambda y: y.argmax(-1),
     "argmin of all": lambda y: y.argmin(),
@@ -55,6 +68,10 @@ ENDS = {
     "dataclass": Out,
     "dataclass in a tuple": lambda y: (y.sum(), [Out(y)]),
     "object": Plain,
+    "object in a tuple": lambda y: (y.sum(), {"end": Plain(y)}),
+    "object in an object": lambda y: Plain([Plain(y)]),
+    "object with slots": lambda y: [Slotted(y)],
+    "object that holds itself": Ring,
 }
 
 
@@ -63,6 +80,43 @@ def test_classes_stay(end) -> None:
     net = elastic(Ends(ENDS[end]), WIDTH, ROWS)
     assert list(net.space.dimensions) == ["a"] and "b" in net.refused
     assert net.extract(net.minimal()).b.out_features == 6
+
+
+class KeptCache(Plain):
+    """What a model keeps for its next call."""
+
+
+def test_a_cache_beside_the_output_shrinks_with_the_model() -> None:
+    class Keeps(Ends):
+        def forward(self, x: Tensor):
+            hidden = self.a(x)
+            return self.b(hidden), KeptCache(hidden)
+
+    assert list(elastic(Keeps(None), WIDTH, ROWS).space.dimensions) == ["a"]
+
+
+class Silent(Ends):
+    """What a branch gives is multiplied by zero, so outputs say nothing about it."""
+
+    def __init__(self, code) -> None:
+        super().__init__(code)
+        self.c, self.d = nn.Linear(4, 8), nn.Linear(1, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.c(x)) + 0 * self.d(self.end(self.a(x).relu()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_no_output_depends_on_is_judged_by_modules(frozen) -> None:
+    model = Silent(lambda hidden: hidden.mean(1, keepdim=True)).requires_grad_(not frozen)
+    assert list(elastic(model, WIDTH, ROWS).space.dimensions) == ["c", "a"]
+    assert all(each.requires_grad is not frozen and each.grad is None for each in model.parameters())
+    assert all(not each._forward_hooks for each in model.d.modules())
+    # How many there are is a number in this code, not something that the forward sees.
+    model = Silent(lambda hidden: hidden.sum(1, keepdim=True) / hidden.shape[1]).requires_grad_(not frozen)
+    net = elastic(model, WIDTH, ROWS)
+    assert list(net.space.dimensions) == ["c"]
+    assert net.refused["a"] == "the model with a part of it differs from the model with the rest at zero"
 
 
 def test_an_output_without_tensors_is_refused() -> None:

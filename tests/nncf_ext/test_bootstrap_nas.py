@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import nncf_ext
-from nncf_ext import ElasticMode, UnitImportance
+from nncf_ext import ElasticMode, ShrinkingStage, UnitImportance
 from nncf_ext.algorithms.bootstrap_nas.parameters import AdvancedBootstrapNasParameters, kernel_list, width_list
-from tests.networks import SMALL, Bottleneck, MobileNetV2, ResNet, network
+from nncf_ext.algorithms.bootstrap_nas.shrinking import stage_space
+from tests.networks import SMALL, Basic, Bottleneck, DenseNet, MobileNetV2, ResNet, network, vgg_11
 from tests.structure_models import make, tokens
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -73,12 +74,55 @@ def test_published_multiplications_of_resnet_50() -> None:
     # The numbers of sizes, as its search had them.
     sizes = sorted(len(net.space.dimensions[name]) - 1 for name in widths)
     assert sizes == sorted([7, 15, 31, 63, *[1] * 7, *[3] * 8, *[7] * 12, *[15] * 6])
+    # Its blocks in four chains, of which the last ones may go.
+    chains = [name for name in net.space.dimensions if name.endswith(".depth")]
+    blocks = [path for name in chains for path in net.dimensions[name].replacements[1]]
+    assert len(blocks) == 12
+    for depth, wanted, count in ((1, [1, 4, 9, 11], 16), (2, [0, 1, 3, 4, 8, 9, 10, 11], 81)):
+        space = stage_space(net, ShrinkingStage(ElasticMode.DEPTH, depth=depth))
+        least = space.minimal()
+        gone = {path for name in chains for path in net.dimensions[name].replaced(range(least[name]))}
+        assert ([number for number, path in enumerate(blocks) if path in gone], space.size) == (wanted, count)
+
+
+def test_published_depths_of_resnet_18() -> None:
+    net = nncf_ext.make_elastic(ResNet(Basic, [2, 2, 2, 2], width=4), ElasticMode.DEPTH, example_input=IMAGES[:1])
+    sizes = {f"layer{number}.depth": [3, 2, 1] if number == 1 else [2, 1] for number in range(1, 5)}
+    assert net.space.to_dict() == sizes
+    assert stage_space(net, ShrinkingStage(ElasticMode.DEPTH, depth=1)).size == 16
 
 
 @pytest.mark.slow
-def test_published_multiplications_of_mobilenet_v2() -> None:
+@pytest.mark.parametrize(("kernel", "kernels"), [(3, []), (7, [2] * 8)])
+def test_published_sizes_of_vgg_11(kernel, kernels) -> None:
+    mode = ElasticMode.WIDTH | ElasticMode.KERNEL
+    net = nncf_ext.make_elastic(vgg_11(kernel), mode, example_input=IMAGES[:1])
+    assert [len(sizes) - 1 for sizes in net.space.dimensions.values()] == [1, 3, 7, 7, 15, 15, 15, 15, *kernels]
+
+
+@pytest.mark.slow
+def test_published_multiplications_of_densenet_121() -> None:
+    net = nncf_ext.make_elastic(DenseNet([6, 12, 24, 16]), ElasticMode.WIDTH, example_input=torch.rand(1, 3, 32, 32))
+    found = []
+    for point in (net.maximal(), net.minimal()):
+        weights = sum(each.weight.numel() for each in net.extract(point).modules() if is_layer(each))
+        found.append((2 * net.macs(point), weights))
+    assert found == [(1776701440, 6872768), (358165120, 1134752)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("side", "classes", "published"),
+    [
+        (32, 10, [(12249856, 2202560), (10750720, 2180336), (1717376, 35728)]),
+        (224, 1000, [(601548544, 3469760), (528090880, 3447536), (84184064, 67408)]),
+    ],
+)
+def test_published_multiplications_of_mobilenet_v2(side, classes, published) -> None:
     net = nncf_ext.make_elastic(
-        MobileNetV2().eval(), ElasticMode.WIDTH | ElasticMode.DEPTH, example_input=torch.rand(1, 3, 32, 32)
+        MobileNetV2(classes=classes).eval(),
+        ElasticMode.WIDTH | ElasticMode.DEPTH,
+        example_input=torch.rand(1, 3, side, side),
     )
     point, found = net.maximal(), []
     widths = {name: size for name, size in net.minimal().items() if not name.endswith(".depth")}
@@ -88,7 +132,7 @@ def test_published_multiplications_of_mobilenet_v2() -> None:
         point |= change
         weights = sum(each.weight.numel() for each in net.extract(point).modules() if is_layer(each))
         found.append((2 * net.macs(point), weights))
-    assert found == [(12249856, 2202560), (10750720, 2180336), (1717376, 35728)]
+    assert found == published
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from nncf_ext.structure.tracing.example import Example, evaluated, perturbed
 from nncf_ext.structure.tracing.groups import Group, groups_of
 from nncf_ext.structure.tracing.rules import outputs_of
 from nncf_ext.structure.tracing.run import Run
-from nncf_ext.structure.tracing.verification import failures, same_results
+from nncf_ext.structure.tracing.verification import failures, same_results, unheard
 
 _ROUNDS = 6
 
@@ -67,6 +67,11 @@ def trace(model: nn.Module, example_input: Any, ignored: Sequence[str] = ()) -> 
                 break
             choices |= other
         left = Dimensions([_dimension(each) for each in groups if each.dimension is not None], scopes=run.scopes)
+        if silent := unheard(twin, left, example):
+            trial = Dimensions([left[name] for name in silent], scopes=run.scopes)
+            for name, reason in failures(twin, trial, run, example, inside=True).items():
+                found[name].dimension, found[name].reason = None, reason
+            left = Dimensions([_dimension(each) for each in groups if each.dimension is not None], scopes=run.scopes)
         products: dict[str, float] = {}
         for path, count in run.products:
             products[path] = products.get(path, 0.0) + count

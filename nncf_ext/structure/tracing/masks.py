@@ -67,6 +67,16 @@ class MaskedRun(Run):
                 gone = torch.from_numpy(np.flatnonzero(self._removed[axis])).to(result.device)
                 result.index_fill_(place, gone, 0)
 
+    def without_removed(self, tensor: Tensor) -> Tensor:
+        """
+        :param tensor: A result.
+        :return: What of it is not removed, a copy.
+        """
+        part = tensor.detach().clone()
+        for place, mask in self._gone(tensor).items():
+            part = part.index_select(place, torch.from_numpy(np.flatnonzero(~mask)).to(part.device))
+        return part
+
     def _gone(self, tensor: Tensor) -> dict[int, NDArray[np.bool_]]:
         masks = {place: self._removed[axis] for place, axis in enumerate(self.axes(tensor)) if axis is not None}
         return {place: mask for place, mask in masks.items() if mask.any()}

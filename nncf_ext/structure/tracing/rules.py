@@ -6,7 +6,6 @@ matrices, a reshape a view. What only moves numbers (views, permutations, select
 went, by moving labels in place of numbers.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -75,24 +74,33 @@ def tensors_of(value: Any) -> list[Tensor]:
 def outputs_of(result: Any) -> list[Tensor]:
     """
     :param result: What a model gave.
-    :return: The tensors in it, those in dataclasses included, and those in the attributes of an object of another kind.
-        Objects inside of containers, such as caches, are the model's own.
+    :return: The tensors in it: in containers, dataclasses, and the attributes of objects of any other kind. Caches, by
+        the name of their class, are the model's own: what they keep shrinks with the model.
     """
-    if isinstance(result, Tensor | dict | list | tuple | set | frozenset):
-        return _in_dataclasses(result)
-    return _in_dataclasses(vars(result)) if hasattr(result, "__dict__") else []
+    return _inside(result, set())
 
 
-def _in_dataclasses(value: Any) -> list[Tensor]:
+def _inside(value: Any, seen: set[int]) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    parts: Any = ()
     if isinstance(value, dict):
-        value = value.values()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, each.name, None) for each in dataclasses.fields(value)]
-    elif not isinstance(value, list | tuple | set | frozenset):
+        parts = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = value
+    elif not isinstance(value, torch.nn.Module | type) and not any(
+        "Cache" in each.__name__ for each in type(value).mro()
+    ):
+        slots = (name for each in type(value).mro() for name in _names(each.__dict__.get("__slots__", ())))
+        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    if not parts or id(value) in seen:
         return []
-    return [tensor for each in value for tensor in _in_dataclasses(each)]
+    seen.add(id(value))
+    return [tensor for each in parts for tensor in _inside(each, seen)]
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def rule_of(func: Any) -> tuple[str, Rule]:

@@ -6,33 +6,38 @@ every tensor is zeroed where its labels are removed, and what counts along a who
 what stays.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nncf_ext.structure.dimensions import Dimensions
+from nncf_ext.structure.dimensions import Dimensions, tensor_at
 from nncf_ext.structure.slicing import sliced
 from nncf_ext.structure.tracing.example import Example
 from nncf_ext.structure.tracing.labels import Axis
 from nncf_ext.structure.tracing.masks import MaskedRun
-from nncf_ext.structure.tracing.rules import outputs_of
+from nncf_ext.structure.tracing.rules import outputs_of, tensors_of
 from nncf_ext.structure.tracing.run import Run
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
-def failures(model: nn.Module, dimensions: Dimensions, run: Run, example: Example) -> dict[str, str]:
+def failures(
+    model: nn.Module, dimensions: Dimensions, run: Run, example: Example, *, inside: bool = False
+) -> dict[str, str]:
     """
     :param model: The model in evaluation mode, or a copy with other numbers.
     :param dimensions: What was found in it.
     :param run: The forward by which it was found.
     :param example: What the model is called with.
+    :param inside: Compare what every module gives, not what the model gives alone; for what :func:`unheard` finds.
     :return: Names of dimensions that are not sound, and why.
     """
-    trial = _Trial(model, dimensions, run, example)
+    trial = _Trial(model, dimensions, run, example, inside)
     found: dict[str, str] = {}
     while True:
         left = [name for name in dimensions if name not in found]
@@ -42,9 +47,51 @@ def failures(model: nn.Module, dimensions: Dimensions, run: Run, example: Exampl
         found |= new
 
 
+def unheard(model: nn.Module, dimensions: Dimensions, example: Example) -> list[str]:
+    """
+    Where no output depends on a dimension (a branch whose last scale is zero, a saturated gate), outputs say nothing
+    about it: whatever is done to it, they are the same.
+
+    :param model: The model in evaluation mode, or a copy with other numbers.
+    :param dimensions: What was found in it.
+    :param example: What the model is called with.
+    :return: Names of dimensions whose weights have gradients that are zero throughout. None where the outputs have no
+        gradients, such as indices.
+    """
+    weights = {
+        cut.tensor: tensor
+        for each in dimensions.values()
+        for cut in each.cuts
+        if cut.writes and isinstance(tensor := tensor_at(model, cut.tensor), nn.Parameter)
+    }
+    frozen = [each for each in weights.values() if not each.requires_grad]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return model(*args, **kwargs)
+
+    try:
+        for each in frozen:
+            each.requires_grad_(True)
+        outputs = [each for each in outputs_of(example.run(model, forward)) if each.requires_grad]
+        # Sums of normalized numbers are constant; sums of their products with others are not.
+        generator = torch.Generator().manual_seed(0)
+        seeds = [torch.randn(each.shape, generator=generator).to(each) for each in outputs]
+        found = torch.autograd.grad(outputs, [*weights.values()], seeds, allow_unused=True)
+    except Exception:  # noqa: BLE001 - a forward that runs without gradients alone is judged by its outputs
+        return []
+    finally:
+        for each in frozen:
+            each.requires_grad_(False)
+    silent = {path: each is not None and not each.any() for path, each in zip(weights, found, strict=True)}
+    writers = {name: [cut.tensor for cut in each.cuts if cut.tensor in silent] for name, each in dimensions.items()}
+    return [name for name, paths in writers.items() if paths and all(silent[path] for path in paths)]
+
+
 class _Trial:
-    def __init__(self, model: nn.Module, dimensions: Dimensions, run: Run, example: Example) -> None:
+    def __init__(self, model: nn.Module, dimensions: Dimensions, run: Run, example: Example, inside: bool) -> None:
         self._model, self._dimensions, self._run, self._example = model, dimensions, run, example
+        self._inside = inside
         generator = np.random.default_rng(0)
         self._kept: dict[str, list[int]] = {}
         for name, each in dimensions.items():
@@ -65,18 +112,35 @@ class _Trial:
         """Why the model does not work with some of the units of these dimensions."""
         kept = {name: self._kept[name] for name in names}
         try:
-            with sliced(self._model, self._dimensions, kept):
-                small = outputs_of(self._example.run(self._model))
+            with sliced(self._model, self._dimensions, kept), self._heard(Tensor.clone) as within:
+                small = outputs_of(self._example.run(self._model)) + within
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             return f"the model's code asks for the whole size ({type(error).__name__}: {lines[0][:120]})"
         run = MaskedRun(self._model, self._run.choices, self._removed(kept))
-        masked = outputs_of(self._example.run(self._model, run.forward))
+        with self._heard(run.without_removed) as within:
+            masked = outputs_of(self._example.run(self._model, run.forward)) + within
         if [each.shape for each in small] != [each.shape for each in masked]:
-            return "outputs would have another shape"
+            return f"outputs{' of modules' if self._inside else ''} would have another shape"
         if not same_results(small, masked):
             return "the model with a part of it differs from the model with the rest at zero"
         return None
+
+    @contextmanager
+    def _heard(self, of: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+        """What modules give while the model runs, the first tensor of each; nothing where outputs are enough."""
+        found: list[Tensor] = []
+
+        def hear(_module: nn.Module, _args: Any, result: Any) -> None:
+            found.extend(of(each) for each in tensors_of(result)[:1])
+
+        modules = [each for each in self._model.modules() if each is not self._model] if self._inside else []
+        hooks = [each.register_forward_hook(hear) for each in modules]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _removed(self, kept: Mapping[str, Sequence[int]]) -> NDArray[np.bool_]:
         roots, _ = self._run.labels.classes()
