@@ -61,10 +61,9 @@ class Trial:
     """
 
     def __init__(self, kind: str, arm: Arm, layers: int) -> None:
-        rng = np.random.default_rng(0)
         self._layers = layers
-        self._tokens = _request([_layer(kind, _SIDE, arm.zeros, rng) for _ in range(layers)], arm)
-        self._prompts = _request([_layer(kind, _PROMPT_OUTPUTS, arm.zeros, rng)], arm)
+        self._tokens = _request(_layer(kind, _SIDE, arm.zeros), layers, arm)
+        self._prompts = _request(_layer(kind, _PROMPT_OUTPUTS, arm.zeros), 1, arm)
 
     def seconds(self, rows: int) -> float:
         """:return: The time of one weight in one call with so many rows."""
@@ -109,14 +108,14 @@ def layer_count(kind: str, zeros: tuple[float, ...]) -> int:
     return max(fewest, min(most, wanted, int(_MEMORY * machine.memory() / each)))
 
 
-def _layer(kind: str, outputs: int, zeros: float, rng: np.random.Generator) -> Weight:
+def _layer(kind: str, outputs: int, zeros: float) -> Weight:
     """:return: Random weights ``[outputs, 4096]`` with zeros at random places; a chain of them keeps its scale."""
     table = np.zeros(_DRAWS, np.int8)
     stored = _DRAWS - round(zeros * _DRAWS)
     highest = 7 if kind == "int4" else 127
     table[:stored] = np.resize([*range(-highest, 0), *range(1, highest + 1)], stored)
     spread = float(np.sqrt(_SIDE * np.mean(np.square(table, dtype=np.float64))))
-    draws = rng.integers(0, _DRAWS, (outputs, _SIDE), np.uint8)
+    draws = np.random.default_rng(0).integers(0, _DRAWS, (outputs, _SIDE), np.uint8)
     if kind == "bf16":
         return Weight(
             kind, ((table / np.float32(spread)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)[draws]
@@ -125,28 +124,28 @@ def _layer(kind: str, outputs: int, zeros: float, rng: np.random.Generator) -> W
     return Weight(kind, table[draws], np.full((outputs, groups), 1 / spread, np.float16), GROUP if groups > 1 else 0)
 
 
-def _request(weights: list[Weight], arm: Arm) -> ov.InferRequest:
-    """:return: For ``x [1, rows, K]`` through all weights, compiled."""
+def _request(weight: Weight, layers: int, arm: Arm) -> ov.InferRequest:
+    """:return: For ``x [1, rows, K]`` through equal layers, compiled. Each has a copy of the weight in memory."""
     x = ops.parameter([1, -1, _SIDE], np.float32)
     port = x.output(0)
     factory = NodeFactory()
     factory.add_extension(extension_path())
-    for weight in weights:
-        port = _stock(port, weight) if arm.form == "stock" else _ours(port, weight, arm, factory)
+    blob = None if arm.form == "stock" else native.pack(weight, arm.form == "dense")
+    for _ in range(layers):
+        port = _stock(port, weight) if blob is None else _ours(port, weight, blob, arm, factory)
     properties = {"PERFORMANCE_HINT": "LATENCY", **dict(arm.setting)}
     with native.no_dense_copies():
         compiled = ov.Core().compile_model(ov.Model([ops.result(port)], [x], "trial"), "CPU", properties)
     return compiled.create_infer_request()
 
 
-def _ours(x: Output, weight: Weight, arm: Arm, factory: NodeFactory) -> Output:
+def _ours(x: Output, weight: Weight, blob: np.ndarray, arm: Arm, factory: NodeFactory) -> Output:
     n, k = weight.shape
     attributes = {
         **{"n": n, "outputs": [], "k": k, "kind": weight.kind, "epilogue": "", "source": ""},
         "activation_group": arm.activation_group,
     }
-    blob = ov.op.Constant(native.pack(weight, arm.form == "dense"))
-    return factory.create(OPERATION, [x, blob.output(0)], attributes).output(0)
+    return factory.create(OPERATION, [x, ov.op.Constant(blob).output(0)], attributes).output(0)
 
 
 def _stock(x: Output, weight: Weight) -> Output:

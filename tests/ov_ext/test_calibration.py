@@ -369,12 +369,12 @@ def test_layers_compute_the_same_in_all_forms() -> None:
     """What is timed is a product, and the same one: no form is fast because it does something else."""
     rng = np.random.default_rng(1)
     for kind in ("bf16", "int8", "int4"):
-        weight = trials._layer(kind, 64, 0.5, rng)
+        weight = trials._layer(kind, 64, 0.5)
         assert float(weight.sparsity) == pytest.approx(0.5, abs=0.02)
         x = rng.standard_normal((1, 3, weight.shape[1]), np.float32)
         expected = x[0] @ weight.dequantize().T
         for form in ("stock", "dense", "sparse"):
-            y = trials._request([weight], Arm(form, 0.5, (F32,))).infer([x])[0][0]
+            y = trials._request(weight, 1, Arm(form, 0.5, (F32,))).infer([x])[0][0]
             assert np.abs(y - expected).max() < 0.05 * np.abs(expected).max()
 
 

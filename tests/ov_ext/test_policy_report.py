@@ -42,7 +42,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_report() -> None:
-    model, report = ov_ext.pack_sparse_weights(layers(0.5, 0.1, 0.9), ov_ext.SparsePolicy(target="amx"))
+    model, report = ov_ext.pack_sparse_weights(layers(0.5, 0.1, 0.9), ov_ext.SparsePolicy(target="avx512"))
     assert [layer.name for layer in report.layers] == ["layer0", "layer1", "layer2"]
     assert [layer.replaced for layer in report.layers] == [True, False, True]
     assert [layer.sparsity for layer in report.layers] == pytest.approx([0.5, 0.1, 0.9], abs=1e-3)
@@ -53,10 +53,10 @@ def test_report() -> None:
     assert report.bytes_before == 3 * 128 * 128 * 4 and report.bytes_after == sum(sizes) + 128 * 128 * 4
     assert report.replaced == (report.layers[0], report.layers[2])
     text = str(report)
-    for part in ("layer0", "128x128", "50.0%", "10% zeros would give", "2 of 3 weights packed", "target amx"):
+    for part in ("layer0", "128x128", "50.0%", "10% zeros would give", "2 of 3 weights packed", "target avx512"):
         assert part in text
     plain = json.loads(json.dumps(report.to_dict()))
-    assert plain["target"] == "amx" and plain["layers"][1]["note"] == report.layers[1].note
+    assert plain["target"] == "avx512" and plain["layers"][1]["note"] == report.layers[1].note
 
 
 @pytest.mark.parametrize("group, told", [(128, True), (-1, True), (0, False)])

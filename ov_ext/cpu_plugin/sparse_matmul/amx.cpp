@@ -73,16 +73,14 @@ INLINE void zero_sums() {
 
 // ------------------------------------------------------------------------------------------------- weights
 
-// Expands `tiles` k tiles of all four panels to B tiles, or finds them in the blob: dense bf16 and int8 weights are stored as B tiles. The
-// blob may lie at any address, which tile loads allow. Dense int4 has to be taken out of its nibbles, like everything with a mask.
+// Dense bf16 and int8 weights are stored as B tiles. The blob may lie at any address, which tile loads allow. Dense int4 has to be taken out
+// of its nibbles, like everything with a mask.
 template <Kind kind, bool dense>
-INLINE const uint8_t* b_tiles(Stream<kind, dense>& stream, uint64_t tiles, uint8_t* scratch) {
-    if (dense && kind != Kind::int4) {
-        const uint8_t* stored = stream.values;
-        stream.values += tiles * k_tile_bytes;
-        return stored;
-    }
-    uint8_t* to = scratch;
+constexpr bool stored_as_tiles = dense && kind != Kind::int4;
+
+// Expands `tiles` k tiles of all four panels to B tiles.
+template <Kind kind, bool dense>
+INLINE void expand_tiles(Stream<kind, dense>& stream, uint64_t tiles, uint8_t* to) {
     for (uint64_t panel = 0; panel < block_panels * tiles; panel++)
 #pragma GCC unroll 8
         for (int s = 0; s < panel_slices; s += 2) {
@@ -92,6 +90,17 @@ INLINE const uint8_t* b_tiles(Stream<kind, dense>& stream, uint64_t tiles, uint8
             _mm512_store_si512(to + slice_bytes, stream.template next<1>());
             to += 2 * slice_bytes;
         }
+}
+
+// The next `tiles` k tiles as B tiles: in the blob, or expanded.
+template <Kind kind, bool dense>
+INLINE const uint8_t* b_tiles(Stream<kind, dense>& stream, uint64_t tiles, uint8_t* scratch) {
+    if constexpr (stored_as_tiles<kind, dense>) {
+        const uint8_t* stored = stream.values;
+        stream.values += tiles * k_tile_bytes;
+        return stored;
+    }
+    expand_tiles(stream, tiles, scratch);
     return scratch;
 }
 
@@ -123,24 +132,30 @@ struct Place {
           panel(first_panel + (two_halves ? i % 2 : i)) {}
 };
 
+// The sums of a chunk of bf16 weights join out.
+template <bool two_halves>
+INLINE void add_chunk(const Step& step, uint64_t panel) {
+    alignas(64) float sums[4][tile_rows][panel_n];
+    store_sums(sums);
+    for (uint64_t i = 0; i < 4; i++) {
+        const Place<two_halves> at(i, panel);
+        for (uint64_t r = 0; r < step.rows_from(at.row); r++) {
+            float* const out = step.out + (at.row + r) * block_n + at.panel * panel_n;
+            _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), _mm512_load_ps(sums[i][r])));
+        }
+    }
+}
+
 // A chunk of bf16 weights: its sums stay in the tiles through all k tiles, 2 or 4 panels at a time, since there are four sum registers.
 //
 // They start at 0 and join out afterwards, rather than start with out. A chunk's sum must not depend on whether the chunks before it were
 // added by the same call: with few blocks, dispatch gives each chunk to another thread.
 template <bool two_halves>
 void add_bf16(const Step& step, const uint8_t* b, uint64_t tiles) {
-    alignas(64) float sums[4][tile_rows][panel_n];
     for (uint64_t panel = 0; panel < block_panels; panel += two_halves ? 2 : 4) {
         zero_sums();
         add_products<false, two_halves>(step.upper, step.lower, b + panel * tile_bytes, tiles);
-        store_sums(sums);
-        for (uint64_t i = 0; i < 4; i++) {
-            const Place<two_halves> at(i, panel);
-            for (uint64_t r = 0; r < step.rows_from(at.row); r++) {
-                float* const out = step.out + (at.row + r) * block_n + at.panel * panel_n;
-                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), _mm512_load_ps(sums[i][r])));
-            }
-        }
+        add_chunk<two_halves>(step, panel);
     }
 }
 
@@ -151,38 +166,83 @@ struct Scales {
     __m512 w[8][block_panels];  // [segment][panel]: a chunk has up to 8 segments
 };
 
-// A chunk of integer weights. The sums leave the tiles after every segment, because the next one has other scales. They are exact: at most
-// 128 products of at most 128 * 127, below 2^21, which converts to f32 without rounding. s8 by s8 needs no compensation.
+// Of a chunk: [rows][outputs].
+using Total = float[2 * tile_rows][block_n];
+
+// Scales the sums of segment s of a chunk of integer weights and adds them to its total. They are exact: at most 128 products of at most
+// 128 * 127, below 2^21, which converts to f32 without rounding. s8 by s8 needs no compensation.
 //
-// The chunk's total has its own memory for the same reason as in add_bf16. Scaling is the order of format.md, and must stay that: the
-// product of the two scales is rounded, then one fused multiply-add for each segment, ascending.
+// Scaling is the order of format.md, and must stay that: the product of the two scales is rounded, then one fused multiply-add for each
+// segment, ascending.
+template <bool two_halves>
+INLINE void add_segment(const Step& step, uint64_t panel, uint64_t s, const Scales& scales, Total& chunk) {
+    alignas(64) int32_t sums[4][tile_rows][panel_n];
+    store_sums(sums);
+    for (uint64_t i = 0; i < 4; i++) {
+        const Place<two_halves> at(i, panel);
+        const float* x = scales.x + at.row * scales.stride + s;
+        for (uint64_t r = 0; r < step.rows_from(at.row); r++) {
+            float* const to = chunk[at.row + r] + at.panel * panel_n;
+            const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x[r * scales.stride]), scales.w[s][at.panel]);
+            const __m512 before = s ? _mm512_load_ps(to) : _mm512_setzero_ps();
+            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[i][r])), scale, before));
+        }
+    }
+}
+
+// The chunk's total has its own memory for the same reason as in add_bf16.
+INLINE void add_total(const Step& step, const Total& chunk) {
+    for (uint64_t r = 0; r < step.rows; r++)
+        for (uint64_t p = 0; p < block_n; p += panel_n) {
+            float* const out = step.out + r * block_n + p;
+            _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), _mm512_load_ps(chunk[r] + p)));
+        }
+}
+
+// A chunk of integer weights. The sums leave the tiles after every segment, because the next one has other scales.
 template <bool two_halves>
 void add_integers(const Step& step, const uint8_t* b, uint64_t segments, uint64_t tiles_per_segment, const Scales& scales) {
-    alignas(64) int32_t sums[4][tile_rows][panel_n];
-    alignas(64) float chunk[2 * tile_rows][block_n];
+    alignas(64) Total chunk;
     for (uint64_t panel = 0; panel < block_panels; panel += two_halves ? 2 : 4)
         for (uint64_t s = 0; s < segments; s++) {
             const uint64_t k = s * tiles_per_segment;
             zero_sums();
             add_products<true, two_halves>(step.upper + k * tile_bytes, step.lower + k * tile_bytes,
                                            b + (block_panels * k + panel) * tile_bytes, tiles_per_segment);
-            store_sums(sums);
-            for (uint64_t i = 0; i < 4; i++) {
-                const Place<two_halves> at(i, panel);
-                const float* x = scales.x + at.row * scales.stride + s;
-                for (uint64_t r = 0; r < step.rows_from(at.row); r++) {  // in the order of format.md
-                    float* const to = chunk[at.row + r] + at.panel * panel_n;
-                    const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x[r * scales.stride]), scales.w[s][at.panel]);
-                    const __m512 before = s ? _mm512_load_ps(to) : _mm512_setzero_ps();
-                    _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[i][r])), scale, before));
-                }
-            }
+            add_segment<two_halves>(step, panel, s, scales, chunk);
         }
-    for (uint64_t r = 0; r < step.rows; r++)
-        for (uint64_t p = 0; p < block_n; p += panel_n) {
-            float* const out = step.out + r * block_n + p;
-            _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), _mm512_load_ps(chunk[r] + p)));
-        }
+    add_total(step, chunk);
+}
+
+// A chunk of weights that must be expanded, for one half: the expansion decides the speed. It goes one piece ahead of the products, a segment
+// of integers or the same bytes of bf16, and so stays in a level-1 cache, of which a chunk would take two thirds or more. All four panels
+// have their sums in registers.
+template <Kind kind, bool dense>
+void add_few(const Step& step, Stream<kind, dense>& stream, uint64_t tiles, uint64_t tiles_per_segment, const Scales& scales) {
+    constexpr bool integer = kind != Kind::bf16;
+    constexpr uint64_t most = 2;  // k tiles of a segment
+    alignas(64) uint8_t b[2][most * k_tile_bytes];
+    alignas(64) Total chunk;
+    const uint64_t step_tiles = integer ? tiles_per_segment : most;
+    const auto from = [&](uint64_t tile) INLINED { return tiles - tile < step_tiles ? tiles - tile : step_tiles; };
+    expand_tiles(stream, from(0), b[0]);
+    if (!integer)
+        zero_sums();
+    for (uint64_t tile = 0, i = 0, count; tile < tiles; tile += count, i++) {
+        count = from(tile);
+        if (tile + count < tiles)
+            expand_tiles(stream, from(tile + count), b[(i + 1) % 2]);
+        const uint8_t* x = step.upper + tile * tile_bytes;
+        if (integer)
+            zero_sums();
+        add_products<integer, false>(x, x, b[i % 2], count);
+        if constexpr (integer)
+            add_segment<false>(step, 0, i, scales, chunk);
+    }
+    if constexpr (integer)
+        add_total(step, chunk);
+    else
+        add_chunk<false>(step, 0);
 }
 
 // ------------------------------------------------------------------------------------------------- one block
@@ -203,7 +263,8 @@ void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uin
     for (uint64_t chunk = first; chunk < last; chunk++) {
         const uint64_t tile = chunk * tiles_per_chunk, tiles = w.tiles - tile < tiles_per_chunk ? w.tiles - tile : tiles_per_chunk;
         Stream<kind, dense> stream(w, block, chunk);
-        const uint8_t* b = b_tiles(stream, tiles, scratch);
+        const bool few = rows <= tile_rows && !stored_as_tiles<kind, dense>;
+        const uint8_t* b = few ? nullptr : b_tiles(stream, tiles, scratch);
         Scales scales;
         if constexpr (kind != Kind::bf16) {
             scales.stride = segments;
@@ -225,10 +286,13 @@ void multiply_block(const BlobView& w, const Activations& a, uint64_t block, uin
                 registers.configure(tiles_for(two_halves ? tile_rows : step.rows, two_halves ? step.rows - tile_rows : step.rows));
                 configured = step.rows;
             }
-            if constexpr (kind == Kind::bf16) {
+            if constexpr (kind != Kind::bf16)
+                scales.x = a.scales + (row + r) * segments + tile / tiles_per_segment;
+            if (few) {
+                add_few(step, stream, tiles, tiles_per_segment, scales);
+            } else if constexpr (kind == Kind::bf16) {
                 two_halves ? add_bf16<true>(step, b, tiles) : add_bf16<false>(step, b, tiles);
             } else {
-                scales.x = a.scales + (row + r) * segments + tile / tiles_per_segment;
                 two_halves ? add_integers<true>(step, b, tiles / tiles_per_segment, tiles_per_segment, scales)
                            : add_integers<false>(step, b, tiles / tiles_per_segment, tiles_per_segment, scales);
             }

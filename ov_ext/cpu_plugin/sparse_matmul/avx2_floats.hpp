@@ -47,16 +47,19 @@ constexpr bool by_word = kind == Kind::bf16 && !dense;
 // Adds the products of the 16 slices of a panel, each multiplied the moment it is decoded. sums[half]: by word outputs 0..3 and 4..7 (8..11
 // and 12..15) with both chains, else outputs 0..7 (8..15) of the even chain and of the odd one.
 //
-// There are registers for 12 sums: up to three rows take both halves at once, more take them one after the other.
+// There are registers for 12 sums. Up to three rows take them all at once; more go over the panel twice: by word once for each half, which
+// then costs no second broadcast; others once for each chain, so that an activation is loaded once for both halves.
 template <Kind kind, bool dense, int M>
 INLINE void add_panel(Stream<kind, dense, Dot::f32>& stream, const uint8_t* x, uint64_t stride, __m256 (&sums)[2][M][2]) {
-    constexpr int slice_k = int(slice_inputs(kind)), halves = M <= 3 ? 2 : 1;
+    constexpr int slice_k = int(slice_inputs(kind));
+    constexpr bool once = M <= 3, words = by_word<kind, dense>;
+    constexpr int halves = !once && words ? 1 : 2, chains = !once && !words ? 1 : 2;
     Lookups<kind> panel;
     stream.look_up(panel);
     Stream<kind, dense, Dot::f32> at = stream;
-    const auto add = [&](int first, int s, auto parity, __m256(&sum)[halves][M][2]) INLINED {
+    const auto add = [&](int first, int s, auto parity, __m256(&sum)[halves][M][chains]) INLINED {
         const uint8_t* x_at = x + 4 * slice_k * s;
-        if constexpr (by_word<kind, dense>) {
+        if constexpr (words) {
             __m256 lanes[4];
             at.next_words(panel, s, lanes);
             for (int m = 0; m < M; m++) {
@@ -67,24 +70,27 @@ INLINE void add_panel(Stream<kind, dense, Dot::f32>& stream, const uint8_t* x, u
             }
         } else {
             const Slice slice = at.template next<decltype(parity)::value>(panel, s);
-            for (int j = 0; j < slice_k; j++) {
-                __m256 w[halves];
-                for (int half = 0; half < halves; half++)
-                    w[half] = weights<kind>(slice.half[first + half], j);
+            for (int j = first; j < slice_k; j += once ? 1 : 2) {
+                const __m256 w[2] = {weights<kind>(slice.half[0], j), weights<kind>(slice.half[1], j)};
                 for (int m = 0; m < M; m++) {
                     const __m256 activation = _mm256_set1_ps(load<float>(x_at + uint64_t(m) * stride + 4 * j));
-                    for (int half = 0; half < halves; half++) {
-                        sum[half][m][j % 2] = _mm256_fmadd_ps(activation, w[half], sum[half][m][j % 2]);
-                        __asm__("" : "+x"(sum[half][m][j % 2]));  // compilers load ahead and run out of registers
+                    for (int half = 0; half < 2; half++) {
+                        __m256& chain = sum[half][m][once ? j % 2 : 0];
+                        chain = _mm256_fmadd_ps(activation, w[half], chain);
+                        __asm__("" : "+x"(chain));  // compilers load ahead and run out of registers
                     }
                 }
             }
         }
     };
-    const auto pass = [&](auto first_half) INLINED {
-        constexpr int first = decltype(first_half)::value;
-        __m256 sum[halves][M][2];
-        __builtin_memcpy(sum, sums[first], sizeof(sum));
+    const auto pass = [&](auto number) INLINED {
+        constexpr int first = decltype(number)::value;  // half, or chain
+        constexpr int first_half = words ? first : 0, first_chain = words ? 0 : first;
+        __m256 sum[halves][M][chains];
+        for (int half = 0; half < halves; half++)
+            for (int m = 0; m < M; m++)
+                for (int i = 0; i < chains; i++)
+                    sum[half][m][i] = sums[first_half + half][m][first_chain + i];
         for (int s = 0; s < panel_slices; s += 4) {
             at.prefetch();
             add(first, s, Constant<0>(), sum);
@@ -92,10 +98,13 @@ INLINE void add_panel(Stream<kind, dense, Dot::f32>& stream, const uint8_t* x, u
             add(first, s + 2, Constant<0>(), sum);
             add(first, s + 3, Constant<1>(), sum);
         }
-        __builtin_memcpy(sums[first], sum, sizeof(sum));
+        for (int half = 0; half < halves; half++)
+            for (int m = 0; m < M; m++)
+                for (int i = 0; i < chains; i++)
+                    sums[first_half + half][m][first_chain + i] = sum[half][m][i];
     };
     pass(Constant<0>());
-    if constexpr (halves == 1) {
+    if constexpr (!once) {
         at = stream;
         pass(Constant<1>());
     }
@@ -286,7 +295,7 @@ void multiply_floats(const BlobView& w, const Activations& a, uint64_t block, ui
         case 3: return multiply_few<kind, dense, 3>(w, a, block, first, last, row, out);
         default: break;
     }
-    if constexpr (by_word<kind, dense>) {  // whose halves are decoded apart from each other
+    if constexpr (kind == Kind::bf16) {  // which is cheap to decode twice
         switch (rows) {
             case 4: return multiply_few<kind, dense, 4>(w, a, block, first, last, row, out);
             case 5: return multiply_few<kind, dense, 5>(w, a, block, first, last, row, out);

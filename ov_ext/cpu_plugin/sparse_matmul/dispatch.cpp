@@ -26,9 +26,12 @@ constexpr uint64_t units_per_thread_wanted = 4;
 constexpr uint64_t parallel_from_rows = 8;
 
 #if defined(__x86_64__)
-// Rows from which the AMX kernel is faster than the AVX-512 kernel, measured on a Xeon with both (cycles for 64 bytes of weights:
-// bf16 at 5 rows 10 against 17, int8 at 6 rows 11 against 11 and at 8 rows 11 against 12).
-constexpr uint64_t amx_min_rows(Kind kind) { return kind == Kind::bf16 ? 5 : 8; }
+// From so many rows on the AMX kernel is faster than the AVX-512 kernel, which up to 4 uses each slice the moment it is decoded. Measured on
+// an Emerald Rapids Xeon: nanoseconds for 64 bytes of dense weights in the level-2 cache, at 5 and at 8 rows,
+//
+//     bf16 0.9 and 1.0 against 4.1 and 5.6; int8 1.4 and 1.8 against 3.1 and 4.1; int4 2.0 and 2.4 against 2.6 and 3.7
+//     with a bitmap: bf16 1.7 and 2.0 against 3.8 and 5.3; int8 2.8 and 3.0 against 2.7 and 3.6; int4 the same as int8
+constexpr uint64_t amx_min_rows = 5;
 #endif
 
 static_assert(2 * strip_bytes <= Scratch::keep_bytes, "a full strip, which is a little more than its rows, stays with its thread");
@@ -154,7 +157,7 @@ const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_
     if (kernel == available.end()) {  // nobody insists; a CPU that runs one of these runs those behind it
         kernel = available.begin();
 #if defined(__x86_64__)
-        if (*kernel == &amx_kernel && rows < amx_min_rows(w.kind))
+        if (*kernel == &amx_kernel && rows < amx_min_rows)
             kernel++;
         // Two multiply-adds instead of vdpbf16ps are twice as fast on Sapphire Rapids, half as fast on Zen 4. Integer weights pass by this
         // kernel below, which has no code for them.
