@@ -19,20 +19,25 @@ if os.environ.get("NNCF_EXT_NO_TELEMETRY", "0") not in ("", "0"):
 if TYPE_CHECKING:
     from ov_ext.convert import convert_model, save_model
     from ov_ext.extension import ExtensionUnavailableError, extension_path
+    from ov_ext.graphs import RecordError
     from ov_ext.runtime import NewerFormatError, add_extension, check_target, cpu_info
+    from ov_ext.sparse_attention.passes import restore_attention, sparsify_attention
+    from ov_ext.sparse_attention.policy import SparseAttentionPolicy
+    from ov_ext.sparse_attention.report import AttentionReport
     from ov_ext.sparse_weights.calibration import calibrate
     from ov_ext.sparse_weights.passes import AlreadyPackedError, pack_sparse_weights, unpack_sparse_weights
     from ov_ext.sparse_weights.policy import SparsePolicy
     from ov_ext.sparse_weights.report import PackReport
-    from ov_ext.sparse_weights.subgraph import RecordError
     from ov_ext.sparse_weights.workload import Workload
 
 _HOME = {
     "AlreadyPackedError": "sparse_weights.passes",
+    "AttentionReport": "sparse_attention.report",
     "ExtensionUnavailableError": "extension",
     "NewerFormatError": "runtime",
     "PackReport": "sparse_weights.report",
-    "RecordError": "sparse_weights.subgraph",
+    "RecordError": "graphs",
+    "SparseAttentionPolicy": "sparse_attention.policy",
     "SparsePolicy": "sparse_weights.policy",
     "Workload": "sparse_weights.workload",
     "add_extension": "runtime",
@@ -42,16 +47,20 @@ _HOME = {
     "cpu_info": "runtime",
     "extension_path": "extension",
     "pack_sparse_weights": "sparse_weights.passes",
+    "restore_attention": "sparse_attention.passes",
     "save_model": "convert",
+    "sparsify_attention": "sparse_attention.passes",
     "unpack_sparse_weights": "sparse_weights.passes",
 }
 
 __all__ = [
     "AlreadyPackedError",
+    "AttentionReport",
     "ExtensionUnavailableError",
     "NewerFormatError",
     "PackReport",
     "RecordError",
+    "SparseAttentionPolicy",
     "SparsePolicy",
     "Workload",
     "add_extension",
@@ -61,7 +70,9 @@ __all__ = [
     "cpu_info",
     "extension_path",
     "pack_sparse_weights",
+    "restore_attention",
     "save_model",
+    "sparsify_attention",
     "unpack_sparse_weights",
 ]
 

@@ -40,6 +40,14 @@ core = ov_ext.add_extension(openvino.Core())  # OpenVINO
 """,
 )
 
+SPARSE_ATTENTION = (
+    "Sparse attention",
+    """Keys and values of older tokens are pruned and packed while the model runs. OpenVINO needs the extension of
+nncf-ext for it (`ov_ext.add_extension(core)`), and GenAI its SDPA back end, which `ov_ext.genai.pipeline("FOLDER")`
+takes by itself. `ov-ext unpack FOLDER OUT` restores stock attention.
+""",
+)
+
 
 def write_card(folder: Path, section: tuple[str, str], source: Path | None = None) -> None:
     """Add a section to the card of a folder, in place of an older one with its heading.

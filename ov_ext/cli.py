@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ov_ext import runtime
-from ov_ext.card import PACKED, remove_section, write_card
+from ov_ext.card import PACKED, SPARSE_ATTENTION, remove_section, write_card
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
 from ov_ext.decode import measure
@@ -28,6 +28,9 @@ from ov_ext.genai import pipeline
 from ov_ext.noise import own_lines
 from ov_ext.optimum import TOKENIZER, WITHOUT_TOKENIZER, TokenizerError, load_tokenizer, save_tokenizer_ir
 from ov_ext.runtime import TARGETS
+from ov_ext.sparse_attention.passes import is_sparse, restore_attention, sparsify_attention
+from ov_ext.sparse_attention.policy import SparseAttentionPolicy
+from ov_ext.sparse_attention.report import AttentionReport
 from ov_ext.sparse_weights import calibration
 from ov_ext.sparse_weights.cost import KINDS, CostTable, entry
 from ov_ext.sparse_weights.passes import pack_sparse_weights, unpack_sparse_weights
@@ -146,10 +149,19 @@ def pack(
         bool, typer.Option("--requantize", help="Round asymmetric weights to a symmetric grid.")
     ] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Shell pattern of layers that stay; repeatable.")] = None,
+    kv_sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction 0..0.9 of older keys and values that attention prunes; default: it stays stock."),
+    ] = None,
+    kv_values: Annotated[str, typer.Option(help="How the rest of them is stored: int8 or int4.")] = "int8",
     report: Annotated[Path | None, typer.Option(help="Write the report on every layer as JSON.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every layer, not only a summary.")] = False,
 ) -> None:
     """Pack the sparse weights of every model in IN and write the complete folder OUT."""
+    attention = None
+    if kv_sparsity is not None:
+        values: Any = kv_values  # checked by the policy
+        attention = SparseAttentionPolicy(k=kv_sparsity, v=kv_sparsity, values=values)
     policy = SparsePolicy(
         min_sparsity=min_sparsity,
         target=target,  # type: ignore[arg-type]  # checked by SparsePolicy
@@ -162,19 +174,26 @@ def pack(
         ignored_patterns=tuple(ignore or ()),
     )
     reports: dict[str, PackReport] = {}
+    attentions: dict[str, AttentionReport] = {}
 
     def pack_one(name: str, model: ov.Model) -> bool:
         reports[name] = pack_sparse_weights(model, policy)[1]
-        return bool(reports[name].replaced)
+        if attention is not None:
+            attentions[name] = sparsify_attention(model, attention)[1]
+        return bool(reports[name].replaced or (name in attentions and attentions[name].replaced))
 
     with Console(stderr=True).status("Packing. The first time, this CPU is measured, too: ten seconds at most"):
         _rewrite(source, out, overwrite, pack_one)
     for name, each in reports.items():
         _show(f"{name}:", each if verbose else each.summary())
-    if not any(each.replaced for each in reports.values()):
+        if name in attentions:
+            _show(attentions[name] if verbose else attentions[name].summary())
+    if not any(each.replaced for each in reports.values()) and not any(each.replaced for each in attentions.values()):
         _show("Nothing was packed: OUT is a copy of IN.")
     if report is not None:
-        write_whole(report, json.dumps({name: each.to_dict() for name, each in reports.items()}, indent=2))
+        attended = {name: each.to_dict() for name, each in attentions.items()}
+        whole = {name: each.to_dict() | attended.get(name, {}) for name, each in reports.items()}
+        write_whole(report, json.dumps(whole, indent=2))
 
 
 @app.command()
@@ -224,7 +243,8 @@ def unpack(source: SourceFolder, out: OutFolder, overwrite: Overwrite = False) -
     restored: list[str] = []
 
     def unpack_one(name: str, model: ov.Model) -> bool:
-        packed = model.has_rt_info(["ov_ext", "format"])
+        packed = model.has_rt_info(["ov_ext", "format"]) or is_sparse(model)
+        restore_attention(model)
         unpack_sparse_weights(model)
         if packed:
             restored.append(name)
@@ -282,22 +302,24 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
     refuse_existing(out, overwrite)
     with whole_folder(out, overwrite) as draft:
         core = runtime.add_extension(ov.Core())
-        done, packed = set(), False
+        done, packed, sparse = set(), False, False
         for path in models:
             model = core.read_model(path)
             if change(path.name, model):
                 save_model(model, draft / path.name)
                 done |= {path.name, path.with_suffix(".bin").name}
             packed = packed or model.has_rt_info(["ov_ext", "format"])
+            sparse = sparse or is_sparse(model)
             del model
         for path in source.iterdir():
             if path.name not in done and not path.name.startswith("."):
                 copy = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, draft / path.name)
-        if packed:
-            write_card(draft, PACKED)
-        else:
-            remove_section(draft, PACKED)
+        for present, section in ((packed, PACKED), (sparse, SPARSE_ATTENTION)):
+            if present:
+                write_card(draft, section)
+            else:
+                remove_section(draft, section)
         _add_tokenizer(draft)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ov_ext import runtime
 from ov_ext.extension import extension_path
+from ov_ext.sparse_attention.passes import is_sparse
 
 if TYPE_CHECKING:
     from openvino_genai import LLMPipeline
@@ -37,6 +38,7 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
         Your own ``extensions`` are kept, and the one of this package is added.
     :return: The pipeline.
     :raises ValueError: The folder lacks the model or its tokenizer.
+    :raises ValueError: Continuous batching is asked for, and attention keeps pruned keys and values.
     :raises PackedAdapterError: ``adapters`` are given, and weights are packed.
     :raises ExtensionUnavailableError: See :func:`ov_ext.extension_path`.
     :raises NewerFormatError: It was packed by a newer release.
@@ -49,6 +51,16 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
     packed = model.has_rt_info(["ov_ext", "format"])
     if packed:
         _refuse_adapters(None, properties)
+    if is_sparse(model):
+        asked = [f"ATTENTION_BACKEND={properties['ATTENTION_BACKEND']}"] if "ATTENTION_BACKEND" in properties else []
+        asked += [name for name in ("scheduler_config", "draft_model") if name in properties]
+        if asked not in ([], ["ATTENTION_BACKEND=SDPA"]):
+            msg = (
+                f"{' and '.join(asked)}: paged attention keeps keys and values itself; so does this model's. It runs "
+                'with ATTENTION_BACKEND="SDPA", its default here; `ov-ext unpack` restores stock attention.'
+            )
+            raise ValueError(msg)
+        properties["ATTENTION_BACKEND"] = "SDPA"
     extensions = [*properties.pop("extensions", ()), str(extension_path())]
     from openvino_genai import LLMPipeline
 

@@ -80,6 +80,7 @@ OV_EXT_LAYERS = (
     "machine",
     "cpu_plugin.support",
     "cpu_plugin.*",
+    "graphs",
     "runtime",
     "sparse_*",
     "stand_in",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import openvino as ov
-from openvino import Node, Output
+from openvino import Node
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER
-from ov_ext.sparse_weights.subgraph import RecordError
+from ov_ext.graphs import RecordError, detach, redirect
 
 OPERATION = "SparseMatMul"
 
@@ -85,18 +85,3 @@ def _merge(nodes: list[Node], factory: NodeFactory) -> None:
     for i, node in enumerate(nodes):
         redirect(node.output(0), merged.output(i))
         detach(node)
-
-
-def redirect(old: Output, new: Output) -> None:
-    """Give all consumers and tensor names of an output to another one."""
-    new.set_names(old.get_names())
-    for port in list(old.get_target_inputs()):
-        port.replace_source_output(new)
-
-
-def detach(node: Node) -> None:
-    """Cut a replaced node off from its inputs: while a reference to it exists, it would count as their consumer."""
-    for port in node.inputs():
-        source = port.get_source_output()
-        stand_in = ov.op.Parameter(source.get_element_type(), source.get_partial_shape())
-        port.replace_source_output(stand_in.output(0))

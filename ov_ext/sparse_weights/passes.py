@@ -16,14 +16,14 @@ from ov_ext import runtime
 from ov_ext.cpu_plugin.sparse_matmul import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, VERSION
 from ov_ext.extension import extension_path, package_version
+from ov_ext.graphs import RecordError, detach, graphs_of, redirect, refuse_short_constants
 from ov_ext.sparse_weights import tables
 from ov_ext.sparse_weights.cost import CostTable
-from ov_ext.sparse_weights.graphs import graphs_of, refuse_short_constants
-from ov_ext.sparse_weights.packed import OPERATION, detach, group, is_packed, records, redirect
+from ov_ext.sparse_weights.packed import OPERATION, group, is_packed, records
 from ov_ext.sparse_weights.plan import Decision, decide
 from ov_ext.sparse_weights.policy import SparsePolicy
 from ov_ext.sparse_weights.report import LayerReport, PackReport
-from ov_ext.sparse_weights.subgraph import RecordError, describe, read_record, restore
+from ov_ext.sparse_weights.subgraph import describe, read_record, restore
 from ov_ext.sparse_weights.survey import Key, Survey, foldable_bias, key_of, read_weight, survey, with_bias
 from ov_ext.sparse_weights.weights import ConstantWeight, element_name, find
 from ov_ext.sparse_weights.workload import Expected

@@ -22,6 +22,7 @@ from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.graphs import RecordError
 from ov_ext.sparse_weights.weights import (
     FLOATS,
     SYMMETRIC,
@@ -41,10 +42,6 @@ _ELEMENTS = (*FLOATS, *SYMMETRIC, "i16", "u16", "i32", "u32", "i64", "u64")
 # What Python, numpy, zlib and OpenVINO raise for a record that is valid JSON but has a wrong content.
 _NONSENSE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, zlib.error, Unpackable)
 _KEEP = "decompression_0"  # rt_info that keeps OpenVINO from folding the Convert of an f16 weight
-
-
-class RecordError(RuntimeError):
-    """A SparseMatMul has no usable record of its stock form."""
 
 
 def describe(found: ConstantWeight, bias: Node | None, scales: str = "") -> str:

@@ -11,8 +11,8 @@ from openvino import Node
 
 from ov_ext.cpu_plugin.sparse_matmul import native
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.graphs import element_count
 from ov_ext.sparse_weights.cost import OURS, Form
-from ov_ext.sparse_weights.graphs import element_count
 from ov_ext.sparse_weights.policy import SparsePolicy
 from ov_ext.sparse_weights.subgraph import bias_constant
 from ov_ext.sparse_weights.weights import (

@@ -20,7 +20,7 @@ import numpy as np
 from openvino import Node, Output
 
 from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
-from ov_ext.sparse_weights.graphs import element_count
+from ov_ext.graphs import element_count
 
 FLOATS = ("f32", "f16", "bf16")
 SYMMETRIC = {"i8": "i8", "u8": "i8", "i4": "i4", "u4": "i4"}  # integer element type -> its signed form

@@ -1,13 +1,17 @@
-"""The graphs of a model, those inside its operations too, and whether its constants are as long as they claim."""
+"""What every pass needs: the graphs of a model, bodies included; whole constants; a node in place of another."""
 
 from __future__ import annotations
 
 import math
 
 import openvino as ov
-from openvino import Node
+from openvino import Node, Output
 
 _BRANCHES = 2  # of an If
+
+
+class RecordError(RuntimeError):
+    """One of our operations has no usable record of its stock form."""
 
 
 def graphs_of(model: ov.Model) -> list[ov.Model]:
@@ -47,3 +51,18 @@ def refuse_short_constants(graphs: list[ov.Model]) -> None:
                     f"The constant {node.get_friendly_name()!r} claims to be {form}, {needed} bytes, but holds {held}. "
                     "The file is damaged: copy the model again."
                 )
+
+
+def redirect(old: Output, new: Output) -> None:
+    """Give all consumers and tensor names of an output to another one."""
+    new.set_names(old.get_names())
+    for port in list(old.get_target_inputs()):
+        port.replace_source_output(new)
+
+
+def detach(node: Node) -> None:
+    """Cut a replaced node off from its inputs: while a reference to it exists, it would count as their consumer."""
+    for port in node.inputs():
+        source = port.get_source_output()
+        stand_in = ov.op.Parameter(source.get_element_type(), source.get_partial_shape())
+        port.replace_source_output(stand_in.output(0))
