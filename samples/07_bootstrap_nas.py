@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from evidence.show import plot, quiet, table
 
-QUICK = {"dense": 8, "shrinking": 10, "tuning": 4, "budget": 11}
+QUICK: dict[str, Any] = {"dense": 8, "shrinking": 10, "tuning": 4, "budget": 14, "targets": (0.5,)}
 
 
 def main(

@@ -71,12 +71,12 @@ def test_a_quick_run_of_bootstrap_nas_shows_everything(tmp_path: Path) -> None:
     command = [sys.executable, str(SAMPLES / "07_bootstrap_nas.py"), "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]
-    for shown in ("searched 0.25", "uniform 0.25", "pruned 0.25", "searched 0.25, INT8", "times faster", "Pictures:"):
+    for shown in ("searched 0.5", "uniform 0.5", "pruned 0.5", "searched 0.5, INT8", "times faster", "Pictures:"):
         assert shown in done.stdout, shown
     assert done.stdout.count("computes the same") == 2 and "DIFFERS" not in done.stdout
     record = json.loads((tmp_path / "quick/seed-0/record.json").read_text())
-    ours, *others = (record[f"{arm} 0.25"]["macs"] for arm in ("searched", "uniform", "pruned"))
-    assert ours <= 0.25 * record["dense"]["macs"] and all(abs(each / ours - 1) < 0.1 for each in others)
+    ours, *others = (record[f"{arm} 0.5"]["macs"] for arm in ("searched", "uniform", "pruned"))
+    assert ours <= 0.5 * record["dense"]["macs"] and all(abs(each / ours - 1) < 0.1 for each in others)
     assert (tmp_path / "quick/front.png").stat().st_size > 10_000
     assert (tmp_path / "quick/seed-0/points.csv").read_text().count("\n") == len(record["front"]) + 1
 
