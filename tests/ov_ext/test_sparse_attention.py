@@ -15,6 +15,7 @@ from openvino import opset13 as ops
 from typer.testing import CliRunner
 
 import ov_ext
+from ov_ext import runtime
 from ov_ext.cli import app
 from ov_ext.sparse_attention.pattern import NotReplaceable, find
 
@@ -225,6 +226,16 @@ def test_a_past_with_another_reader_and_a_window_stay_stock() -> None:
     sdpa.input(3).replace_source_output(ops.convert(near, ov.Type.f32).output(0))
     with pytest.raises(NotReplaceable, match="sliding window"):
         find(sdpa, model)
+
+
+@pytest.mark.parametrize(("cpu", "warned"), [("avx2", True), ("avx512_core_vnni", True), ("avx512", False)])
+def test_a_cpu_without_a_kernel_is_said(
+    cpu: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runtime, "this_cpu", lambda: cpu)
+    with caplog.at_level("WARNING", "ov_ext"):
+        ov_ext.sparsify_attention(attention())
+    assert ("reference kernel" in caplog.text) == warned
 
 
 def test_models_without_such_attention_are_errors() -> None:
