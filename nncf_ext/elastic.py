@@ -13,6 +13,7 @@ from nncf_ext.algorithms.elastic_lora.parameters import RankGroup
 from nncf_ext.algorithms.lonas.algorithm import ElasticBaseAndLora
 from nncf_ext.parameters import ElasticMode
 from nncf_ext.structure.wrappers import check_not_compiled, check_plain
+from nncf_ext.weights.activation_sparsity import refuse_sparse_inputs
 
 
 def make_elastic(
@@ -62,6 +63,7 @@ def make_elastic(
         )
         raise nncf.ParameterNotSupportedError(msg)
     check_not_compiled(model)
+    refuse_sparse_inputs(model, "make elastic")
     sizes = mode & ~ElasticMode.RANK
     if sizes and example_input is None:
         msg = (

@@ -10,6 +10,7 @@ from nncf_ext.exploration.space import Elastic
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import extract_structure
 from nncf_ext.structure.wrappers import plain_arithmetic, unwrapped
+from nncf_ext.weights.activation_sparsity import refuse_sparse_inputs
 
 
 @plain_arithmetic()
@@ -29,6 +30,7 @@ def extract(net: Elastic | nn.Module, point: Mapping[str, int] | StructurePlan) 
         if not isinstance(net, nn.Module):
             msg = f"Asked to carry out a StructurePlan on a {type(net).__name__}; it needs the dense model it is for."
             raise nncf.UnsupportedModelError(msg)
+        refuse_sparse_inputs(net, "cut")
         return extract_structure(unwrapped(net), point)
     if isinstance(net, nn.Module) or not callable(getattr(net, "extract", None)):
         msg = (

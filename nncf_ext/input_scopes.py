@@ -1,5 +1,6 @@
 """The same under the name, and with the scopes, that NNCF has."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from nncf_ext.algorithms.activation_sparsity.parameters import AdvancedActivatio
 from nncf_ext.compression import compress
 from nncf_ext.parameters import CompressMode
 from nncf_ext.structure.blocks import ignored_modules, survey
+from nncf_ext.structure.wrappers import unwrapped
 
 TModel = TypeVar("TModel", bound=nn.Module)
 
@@ -41,17 +43,26 @@ def sparsify_activations(
     parameters = advanced_parameters or AdvancedActivationSparsityParameters()
     if parameters.targets:
         raise nncf.ValidationError("Targets are given by scopes here; advanced_parameters.targets must be empty.")
+    model = unwrapped(model)  # type: ignore[assignment]  # as compress() does
     layers = survey(model, ignored_scope).targets
-    targets: dict[str, float] = dict.fromkeys(layers, 0.0)
+    by_target: dict[float, list[str]] = {}
     taken: set[str] = set()
     for scope, target in target_sparsity_by_scope.items():
+        if not isinstance(scope, nncf.IgnoredScope):
+            msg = f"Scopes are nncf.IgnoredScope or NNCF's TargetScope; got {type(scope).__name__}."
+            raise nncf.ValidationError(msg)
         named = ignored_modules(model, scope) & layers.keys()
         if twice := sorted(named & taken):
             raise nncf.ValidationError(f"{twice[0]} is in two scopes. One target for each layer is needed.")
+        if not named:
+            msg = f"{scope} names no linear layer that can be treated: only embeddings, heads, or what is ignored."
+            raise nncf.ValidationError(msg)
         taken |= named
-        targets |= dict.fromkeys(named, target)
+        by_target.setdefault(target, []).extend(sorted(named))
     if not taken:
         raise nncf.ValidationError("The scopes name no linear layer that can be treated.")
+    # One expression for each target: there may be thousands of layers.
+    targets = {"|".join(map(re.escape, names)): target for target, names in by_target.items()}
     return compress(
         model,
         CompressMode.ACTIVATION_SPARSITY,
@@ -59,9 +70,5 @@ def sparsify_activations(
         dataset=dataset,
         ignored_scope=ignored_scope,
         subset_size=subset_size,
-        advanced_parameters=replace(parameters, targets={_literally(name): each for name, each in targets.items()}),
+        advanced_parameters=replace(parameters, targets=targets),
     )
-
-
-def _literally(name: str) -> str:
-    return name.replace(".", r"\.")

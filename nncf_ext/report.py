@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nncf_ext.structure.blocks import Weight, survey
 from nncf_ext.structure.wrappers import without_shells
 from nncf_ext.upstream import INT4SymmetricWeightsDecompressor
+from nncf_ext.weights.activation_sparsity import activation_sparsity_of
 from nncf_ext.weights.int4 import codes_and_scales, weight_hooks
 from nncf_ext.weights.records import LayerRecord, record_of
 
@@ -214,6 +215,7 @@ def compression_report(model: nn.Module) -> CompressionReport:
         values = _values(weight, hook)
         record = record_of(weight.module) or LayerRecord()
         treated = record.mode is not None and weight.name.endswith(".weight")
+        sparsity = activation_sparsity_of(weight.module) if weight.name.endswith(".weight") else None
         rows.append(
             WeightReport(
                 name=weight.name,
@@ -226,7 +228,7 @@ def compression_report(model: nn.Module) -> CompressionReport:
                 error=record.error if treated else None,
                 error_of=record.error_of if treated else None,
                 note=record.note if treated else reason_untouched(weight, hook, record),
-                input_sparsity=record.input_sparsity if treated else None,
+                input_sparsity=None if sparsity is None else sparsity.achieved,
             )
         )
     return CompressionReport(tuple(rows))

@@ -36,6 +36,7 @@ from nncf_ext.structure.order import by_importance
 from nncf_ext.structure.plan import StructurePlan
 from nncf_ext.structure.surgery import cut_structure
 from nncf_ext.upstream import is_wrapped
+from nncf_ext.weights.activation_sparsity import refuse_sparse_inputs
 from nncf_ext.weights.records import set_plan
 
 logger = logging.getLogger("nncf_ext")
@@ -213,6 +214,7 @@ class StructuredPruning(ABC):
         if is_wrapped(model):
             msg = "Asked to cut a model that carries NNCF hooks. Remove structure first, then compress the result."
             raise nncf.UnsupportedModelError(msg)
+        refuse_sparse_inputs(model, "cut")
         dimensions = self._dimensions = _prunable_dimensions(model)
         plan, ignored = StructurePlan.dense(model, dimensions), _ignored(model, dimensions, survey)
         whole = self.cost(model, dimensions, plan)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_ext.files import write_whole
+from nncf_ext.structure.wrappers import without_shells
 from nncf_ext.weights.activation_sparsity import (
     ActivationSparsity,
     activation_sparsity_of,
@@ -44,7 +45,7 @@ def save_thresholds(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     rows = {
         name: {"module_name": name, **as_row(sparsity), "hook_type": "pre_hook"}
-        for name, module in model.named_modules()
+        for name, module in without_shells(model).named_modules()
         if (sparsity := activation_sparsity_of(module)) is not None
     }
     if not rows:
@@ -54,20 +55,21 @@ def save_thresholds(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def load_thresholds(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
-    Gives layers the thresholds of a file by :func:`save_thresholds` or by SCAP. Thresholds that they have go.
+    Gives layers the thresholds of a file by :func:`save_thresholds` or by SCAP. All thresholds that the model has go.
 
     :param model: The model; changed in place.
     :param path: The JSON file.
     :raises nncf.ValidationError: It holds something else, or thresholds of layers that the model has not. Nothing is
         changed then.
+    :raises OSError: It cannot be read.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise nncf.ValidationError(f"{path} cannot be read ({error}). A JSON object is needed.") from error
-    if not isinstance(content, dict) or not all(isinstance(row, dict) for row in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(row, dict) for row in content.values()):
         raise nncf.ValidationError(f"{path} holds no thresholds: an object of one object for each layer is needed.")
-    modules = dict(model.named_modules())
+    modules = dict(without_shells(model).named_modules())
     found = {}
     for name, row in content.items():
         layer = modules.get(name)
@@ -76,11 +78,12 @@ def load_thresholds(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise nncf.ValidationError(msg)
         try:
             found[name] = from_row(row, layer.in_features)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             msg = f"{path}: what is said of {name} is no threshold ({type(error).__name__}: {error})."
             raise nncf.ValidationError(msg) from error
-    for name, sparsity in found.items():
-        set_activation_sparsity(modules[name], sparsity)
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear):
+            set_activation_sparsity(module, found.get(name))
 
 
 def as_row(sparsity: ActivationSparsity) -> dict[str, Any]:
@@ -94,6 +97,8 @@ def as_row(sparsity: ActivationSparsity) -> dict[str, Any]:
         "threshold": _plain(sparsity.threshold),
         "target_sparsity": sparsity.target,
     }
+    if sparsity.achieved is not None:
+        row["achieved_sparsity"] = sparsity.achieved
     if isinstance(sparsity.replacement, Tensor) or sparsity.replacement != sparsity.centre:
         row["replacement"] = _plain(sparsity.replacement)
     return row
@@ -112,8 +117,11 @@ def from_row(row: Mapping[str, Any], in_features: int | None = None) -> Activati
         raise ValueError("thresholds are not negative, and the centre is one number")
     method = str(row.get("demode_method", "zero"))
     replacement = _number(row["replacement"], in_features) if "replacement" in row else centre
-    target = float(row.get("target_sparsity", 0.0))
-    return ActivationSparsity(threshold, centre, replacement, target, _PUBLISHED.get(method, method))
+    target, achieved = (float(row.get(f"{name}_sparsity") or 0.0) for name in ("target", "achieved"))
+    if not (0.0 <= target <= 1.0 and 0.0 <= achieved <= 1.0):
+        raise ValueError("a sparsity is a fraction from 0 to 1")
+    known = achieved if "achieved_sparsity" in row else None
+    return ActivationSparsity(threshold, centre, replacement, target, _PUBLISHED.get(method, method), known)
 
 
 def _plain(value: float | Tensor) -> Any:
@@ -122,6 +130,8 @@ def _plain(value: float | Tensor) -> Any:
 
 def _number(value: Any, in_features: int | None) -> float | Tensor:
     if not isinstance(value, list):
+        if isinstance(value, bool):
+            raise TypeError(f"{value} is no number")
         number = float(value)
         if not math.isfinite(number):
             raise ValueError(f"{number} is not finite")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import nncf
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ class ActivationSparsity:
     :param replacement: What stands in for those near it.
     :param target: Fraction of inputs that was asked for, 0..1.
     :param centering: Name of the way in which the centre was found.
+    :param achieved: Fraction of inputs that are replaced on calibration tokens, 0..1; None: unknown.
     """
 
     threshold: float | Tensor
@@ -31,6 +33,7 @@ class ActivationSparsity:
     replacement: float | Tensor = 0.0
     target: float = 0.0
     centering: str = "zero"
+    achieved: float | None = None
 
     def replaced(self, inputs: Tensor) -> Tensor:
         """
@@ -51,7 +54,7 @@ class ActivationSparsity:
 def _like(value: float | Tensor, inputs: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value.to(inputs.device, inputs.dtype)
-    return torch.tensor(value, dtype=inputs.dtype, device=inputs.device)
+    return torch.full((), value, dtype=inputs.dtype, device=inputs.device)
 
 
 def set_activation_sparsity(layer: nn.Linear, sparsity: ActivationSparsity | None) -> None:
@@ -74,6 +77,21 @@ def activation_sparsity_of(layer: nn.Module) -> ActivationSparsity | None:
     :return: What it does with its inputs, or None.
     """
     return layer.__dict__.get(_ATTRIBUTE)
+
+
+def refuse_sparse_inputs(model: nn.Module, doing: str) -> None:
+    """
+    :param model: Any model.
+    :param doing: What is asked for, and does not know thresholds: "cut", "make elastic".
+    :raises nncf.UnsupportedModelError: A layer replaces some of its inputs.
+    """
+    for name, module in model.named_modules():
+        if activation_sparsity_of(module) is not None:
+            msg = (
+                f"Asked to {doing} a model whose layers replace some of their inputs, such as {name}. Do that first, "
+                "and calibrate ACTIVATION_SPARSITY on the result."
+            )
+            raise nncf.UnsupportedModelError(msg)
 
 
 def _replace(

@@ -18,7 +18,6 @@ class LayerRecord:
     :param error: Relative error, dimensionless; see `error_of`.
     :param error_of: ``"output"``: of the layer's output on calibration tokens. ``"weight"``: of the weight itself.
     :param note: What the user asked for and did not get on this layer, or None.
-    :param input_sparsity: Fraction of the layer's inputs that are replaced on calibration tokens, 0..1, or None.
     :param prerounding: With ``keep_prerounding``: the masked, error-compensated weight as it was just before rounding,
         ``[out_features, in_features]`` float32. ``round_to_grid(prerounding, scales)`` gives the codes exactly. It is
         not part of the state dict, and not saved with a model; all else is.
@@ -30,7 +29,6 @@ class LayerRecord:
     error: float | None = None
     error_of: str | None = None
     note: str | None = None
-    input_sparsity: float | None = None
     prerounding: Tensor | None = None
 
 

@@ -62,6 +62,7 @@ def _ours() -> Iterator[Arm]:
         yield packed(f"sparse{percent}-bf16", "bf16", sparse)
         yield packed(f"sparse{percent}-int8", "int8", sparse, int8=True)
         yield packed(f"sparse{percent}-int4", "int4", partial(sparse, int4=True))
+        yield packed(f"sparse{percent}-int4-all", "int4", partial(sparse, int4=True), rest="int4")
         uniform = partial(sparse, int4=True, allocation="uniform")
         yield packed(f"sparse{percent}-int4-uniform", "int4", uniform)
         yield packed(f"sparse{percent}-int4-trained", "int4", partial(sparse, int4=True, epochs=4))

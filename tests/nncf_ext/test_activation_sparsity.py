@@ -7,6 +7,7 @@ from functools import partial
 import nncf
 import numpy as np
 import openvino as ov
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,7 +93,8 @@ finite = st.floats(-1e6, 1e6, width=32)
 def test_quantiles_are_those_of_numpy(values, fractions, pieces):
     parts = [torch.from_numpy(part) for part in np.array_split(np.array(values, np.float32), pieces)]
     found = quantiles(lambda see: [see(part) for part in parts], fractions)
-    np.testing.assert_allclose(found, np.quantile(np.array(values, np.float64), fractions), rtol=1e-6, atol=1e-30)
+    largest = float(np.abs(values).max())
+    np.testing.assert_allclose(found, np.quantile(np.array(values, np.float64), fractions), atol=1e-9 * largest)
 
 
 def test_quantiles_need_finite_values():
@@ -276,6 +278,10 @@ def test_published_thresholds_are_read(gelu, items, tmp_path):
         (lambda rows: rows["blocks.0.2"].update(threshold=-1.0), "not negative"),
         (lambda rows: rows["blocks.0.2"].update(threshold=[0.1] * 3), "64 channels"),
         (lambda rows: rows["blocks.0.2"].update(mode=float("nan")), "not finite"),
+        (lambda rows: rows["blocks.0.2"].update(threshold=10**400), "OverflowError"),
+        (lambda rows: rows["blocks.0.2"].update(mode=True), "is no number"),
+        (lambda rows: rows["blocks.0.2"].update(target_sparsity=7), "a fraction"),
+        (lambda rows: rows.clear(), "holds no thresholds"),
         (lambda rows: rows.update({"blocks.0.2": 3}), "holds no thresholds"),
     ],
 )
@@ -306,11 +312,15 @@ def test_what_cannot_be_is_refused(gelu, items):
         ({TargetScope(names=["other"]): 0.2}, "match no layer"),
         ({TargetScope(names=["blocks.1.0"]): 1.5}, "from 0 to 0.99; got 1.5"),
         ({}, "name no linear layer"),
+        ({TargetScope(types=["GELU"], validate=False): 0.1}, "names no linear layer"),
+        ({"blocks.1.0": 0.1}, "Scopes are nncf.IgnoredScope"),
     ):
         with pytest.raises(nncf.ValidationError, match=text):
             sparsify(scopes)
     for advanced, error, text in (
         ({"targets": {"blocks": 0.1}}, nncf.ValidationError, "match no layer"),
+        ({"targets": {".*": "0.3"}}, nncf.ValidationError, "got '0.3' for"),
+        ({"targets": [0.3]}, nncf.ValidationError, "a mapping; got list"),
         ({"targets": {"(": 0.1}}, nncf.ValidationError, "no regular expression"),
         ({"targets": {".*0": 0.1, "blocks.0.*": 0.2}}, nncf.ValidationError, "One target for each layer"),
         ({"targets": {".*": 0.0}}, nncf.ValidationError, "No layer of Gelu would get"),
@@ -323,6 +333,79 @@ def test_what_cannot_be_is_refused(gelu, items):
     with pytest.raises(nncf.ValidationError, match="not finite"):
         sparse(gelu, [items[0] * float("inf")])
     assert all(activation_sparsity_of(module) is None for module in gelu.modules())
+
+
+class Experts(nn.Module):
+    """Two of three experts are called; the second for one item only."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        y = self.experts[0](x)
+        return self.experts[1](y) + self.experts[1](-y) if x.mean() > 0 else y
+
+
+def test_layers_that_no_token_reaches_are_left_alone(caplog):
+    torch.manual_seed(6)
+    model, items = Experts().eval(), [torch.randn(9, 16) - 0.2, torch.randn(9, 16) + 0.2]
+    with caplog.at_level("WARNING", "nncf_ext"):
+        result = sparse(model, items)
+    assert "experts.2 saw no calibration token" in caplog.text
+    first, second, third = (activation_sparsity_of(expert) for expert in result.experts)
+    assert third is None and first is not None
+    with torch.no_grad():
+        y = result.experts[0](items[1])
+    both = torch.cat([y, -y]).abs().double().numpy()  # both calls count
+    assert second.threshold == pytest.approx(np.quantile(both, RATIO), rel=1e-5)
+    targets = {r"experts\.2": 0.5}
+    with pytest.raises(nncf.ValidationError, match="No calibration token reached"):
+        sparse(model, items, ratio=0.0, targets=targets)
+
+
+def test_hooks_of_nncf_act_in_the_calibration():
+    """With a quantizer of activations, blocks are not run by themselves."""
+    torch.manual_seed(9)
+    model, items = Gelu().eval(), [torch.randn(2, 7, 16) for _ in range(4)]
+    quantized = nncf.quantize(model, nncf.Dataset(items), subset_size=4)
+    result = sparse(quantized, items)
+    name = "blocks.1.2"
+    inputs = recorded(result, items, [name])[name]
+    assert activation_sparsity_of(result.get_submodule(name)).threshold == pytest.approx(
+        np.quantile(np.abs(inputs), RATIO), rel=1e-5
+    )
+
+
+def test_what_does_not_know_thresholds_refuses_them(gelu, items):
+    result = sparse(gelu, items)
+    with pytest.raises(nncf.UnsupportedModelError, match="Asked to make elastic a model whose layers replace"):
+        nncf_ext.make_elastic(result, nncf_ext.ElasticMode.WIDTH, example_input=items[0])
+    decoder = sparse(llama(), [{"input_ids": torch.randint(3, 90, (1, 9))}])
+    with pytest.raises(nncf.UnsupportedModelError, match="Asked to cut a model whose layers replace"):
+        nncf_ext.extract(decoder, nncf_ext.StructurePlan.dense(llama()))
+    adapted = peft.get_peft_model(decoder, peft.LoraConfig(target_modules=["up_proj"]))
+    with pytest.raises(nncf.UnsupportedModelError, match="Asked to put an adapter on"):
+        nncf_ext.make_mergeable(adapted, nncf_ext.MergeMode.SPARSE)
+
+
+def test_wrapped_models_and_inputs_without_a_batch(gelu):
+    items = [torch.randn(16) for _ in range(30)]
+    scope = {TargetScope(patterns=[".*2$"]): RATIO}
+    nncf_ext.sparsify_activations(nn.DataParallel(gelu), nncf.Dataset(items), scope)
+    found = activation_sparsity_of(gelu.blocks[0][2])
+    inputs = recorded(gelu, [item[None] for item in items], ["blocks.0.2"])["blocks.0.2"]
+    assert found.threshold == pytest.approx(np.quantile(np.abs(inputs), RATIO), rel=1e-5)
+
+
+def test_loading_takes_away_what_was_there(gelu, items, tmp_path):
+    nncf_ext.save_thresholds(sparse(gelu, items, ratio=0.0, targets={r"blocks\.0\.0": 0.5}), tmp_path / "one.json")
+    result = sparse(gelu, items)
+    nncf_ext.load_thresholds(result, tmp_path / "one.json")
+    found = {name for name, module in result.named_modules() if activation_sparsity_of(module) is not None}
+    assert found == {"blocks.0.0"}
+    rows = {row.name: row.input_sparsity for row in nncf_ext.compression_report(result).weights}
+    assert rows.pop("blocks.0.0.weight") == pytest.approx(0.5, abs=0.01) and set(rows.values()) == {None}
 
 
 def test_many_equal_inputs_are_said(caplog):

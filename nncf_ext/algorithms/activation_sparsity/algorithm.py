@@ -32,6 +32,7 @@ from nncf_ext.parameters import ActivationCentering
 from nncf_ext.progress import Progress
 from nncf_ext.saving.thresholds import as_row, from_row
 from nncf_ext.structure.blocks import Survey, note_untouched
+from nncf_ext.upstream import get_hook_storage, is_wrapped
 from nncf_ext.weights.activation_sparsity import (
     ActivationSparsity,
     activation_sparsity_of,
@@ -48,7 +49,6 @@ _SAMPLE = 256  # tokens on which a layer's error is measured
 @dataclass(frozen=True)
 class _Found:
     sparsity: ActivationSparsity
-    achieved: float
     error: float
     """Relative, of the layer's output."""
 
@@ -73,6 +73,7 @@ class ActivationSparsityMethod:
         self._request = request
         self._parameters = request.parameters
         self._items = read_items(request.dataset, request.subset_size)
+        self._whole = False
 
     def check(self, model: nn.Module, survey: Survey) -> None:
         """
@@ -132,9 +133,10 @@ class ActivationSparsityMethod:
 
     def _wanted(self, layers: Iterable[str]) -> dict[str, float]:
         """Targets by layer, none of which is 0."""
-        wanted, idle = {}, set(self._parameters.targets)
+        compiled = {pattern: re.compile(pattern) for pattern in self._parameters.targets}
+        wanted, idle = {}, {*compiled}
         for name in layers:
-            rules = [pattern for pattern in self._parameters.targets if re.fullmatch(pattern, name)]
+            rules = [pattern for pattern, rule in compiled.items() if rule.fullmatch(name)]
             idle -= {*rules}
             values = {self._parameters.targets[pattern] for pattern in rules}
             if len(values) > 1:
@@ -171,19 +173,27 @@ class ActivationSparsityMethod:
             known: dict[tuple[float, bool], ActivationSparsity] = {}
             for name in group:
                 layer = unit.layers[name]
-                read = _reading(unit, layer, once)
-                norms = _column_norms(model, name, layer) if self._parameters.weight_norms else None
+                read, weight = _reading(unit, layer, once), self._weight(model, name, layer)
+                norms = _column_norms(weight) if self._parameters.weight_norms else None
                 key = wanted[name], norms is None
                 if norms is None and key in known:
                     sparsity = known[key]
                 else:
                     sparsity = self._sparsity(read, wanted[name], norms)
                     known[key] = sparsity
-                results[name] = _measured(model, name, layer, sparsity, read)
+                results[name] = _measured(name, weight, sparsity, read)
             if self._parameters.sequential:
                 for name in group:
                     set_activation_sparsity(unit.layers[name], results[name].sparsity)
         return results
+
+    def _weight(self, model: nn.Module, name: str, layer: nn.Linear) -> Tensor:
+        """``[out_features, in_features]`` float32, as the forward sees it; see :func:`_decoded`."""
+        weight: Tensor = layer.weight
+        hook = weight_hooks(model).get(f"{name}.weight")
+        if hook is not None and (self._whole or not weight.is_floating_point()):
+            weight = hook(weight)
+        return weight.detach().float()
 
     def _sparsity(self, read: Reading, target: float, norms: Tensor | None) -> ActivationSparsity:
         centering = ActivationCentering(self._parameters.centering)
@@ -210,34 +220,48 @@ class ActivationSparsityMethod:
     def _header(self, model: nn.Module, wanted: Mapping[str, float]) -> dict[str, Any]:
         return {
             "mode": self._request.mode.value,
-            "parameters": asdict(self._parameters),
+            "parameters": {**asdict(replace(self._parameters, targets={}))},
             "targets": dict(wanted),
             "data": digest(self._items),
-            "weights": digest(model.named_parameters()),
+            "weights": digest(model.state_dict().items()),
+            "thresholds": digest(
+                (name, as_row(known))
+                for name, module in model.named_modules()
+                if (known := activation_sparsity_of(module)) is not None
+            ),
         }
 
 
 def _groups(unit: Unit) -> tuple[list[list[str]], bool]:
     """
-    Layers that read the very same tensor of the first samples, in the order in which they run; and whether each is
-    called just once, so that a run may end there.
+    Layers that read the very same tensor in every sample, in the order in which they run, without those that see no
+    value; and whether no sample calls a layer twice, so that a run may end where it is called.
     """
-    groups: dict[int, list[str]] = {}
-    held, calls = [], dict.fromkeys(unit.layers, 0)
-    sampled = False
+    if not unit.layers:
+        return [], True
+    leaders: dict[str, list[str]] = {name: [] for name in unit.layers}
+    values, calls = dict.fromkeys(unit.layers, 0), dict.fromkeys(unit.layers, 0)
+    held: dict[int, tuple[str, Tensor]] = {}  # with the tensors, so that no other one gets their identity
+    order: list[str] = []
+    most = 0
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if sampled:
-            raise Enough
         inputs = args[0] if args else kwargs["input"]
+        values[name] += inputs.numel()
         calls[name] += 1
+        if name not in order:
+            order.append(name)
         if calls[name] == 1:
-            held.append(inputs)  # so that no other tensor gets its identity
-            groups.setdefault(id(inputs), []).append(name)
+            leaders[name].append(held.setdefault(id(inputs), (name, inputs))[0])
 
     def after_sample() -> None:
-        nonlocal sampled
-        sampled = True
+        nonlocal most
+        most = max(most, *calls.values())
+        for name, number in calls.items():
+            if not number:
+                leaders[name].append("")
+        calls.update(dict.fromkeys(calls, 0))
+        held.clear()
 
     with ExitStack() as hooks:
         for name, layer in unit.layers.items():
@@ -246,8 +270,11 @@ def _groups(unit: Unit) -> tuple[list[list[str]], bool]:
             )
             hooks.callback(handle.remove)
         unit.run(after_sample)
-    once = all(number == 1 for number in calls.values())
-    return [*groups.values(), *([name] for name, number in calls.items() if not number)], once
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in order:
+        if values[name]:
+            groups.setdefault(tuple(leaders[name]), []).append(name)
+    return [*groups.values()], most <= 1
 
 
 def _reading(unit: Unit, layer: nn.Linear, once: bool) -> Reading:
@@ -271,29 +298,30 @@ def _decoded(model: nn.Module, unit: Unit) -> Iterator[None]:
     """Codes become floating weights while a block is run by itself: NNCF's hooks act where the whole model is run."""
     hooks = weight_hooks(model) if unit.module is not None else {}
     codes = {}
-    for name, hook in hooks.items():
-        parameter = model.get_parameter(name)
-        if name.startswith(f"{unit.name}.") and not parameter.is_floating_point():
-            codes[parameter] = parameter.data
-            parameter.data = hook(parameter.data)
     try:
+        for name, hook in hooks.items():
+            parameter = model.get_parameter(name)
+            if name.startswith(f"{unit.name}.") and not parameter.is_floating_point():
+                codes[parameter] = parameter.data
+                parameter.data = hook(parameter.data)
         yield
     finally:
         for parameter, packed in codes.items():
             parameter.data = packed
 
 
-def _weight(model: nn.Module, name: str, layer: nn.Linear) -> Tensor:
-    """``[out_features, in_features]`` float32, as the forward sees it."""
-    weight: Tensor = layer.weight
-    if not weight.is_floating_point():
-        weight = weight_hooks(model)[f"{name}.weight"](weight)
-    return weight.detach().float()
+def _acts_on_more_than_codes(model: nn.Module) -> bool:
+    """Whether NNCF's hooks do anything but decode integer weights."""
+    if not is_wrapped(model):
+        return False
+    behind = weight_hooks(model).items()
+    decoding = {id(hook) for name, hook in behind if not model.get_parameter(name).is_floating_point()}
+    return any(id(hook) not in decoding for _, hook in get_hook_storage(model).named_hooks())
 
 
-def _column_norms(model: nn.Module, name: str, layer: nn.Linear) -> Tensor:
+def _column_norms(weight: Tensor) -> Tensor:
     """``[in_features]``, on average 1; a column of zeros counts a little, so that its threshold is finite."""
-    norms = _weight(model, name, layer).norm(dim=0)
+    norms = weight.norm(dim=0)
     average = float(norms.mean())
     return (norms / average).clamp(min=1e-3) if average > 0 else torch.ones_like(norms)
 
@@ -305,7 +333,7 @@ def _means(read: Reading, sparsity: ActivationSparsity) -> Tensor:
 
     def add(inputs: Tensor) -> None:
         nonlocal sums, counts
-        rows = inputs.detach().float().flatten(0, -2)
+        rows = inputs.detach().float().reshape(-1, inputs.shape[-1])
         replaced = sparsity.replaced(rows)
         sums = sums + (rows * replaced).sum(0, dtype=torch.float64)
         counts = counts + replaced.sum(0)
@@ -315,13 +343,13 @@ def _means(read: Reading, sparsity: ActivationSparsity) -> Tensor:
     return torch.where(counts > 0, means, torch.full_like(means, sparsity.centre))
 
 
-def _measured(model: nn.Module, name: str, layer: nn.Linear, sparsity: ActivationSparsity, read: Reading) -> _Found:
+def _measured(name: str, weight: Tensor, sparsity: ActivationSparsity, read: Reading) -> _Found:
     replaced = count = 0
     sample: list[Tensor] = []
 
     def look(inputs: Tensor) -> None:
         nonlocal replaced, count
-        rows = inputs.detach().flatten(0, -2)
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
         replaced += int(sparsity.replaced(rows).sum())
         count += rows.numel()
         left = _SAMPLE - sum(map(len, sample))
@@ -329,7 +357,7 @@ def _measured(model: nn.Module, name: str, layer: nn.Linear, sparsity: Activatio
             sample.append(rows[torch.linspace(0, len(rows) - 1, min(left, len(rows), 32)).long()].float())
 
     read(look)
-    rows, weight = torch.cat(sample), _weight(model, name, layer)
+    rows = torch.cat(sample)
     exact = torch.linalg.norm(rows @ weight.T)
     error = torch.linalg.norm((sparsity(rows) - rows) @ weight.T)
     achieved = replaced / count
@@ -338,21 +366,21 @@ def _measured(model: nn.Module, name: str, layer: nn.Linear, sparsity: Activatio
             "%s: %.0f %% of its inputs are replaced where %.0f %% were asked for, as many of them are equal.",
             *(name, 100 * achieved, 100 * sparsity.target),
         )
-    return _Found(sparsity, achieved, float(error / exact) if exact > 0 else 0.0)
+    return _Found(replace(sparsity, achieved=achieved), float(error / exact) if exact > 0 else 0.0)
 
 
 def _note(layer: nn.Linear, found: _Found, mode: str) -> None:
-    """For the report: beside what was done to the weight, if anything was."""
+    """For the report, unless it tells already what was done to the weight."""
     known = record_of(layer)
     if known is None or known.mode is None:
-        known = LayerRecord(mode=mode, bytes_before=layer.weight.nbytes, error=found.error, error_of="output")
-    set_record(layer, replace(known, input_sparsity=found.achieved))
+        bytes_before = layer.weight.nbytes
+        set_record(layer, LayerRecord(mode=mode, bytes_before=bytes_before, error=found.error, error_of="output"))
 
 
 def _keep(results: Mapping[str, _Found], path: Path) -> None:
-    rows = {name: [as_row(each.sparsity), each.achieved, each.error] for name, each in results.items()}
+    rows = {name: [as_row(each.sparsity), each.error] for name, each in results.items()}
     path.write_text(json.dumps(rows))
 
 
 def _restored(content: Mapping[str, Any]) -> dict[str, _Found]:
-    return {name: _Found(from_row(row), achieved, error) for name, (row, achieved, error) in content.items()}
+    return {name: _Found(from_row(row), error) for name, (row, error) in content.items()}

@@ -6,7 +6,7 @@ halves of these integers, the second the lower halves of those that share the up
 result is a value that occurs, whatever the order of the pieces, in memory that does not depend on their number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import nncf
 import torch
@@ -17,6 +17,7 @@ Reading = Callable[[Callable[[Tensor], None]], None]
 """Calls what it is given with each piece of the values, in any shape; the same values every time it is called."""
 
 _HALF = 1 << 16
+_PIECE = 1 << 22  # values that are looked at together: 30 bytes each
 _BINS = 4096
 _BANDWIDTH_SAMPLES = 100_000  # the published density is that of so many values
 _NARROW = 0.5  # of Scott's bandwidth, as published
@@ -33,8 +34,8 @@ def quantiles(read: Reading, fractions: Sequence[float]) -> list[float]:
     upper = torch.zeros(_HALF, dtype=torch.int64)
 
     def count_upper(values: Tensor) -> None:
-        keys = _keys(values)
-        upper.add_(torch.bincount(keys >> 16, minlength=_HALF).cpu())
+        for keys in _keys(values):
+            upper.add_(torch.bincount(keys >> 16, minlength=_HALF).cpu())
 
     read(count_upper)
     ends = upper.cumsum(0)
@@ -47,10 +48,10 @@ def quantiles(read: Reading, fractions: Sequence[float]) -> list[float]:
     lower = {bucket: torch.zeros(_HALF, dtype=torch.int64) for bucket in buckets.values()}
 
     def count_lower(values: Tensor) -> None:
-        keys = _keys(values)
-        halves = keys >> 16
-        for bucket, counts in lower.items():
-            counts.add_(torch.bincount(keys[halves == bucket] & (_HALF - 1), minlength=_HALF).cpu())
+        for keys in _keys(values):
+            halves = keys >> 16
+            for bucket, counts in lower.items():
+                counts.add_(torch.bincount(keys[halves == bucket] & (_HALF - 1), minlength=_HALF).cpu())
 
     read(count_lower)
     found = {}
@@ -102,13 +103,15 @@ def density_peak(read: Reading) -> float:
     return low + (peak + 0.5 + max(-0.5, min(shift, 0.5))) * width
 
 
-def _keys(values: Tensor) -> Tensor:
-    """int64 ``[count]``, 0 to 2^32 - 1, in the order of the values."""
-    flat = values.detach().float().flatten()
-    if not bool(flat.isfinite().all()):
-        raise nncf.ValidationError("Values are not finite: the model overflows on its calibration data. Use float32.")
-    bits = (flat + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + (1 << 31)
+def _keys(values: Tensor) -> Iterator[Tensor]:
+    """Pieces of int64 ``[count]``, 0 to 2^32 - 1, in the order of the values."""
+    for part in values.detach().flatten().split(_PIECE):
+        flat = part.float()
+        if not bool(flat.isfinite().all()):
+            msg = "Values are not finite: the model overflows on its calibration data. Use float32."
+            raise nncf.ValidationError(msg)
+        bits = (flat + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+        yield (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + (1 << 31)
 
 
 def _value(key: int) -> float:

@@ -40,7 +40,13 @@ class AdvancedActivationSparsityParameters:
         :raises nncf.ParameterNotSupportedError: The centering is unknown.
         """
         parse_choice(self.centering, ActivationCentering, "centering")
+        if not isinstance(self.targets, Mapping):
+            msg = f"targets are fractions by regular expressions, a mapping; got {type(self.targets).__name__}."
+            raise nncf.ValidationError(msg)
         for pattern, target in self.targets.items():
+            if not isinstance(pattern, str) or isinstance(target, bool) or not isinstance(target, int | float):
+                msg = f"targets are fractions by the text of regular expressions; got {target!r} for {pattern!r}."
+                raise nncf.ValidationError(msg)
             if not 0.0 <= target <= LARGEST:
                 msg = f"targets are fractions of inputs, from 0 to {LARGEST}; got {target} for {pattern!r}."
                 raise nncf.ValidationError(msg)

@@ -15,6 +15,7 @@ from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters
 from nncf_ext.algorithms.sqft.partner import Grid, check_partners, into_cells, on_grid, read_grid
 from nncf_ext.parameters import MergeMode, parse_choice
 from nncf_ext.structure.wrappers import plain_arithmetic, unwrapped
+from nncf_ext.weights.activation_sparsity import refuse_sparse_inputs
 from nncf_ext.weights.int4 import decompressors
 from nncf_ext.weights.records import set_record
 from nncf_ext.weights.sharing import names_of_parameters
@@ -62,6 +63,7 @@ def make_mergeable(
     mode = parse_choice(mode, MergeMode)
     parameters = advanced_parameters or AdvancedSqftParameters()
     model = unwrapped(model)
+    refuse_sparse_inputs(model, "put an adapter on")
     adapter, layers = find_layers(model)
     quantized = mode is MergeMode.QUANT_AWARE
     if not quantized and (grid is not None or parameters != AdvancedSqftParameters()):

@@ -16,6 +16,7 @@ from nncf_ext.algorithms.sqft.delta import MergedWeight, pack_mask
 from nncf_ext.algorithms.sqft.layers import MaskedLoraLinear, QuantizedLoraLinear, put_scales, scales_on
 from nncf_ext.parameters import MergeMode, parse_choice
 from nncf_ext.structure.wrappers import plain_arithmetic, unwrapped
+from nncf_ext.weights.activation_sparsity import refuse_sparse_inputs
 from nncf_ext.weights.int4 import (
     check_hookable,
     codes_and_scales,
@@ -58,6 +59,7 @@ def merge(model: nn.Module, mode: MergeMode) -> nn.Module:
             raise nncf.ValidationError(msg)
         if layer.merged:
             raise nncf.ValidationError(f"The adapter of {path} is merged already. Call unmerge_adapter() first.")
+    refuse_sparse_inputs(model, "merge the adapter of")
     check_unshared(model.get_base_model(), layers)  # type: ignore[operator]  # a PeftModel: find_layers has made sure
     if quantized:
         check_hookable(model.get_base_model())  # type: ignore[operator]
