@@ -68,9 +68,7 @@ def restore_records(model: nn.Module, folder: Path) -> None:
         if row is None:
             continue
         if row.mode is not None:
-            record = LayerRecord(
-                row.mode, None, row.bytes_before, row.error, row.error_of, row.note, row.input_sparsity
-            )
+            record = LayerRecord(row.mode, None, row.bytes_before, row.error, row.error_of, row.note)
             set_record(weight.module, record)
         elif record_of(weight.module) is None and row.note != reason_untouched(weight, hooks.get(weight.name)):
             set_record(weight.module, LayerRecord(untouched=row.note, bytes_before=row.bytes_before))

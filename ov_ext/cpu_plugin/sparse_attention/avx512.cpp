@@ -83,9 +83,10 @@ INLINE void split(const int16_t* from, uint64_t rows, uint64_t count, int8_t* to
 template <int rows, class Slices>
 INLINE void score_half(Slices slices, uint64_t dim, const int8_t* q, int half, const int32_t* shift, int32_t* sums) {
     __m512i sum[2][rows][2];
-    for (auto& one : sum)
-        for (auto& row : one)
-            row[0] = row[1] = _mm512_setzero_si512();
+    // All loops over sums are unrolled: a sum that is found by a variable index lies in memory.
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+        sum[0][r][0] = sum[0][r][1] = sum[1][r][0] = sum[1][r][1] = _mm512_setzero_si512();
     const __m512i top = _mm512_set1_epi8(-128);
     for (uint64_t d = 0; d < dim; d += 4) {
         const __m512i first = _mm512_xor_si512(slices.next(), top), second = _mm512_xor_si512(slices.next(), top);
@@ -98,7 +99,9 @@ INLINE void score_half(Slices slices, uint64_t dim, const int8_t* q, int half, c
                 add_product(sum[1][r][part], second, factor);
             }
     }
+#pragma GCC unroll 2
     for (int p = 0; p < 2; p++)
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const __m512i all = together(sum[p][r]);
             _mm512_storeu_si512(sums + r * block_tokens + 32 * half + 16 * p, _mm512_sub_epi32(all, _mm512_set1_epi32(shift[r])));
@@ -109,11 +112,14 @@ INLINE void score_half(Slices slices, uint64_t dim, const int8_t* q, int half, c
 template <int rows, int panels, class First, class Second>
 INLINE void value_group(First& first, Second& second, uint64_t dim, const int8_t* p15, int32_t* sums) {
     __m512i sum[panels][rows][2];
-    for (auto& one : sum)
-        for (auto& row : one)
-            row[0] = row[1] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int p = 0; p < panels; p++)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            sum[p][r][0] = sum[p][r][1] = _mm512_setzero_si512();
     const auto add = [&](auto& slices, int quad) INLINED {
         __m512i slice[panels];
+#pragma GCC unroll 2
         for (int p = 0; p < panels; p++)
             slice[p] = slices.next();
 #pragma GCC unroll 8
@@ -121,6 +127,7 @@ INLINE void value_group(First& first, Second& second, uint64_t dim, const int8_t
 #pragma GCC unroll 2
             for (int part = 0; part < 2; part++) {
                 const __m512i factor = _mm512_set1_epi32(load<int32_t>(p15 + (2 * r + part) * block_tokens + 4 * quad));
+#pragma GCC unroll 2
                 for (int p = 0; p < panels; p++)
                     add_product(sum[p][r][part], factor, slice[p]);
             }
@@ -129,7 +136,9 @@ INLINE void value_group(First& first, Second& second, uint64_t dim, const int8_t
         add(first, quad);
     for (int quad = 8; quad < 16; quad++)
         add(second, quad);
+#pragma GCC unroll 2
     for (int p = 0; p < panels; p++)
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
             _mm512_storeu_si512(sums + r * dim + panel * p, together(sum[p][r]));
 }
