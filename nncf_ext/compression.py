@@ -49,6 +49,7 @@ def compress(
     :param mode: The method.
     :param ratio: Fraction of each layer's weights to zero, ``0 <= ratio < 1``; with 0, only quantization changes them.
         MULTIPRUNER, MAMBA_SHEDDER: fraction of all parameters to remove; the last group removed may exceed it.
+        ACTIVATION_SPARSITY: fraction of each layer's inputs to replace, at most 0.99.
     :param dataset: Calibration data: items (after its transform) are what the model takes, a dictionary, a tuple or a
         tensor. Not needed by SPARSE_MAGNITUDE without quantization. MULTIPRUNER, MAMBA_SHEDDER: ``input_ids``
         ``[sequences, tokens]``.
@@ -66,7 +67,8 @@ def compress(
     :raises nncf.ParameterNotSupportedError: The mode, quantization or scope is of a kind that is not supported.
     :raises nncf.UnsupportedModelError: The model is not a torch model, or of a kind that cannot be treated: sharded,
         offloaded, compiled in part, quantized by others, with masks of ``torch.nn.utils.prune``.
-    :raises KeyboardInterrupt: If interrupted; finished blocks are compressed, the others untouched.
+    :raises KeyboardInterrupt: If interrupted; finished blocks are compressed, the others untouched
+        (ACTIVATION_SPARSITY: all are as before).
     """
     mode = parse_choice(mode, CompressMode)
     if not isinstance(model, nn.Module):

@@ -8,6 +8,7 @@ measured is kept, so an interrupted run goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ from evidence.show import plot, quiet, table
 SAMPLES = Path(__file__).parent
 sys.path.insert(0, str(SAMPLES.parent))
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
+LEAST, MOST = 0.1, 0.66  # gate and up take 0.1 less; two thirds are all that CATS can skip
 CATS, SCAP = "CATS", "SCAP"
 MORE: dict[str, dict[str, Any]] = {
     SCAP: {},
@@ -46,6 +48,11 @@ def main(
     if unknown := sorted({*arms} - {CATS, *MORE}):
         typer.secho(f"Error: there is no arm {unknown}. There are: {', '.join([CATS, *MORE])}.", err=True, fg="red")
         raise typer.Exit(2)
+    shares = sorted(share or SHARES)
+    if not (LEAST <= shares[0] and shares[-1] <= MOST):
+        text = f"Error: shares are {LEAST} to {MOST}, where all methods can have them; got {shares}."
+        typer.secho(text, err=True, fg="red")
+        raise typer.Exit(2)
     import numpy as np
     import torch
     from evidence.scores import losses
@@ -55,13 +62,15 @@ def main(
 
     from samples.real_models.texts import english
 
+    weights = b"".join(hashlib.sha256(part.read_bytes()).digest() for part in sorted(model.glob("*.safetensors")))
+    of = hashlib.sha256(weights).hexdigest()  # results are kept for these weights only
     tokenizer = AutoTokenizer.from_pretrained(model)
     calibration = torch.cat([cut(tokenizer, text, length, windows) for text in (english()[0], python("calibration"))])
     texts = {"English": english()[1], "Python": python("heldout")}
     ids = {name: cut(tokenizer, text, length, held_out) for name, text in texts.items()}
 
     def measured(name: str, share: float) -> dict[str, list[float]]:
-        setting = f"{model.name} {windows} {length} {held_out} {name} {share:g}"
+        setting = f"{model.name} {of[:8]} {windows} {length} {held_out} {name} {share:g}"
         file = out / f"{''.join(letter if letter.isalnum() else '-' for letter in setting)}.json"
         if not file.is_file():
             made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
@@ -76,7 +85,6 @@ def main(
         return dict(json.loads(file.read_text()))
 
     dense = {name: np.array(each) for name, each in measured("dense", 0.0).items()}
-    shares = sorted(share or SHARES)
     found: dict[str, list[dict[str, Any]]] = {}
     for name in arms:
         found[name] = [

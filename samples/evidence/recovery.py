@@ -70,7 +70,7 @@ def recover(
 ) -> Any:
     """
     Learns to predict what the dense model predicts: the loss is the divergence of the next token's distribution.
-    Weights that are zero in a sparse matrix stay zero.
+    Weights that are zero in a sparse matrix stay zero, unless adapters are merged into it.
 
     :param model: The smaller model; changed in place. What needs no gradient stays.
     :param dense: Its parent.

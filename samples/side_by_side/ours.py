@@ -73,9 +73,11 @@ def recovered(subject: Subject, *, ratio: float, int4: bool = False, steps: int 
         import torch
         from evidence.recovery import Stream, recover
 
+        from nncf_ext.upstream import has_fast_products
+
         student = sparse(subject, ratio=ratio)
         student.get_input_embeddings().requires_grad_(False)  # which is the head, too
-        half = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        half = has_fast_products(torch.bfloat16)
         dense = subject.load(torch.bfloat16 if half else torch.float32)
         stream = Stream(subject.reading, batch=2048 // subject.length, seed=0, window=subject.length)
         options: dict[str, Any] = {"steps": steps, "learning_rate": 2e-4, "rank": None}

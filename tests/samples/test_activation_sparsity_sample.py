@@ -14,10 +14,11 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 pytestmark = pytest.mark.slow
 
 
-def run(out: Path, *arms: str) -> subprocess.CompletedProcess[str]:
+def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     short = ["--windows", "1", "--length", "96", "--held-out", "3", "--share", "0.3", "--share", "0.6"]
     command = [sys.executable, str(SAMPLES / "09_activation_sparsity.py"), *short, "--out", str(out)]
-    command += [word for arm in arms for word in ("--arm", arm)]
+    arms = [word for word in words if word[0].isalpha()]
+    command += [word for arm in arms for word in ("--arm", arm)] + [word for word in words if word not in arms]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -38,3 +39,8 @@ def test_more_skipped_weights_cost_more_and_finished_parts_are_kept(tmp_path: Pa
 def test_an_arm_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "TEAL")
     assert done.returncode == 2 and "TEAL" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_share_that_not_all_can_have_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "SCAP", "--share", "0.9")
+    assert done.returncode == 2 and "0.1 to 0.66" in done.stderr and "Traceback" not in done.stderr
