@@ -63,7 +63,8 @@ def make_elastic(
         )
         raise nncf.ParameterNotSupportedError(msg)
     check_not_compiled(model)
-    refuse_sparse_inputs(model, "make elastic")
+    if isinstance(model, nn.Module):  # what else it may be is refused below
+        refuse_sparse_inputs(model, "make elastic")
     sizes = mode & ~ElasticMode.RANK
     if sizes and example_input is None:
         msg = (
