@@ -169,11 +169,12 @@ class ActivationSparsityMethod:
     def _calibrated(self, model: nn.Module, unit: Unit, wanted: Mapping[str, float]) -> dict[str, _Found]:
         results: dict[str, _Found] = {}
         groups, once = _groups(unit)
+        hooks = weight_hooks(model)
         for group in groups:
             known: dict[tuple[float, bool], ActivationSparsity] = {}
             for name in group:
                 layer = unit.layers[name]
-                read, weight = _reading(unit, layer, once), self._weight(model, name, layer)
+                read, weight = _reading(unit, layer, once), self._weight(layer, hooks.get(f"{name}.weight"))
                 norms = _column_norms(weight) if self._parameters.weight_norms else None
                 key = wanted[name], norms is None
                 if norms is None and key in known:
@@ -187,10 +188,9 @@ class ActivationSparsityMethod:
                     set_activation_sparsity(unit.layers[name], results[name].sparsity)
         return results
 
-    def _weight(self, model: nn.Module, name: str, layer: nn.Linear) -> Tensor:
+    def _weight(self, layer: nn.Linear, hook: nn.Module | None) -> Tensor:
         """``[out_features, in_features]`` float32, as the forward sees it; see :func:`_decoded`."""
         weight: Tensor = layer.weight
-        hook = weight_hooks(model).get(f"{name}.weight")
         if hook is not None and (self._whole or not weight.is_floating_point()):
             weight = hook(weight)
         return weight.detach().float()

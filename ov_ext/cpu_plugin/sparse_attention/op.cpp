@@ -1,13 +1,13 @@
 #include "op.hpp"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <vector>
 
 #include "../support/isa_selection.hpp"
+#include "../support/operation.hpp"
 #include "packing.hpp"
 
 namespace ov_ext::sparse_attention {
@@ -15,15 +15,6 @@ namespace {
 
 enum Input { q_input, k_input, v_input, beams_input, state_input, alone_input, mask_input };
 constexpr int64_t most_dense = 1 << 20;  // tokens of a window: far above any use, far below an overflow
-
-// A region of interest may have gaps between its rows; kernels see pointers only.
-ov::Tensor contiguous(const ov::Tensor& tensor) {
-    if (tensor.is_continuous())
-        return tensor;
-    ov::Tensor copy(tensor.get_element_type(), tensor.get_shape());
-    tensor.copy_to(copy);
-    return copy;
-}
 
 void require(bool holds, const std::string& message) {
     if (!holds)
@@ -143,19 +134,13 @@ bool SparseKVAttention::has_evaluate() const {
 
 // Several requests may run one operation at the same time: each has a cache of its own.
 bool SparseKVAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-    try {
-        run(outputs, inputs);
-    } catch (const std::exception& error) {
-        // What was in their memory before must not pass for a result; a state of zeros would pass for an empty one.
+    const auto spoil = [&] {  // a state of zeros would pass for an empty one
         if (outputs.size() == 2 && outputs[0] && outputs[0].is_continuous())
             std::fill_n(static_cast<float*>(outputs[0].data()), outputs[0].get_size(), std::numeric_limits<float>::quiet_NaN());
         if (outputs.size() == 2 && outputs[1] && outputs[1].is_continuous())
             std::fill_n(static_cast<int32_t*>(outputs[1].data()), outputs[1].get_size(), -1);
-        if (m_stream_threads.errors_are_reported())
-            OPENVINO_THROW(named(error));
-        std::fprintf(stderr, "ov_ext: %s. Its outputs are NaN: OpenVINO loses errors when it runs on a single thread.\n",
-                     named(error).c_str());
-    }
+    };
+    run_or_spoil(m_stream_threads, [&] { run(outputs, inputs); }, spoil, [&](const std::exception& error) { return named(error); });
     return true;
 }
 

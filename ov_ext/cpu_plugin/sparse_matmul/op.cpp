@@ -1,7 +1,6 @@
 #include "op.hpp"
 
 #include <algorithm>
-#include <cstdio>
 #include <limits>
 #include <openvino/op/constant.hpp>
 #include <optional>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "../support/isa_selection.hpp"
+#include "../support/operation.hpp"
 #include "dispatch.hpp"
 #include "format.hpp"
 
@@ -22,15 +22,6 @@ void check_against_attributes(const BlobView& w, int64_t n, int64_t k, const std
                           std::to_string(w.k) + ", the operation's attributes say " + kind + ", " + std::to_string(n) + " x " +
                           std::to_string(k));
     check_activation_group(w, activation_group);
-}
-
-// A region of interest may have gaps between its rows; kernels see pointers only.
-ov::Tensor contiguous(const ov::Tensor& tensor) {
-    if (tensor.is_continuous())
-        return tensor;
-    ov::Tensor copy(tensor.get_element_type(), tensor.get_shape());
-    tensor.copy_to(copy);
-    return copy;
 }
 
 void require_same_activations(const BlobView& a, const BlobView& b) {
@@ -170,15 +161,9 @@ bool SparseMatMul::has_evaluate() const {
 // Several requests may run one operation at the same time. A call changes nothing in it but the cache of valid blobs, which has a lock;
 // whatever else it needs lies on its stack or in Scratch.
 bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-    try {
-        multiply(outputs, inputs);
-    } catch (const std::exception& error) {
-        fill_with_nan(outputs);  // what was in their memory before must not pass for a result
-        if (m_stream_threads.errors_are_reported())
-            OPENVINO_THROW(named(error));
-        std::fprintf(stderr, "ov_ext: %s. Its outputs are NaN: OpenVINO loses errors when it runs on a single thread.\n",
-                     named(error).c_str());
-    }
+    run_or_spoil(
+        m_stream_threads, [&] { multiply(outputs, inputs); }, [&] { fill_with_nan(outputs); },
+        [&](const std::exception& error) { return named(error); });
     return true;
 }
 
