@@ -21,7 +21,7 @@ import openvino as ov
 from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 from ov_ext.graphs import RecordError
 from ov_ext.sparse_weights.weights import (
     FLOATS,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
 from ov_ext.cpu_plugin.support import native
+from ov_ext.cpu_plugin.support.weight import Weight
 
 KERNELS = native.cpu_info()["kernels"]
 
