@@ -126,7 +126,7 @@ def recovered_on_grid(subject: Subject, *, ratio: float, steps: int = 120, rank:
         half = has_fast_products(torch.bfloat16)
         dense = subject.load(torch.bfloat16 if half else torch.float32)
         stream = Stream(subject.reading, batch=2048 // subject.length, seed=0, window=subject.length)
-        options: dict[str, Any] = {"steps": steps, "learning_rate": 5e-4, "rank": rank}
+        options: dict[str, Any] = {"steps": steps, "learning_rate": 1e-3, "rank": rank}
         return recover_on_grid(grid, dense, stream, **options, half=half, folder=journal / "recovery")
 
     return subject.compressed(f"recovered {ratio:.0%} int4 {steps} rank {rank}", make)
