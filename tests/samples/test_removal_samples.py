@@ -177,14 +177,14 @@ def test_recovery_on_the_grid_learns_and_keeps_zeros_and_scales() -> None:
         return {path: codes_and_scales(model.get_parameter(path), hook) for path, hook in decompressors(model).items()}
 
     before = codes(grid)
-    result = recovery.recover_on_grid(grid, dense, stream, steps=10, learning_rate=1e-2, rank=8)
+    result = recovery.recover_on_grid(grid, dense, stream, steps=30, learning_rate=3e-3, rank=8)
     after = codes(result)
     assert before.keys() == after.keys() and len(after) == 14
     assert all(torch.equal(before[path][1], after[path][1]) for path in after)
     zeros = {path: nncf_ext.prerounding(grid).get_parameter(path) == 0 for path in after}
     assert all(not after[path][0][zeros[path]].any() and float(zeros[path].float().mean()) == 0.5 for path in after)
     assert any(not torch.equal(before[path][0], after[path][0]) for path in after)
-    assert far(result) < 0.95 * far(grid)
+    assert far(result) < 0.9 * far(grid)
 
 
 @pytest.mark.slow
