@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.bootstrap_nas.algorithm import SuperNetwork as SuperNetwork
     from nncf_ext.algorithms.bootstrap_nas.batch_norm import adapt_batch_norm as adapt_batch_norm
     from nncf_ext.algorithms.bootstrap_nas.batch_norm import adapted_batch_norm as adapted_batch_norm
+    from nncf_ext.algorithms.bootstrap_nas.eftnas import FirstOrderImportance as FirstOrderImportance
+    from nncf_ext.algorithms.bootstrap_nas.eftnas import eftnas_loss as eftnas_loss
     from nncf_ext.algorithms.bootstrap_nas.parameters import (
         AdvancedBootstrapNasParameters as AdvancedBootstrapNasParameters,
     )

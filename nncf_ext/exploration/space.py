@@ -40,8 +40,9 @@ class SearchSpace:
     """
     Ordered named dimensions with a few sizes each; a point takes one of each.
 
-    :param dimensions: Sizes by name, each list from the largest to the smallest, positive and distinct.
-    :raises nncf.ValidationError: There is no dimension, or a list is empty, unsorted or not of positive integers.
+    :param dimensions: Sizes by name, each list from the largest to the smallest, distinct; 0 where something can be
+        left out as a whole.
+    :raises nncf.ValidationError: There is no dimension, or a list is empty, unsorted, or has what is no integer from 0.
     """
 
     def __init__(self, dimensions: Mapping[str, Sequence[int]]) -> None:
@@ -50,9 +51,9 @@ class SearchSpace:
             msg = "A search space needs at least one dimension; got none."
             raise nncf.ValidationError(msg)
         for name, sizes in self._dimensions.items():
-            sound = all(type(size) is int and size > 0 for size in sizes)
+            sound = all(type(size) is int and size >= 0 for size in sizes)
             if not sizes or not sound or list(sizes) != sorted(set(sizes), reverse=True):
-                msg = f"Sizes of {name} must be distinct positive integers, largest first; got {list(sizes)}."
+                msg = f"Sizes of {name} must be distinct integers from 0, largest first; got {list(sizes)}."
                 raise nncf.ValidationError(msg)
 
     @property

@@ -149,9 +149,10 @@ class SuperNetwork:
 
         :param importance: What scores units; see
             :func:`nncf_ext.algorithms.bootstrap_nas.reorder.importance_order`. First-order importance reads the
-            gradients that a backward of yours left in the parameters.
+            gradients that a backward of yours left in the parameters. Or scores by width, such as
+            :meth:`FirstOrderImportance.scores` gives.
         :param optimizer: An optimizer that trains the model: its momenta move along.
-        :raises nncf.ValidationError: There are no gradients for first-order importance.
+        :raises nncf.ValidationError: There are no gradients for first-order importance, or scores do not fit.
         """
         if importance is UnitImportance.FIRST_ORDER and all(each.grad is None for each in self._model.parameters()):
             msg = (

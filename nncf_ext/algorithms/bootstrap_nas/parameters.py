@@ -17,7 +17,8 @@ class AdvancedBootstrapNasParameters:
     :param width_multipliers: Fractions of the whole width to use in place of steps, such as ``[1, 0.75, 0.5]``.
     :param multiple: Widths of multipliers are rounded down to a multiple of this, which kernels like, channels.
     :param max_num_widths: How many widths a dimension has at most, the largest ones; None: all.
-    :param widths: The widths of some dimensions, by name, in place of all rules: channels, the whole width first.
+    :param widths: The widths of some dimensions, by name, in place of all rules: channels, the whole width first. The
+        last one may be 0 where a branch can be left out as a whole: in encoders that have a record.
     :param max_num_kernels: How many sizes a kernel has at most, the largest ones; None: all.
     :raises nncf.ValidationError: A number is not positive, or multipliers are not in (0, 1].
     """
@@ -60,12 +61,15 @@ def width_list(width: int, parameters: AdvancedBootstrapNasParameters) -> list[i
     return found[: parameters.max_num_widths]
 
 
-def unit_list(name: str, size: int, granularity: int, parameters: AdvancedBootstrapNasParameters) -> list[int]:
+def unit_list(
+    name: str, size: int, granularity: int, parameters: AdvancedBootstrapNasParameters, can_go: bool = False
+) -> list[int]:
     """
     :param name: Name of a dimension.
     :param size: Its units.
     :param granularity: Channels of a unit.
     :param parameters: The rules.
+    :param can_go: It can be left out as a whole.
     :return: The numbers of units to choose from, all of them first.
     :raises nncf.ValidationError: The widths given for it do not begin with the whole, rise, or are not whole units.
     """
@@ -73,11 +77,12 @@ def unit_list(name: str, size: int, granularity: int, parameters: AdvancedBootst
     if name not in parameters.widths:
         return list(dict.fromkeys(max(each // granularity, 1) for each in width_list(width, parameters)))
     given = list(parameters.widths[name])
-    sound = given and given[0] == width and sorted({*given}, reverse=True) == given and given[-1] > 0
+    falls = given and given[0] == width and sorted({*given}, reverse=True) == given
+    sound = falls and given[-1] >= (0 if can_go else 1)
     if not sound or any(each % granularity for each in given):
         msg = (
             f"widths of {name} must fall from {width} in multiples of {granularity}, in channels; got {given}. "
-            f"Its unit is {granularity} channels."
+            f"Its unit is {granularity} channels{', and 0 leaves it out' if can_go else ''}."
         )
         raise nncf.ValidationError(msg)
     return [each // granularity for each in given]

@@ -16,15 +16,20 @@ from nncf_ext.weights.sharing import place_of
 
 
 def importance_order(
-    model: nn.Module, dimensions: Dimensions, importance: UnitImportance | Callable[[Sequence[Tensor]], Tensor]
+    model: nn.Module,
+    dimensions: Dimensions,
+    importance: UnitImportance | Callable[[Sequence[Tensor]], Tensor] | Mapping[str, Tensor],
 ) -> dict[str, list[int]]:
     """
     :param model: The model. For first-order importance, with gradients of a loss in its parameters.
     :param dimensions: Its dimensions.
     :param importance: What scores units, from the weights that write them (sums over all of these); or a function from
-        these, ``[units, rows, inputs]`` each, to scores ``[units]``.
-    :return: For each width the units, the most important first.
+        these, ``[units, rows, inputs]`` each, to scores ``[units]``; or scores by name of the width.
+    :return: For each width the units, the most important first; where scores were given, of those that have some.
+    :raises nncf.ValidationError: Scores are of a width that is not there, or not one for each unit.
     """
+    if isinstance(importance, Mapping):
+        return _given_order(dimensions, importance)
     found = {}
     for name, each in dimensions.items():
         if each.kind is not DimensionKind.WIDTH:
@@ -72,6 +77,18 @@ def reorder(
             for axis, indices in axes.items():
                 new = new.index_select(axis, torch.from_numpy(indices).to(each.device))
             each.copy_(new)
+
+
+def _given_order(dimensions: Dimensions, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    for name, each in scores.items():
+        if name not in dimensions or tuple(each.shape) != (dimensions[name].size,):
+            wanted = f"one for each of {dimensions[name].size} units" if name in dimensions else "not there"
+            msg = (
+                f"The scores of {name} have shape {tuple(each.shape)}, and this width is {wanted}. Take the scores of "
+                "this model before anything is cut from it."
+            )
+            raise nncf.ValidationError(msg)
+    return {name: by_importance(each) for name, each in scores.items()}
 
 
 def _states(path: str, tensor: Tensor, optimizer: torch.optim.Optimizer) -> list[Tensor]:

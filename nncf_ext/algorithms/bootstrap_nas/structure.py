@@ -76,7 +76,8 @@ def find(
     sizes: dict[str, list[int]] = {}
     for name, each in dimensions.items():
         if each.kind is DimensionKind.WIDTH:
-            sizes[name] = unit_list(name, each.size, each.granularity, parameters)
+            can_go = can_be_left_out(model, dimensions, name)
+            sizes[name] = unit_list(name, each.size, each.granularity, parameters, can_go)
         elif each.kind is DimensionKind.DEPTH:
             # Architectures with a record must keep one of their blocks.
             sizes[name] = list(range(each.size, 0 if known is None else 1, -1))
@@ -93,6 +94,16 @@ def find(
         msg = f"Nothing of {type(model).__name__} can be elastic with {mode}. {reasons or 'It has no such part.'}"
         raise nncf.UnsupportedModelError(msg)
     return Found(dimensions, sizes, refused, traced.products, known is not None)
+
+
+def can_be_left_out(model: nn.Module, dimensions: Dimensions, name: str) -> bool:
+    """
+    :param model: The model.
+    :param dimensions: Its dimensions.
+    :param name: One of them, a width.
+    :return: Whether its branch can be left out as a whole: a record says how, and no cache tells positions by it.
+    """
+    return 0 in dimensions[name].replacements and not dimensions.record.uses_cache(model)
 
 
 def _known(model: nn.Module) -> Dimensions | None:

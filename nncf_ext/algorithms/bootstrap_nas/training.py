@@ -90,7 +90,7 @@ def sandwich_step(
     net: Elastic,
     points: Sequence[Point],
     forward: Callable[[], Tensor],
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], Tensor] | None,
     *,
     teacher: Tensor | None = None,
     distance: Callable[[Tensor, Tensor], Tensor] = soft_cross_entropy,
@@ -107,22 +107,25 @@ def sandwich_step(
     :param net: The network. The first point is active afterwards.
     :param points: The points, the largest first; see :func:`sandwich`.
     :param forward: Runs the model on the batch; gives logits ``[batch, classes]``.
-    :param loss: The loss of logits on the labels.
+    :param loss: The loss of logits on the labels; None: all learn from the teacher, by `distance` alone.
     :param teacher: Logits of a teacher for the batch, likewise: then the first point learns from them as well, and the
         others from them alone.
     :param distance: How far logits are from those they learn from.
     :return: The sum of the losses, a scalar without a graph.
-    :raises nncf.ValidationError: There are no points, or the loss is not finite.
+    :raises nncf.ValidationError: There are no points, nothing to learn from, or the loss is not finite.
     Source: BigNAS, arXiv 2003.11142, section 3.1; universally slimmable networks, arXiv 1903.05134.
     """
     if not points:
         msg = "A sandwich needs at least one point; got none."
         raise nncf.ValidationError(msg)
+    if loss is None and teacher is None:
+        msg = "There is nothing to learn from: give a loss on the labels, or teacher=, logits of a teacher."
+        raise nncf.ValidationError(msg)
     target, total = teacher, None
     for number, point in enumerate(points):
         net.activate(point)
         logits = forward()
-        own = None if number else loss(logits)
+        own = None if number or loss is None else loss(logits)
         if target is not None:
             far = distance(logits, target)
             own = far if own is None else own + far

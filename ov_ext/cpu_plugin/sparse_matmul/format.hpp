@@ -14,7 +14,7 @@ constexpr uint32_t magic = 'S' | 'P' << 8 | 'W' << 16 | '1' << 24;
 constexpr uint16_t format_version = 1;
 constexpr uint64_t alignment = 64;  // of every section and of the values of a block; the zero bytes behind the last value, too
 
-enum Flags : uint32_t { bias_flag = 1, column_scales = 2, group_scales = 4, dense_flag = 16, f32_scales = 32 };
+enum Flags : uint32_t { bias_flag = 1, column_scales = 2, group_scales = 4, dense_flag = 16, f32_scales = 32, no_compensation = 64 };
 
 struct Header {
     uint32_t magic;
@@ -45,7 +45,9 @@ constexpr uint64_t padded_inputs(Kind kind, uint64_t k, uint64_t group) {
 BlobView parse(const uint8_t* blob, size_t bytes);
 
 // Checks the rest (masks, values, fills, compensation, scales) in parallel: after it the kernels cannot leave the blob.
-void validate_content(const BlobView& view);
+// sums: i16[blocks][k_pad / segment][block_n] or null; receives the compensation of an integer weight, which is known on the way.
+void validate_content(const BlobView& view, int16_t* sums = nullptr);
+uint64_t number_of_sums(const BlobView& view);  // of compensation
 void validate(const uint8_t* blob, size_t bytes);
 
 // Compares the checksum of a blob that parse() accepted. A blob can be valid and yet hold other weights than those that were packed.

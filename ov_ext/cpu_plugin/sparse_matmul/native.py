@@ -109,6 +109,21 @@ def expand(blob: np.ndarray) -> np.ndarray:
     return dense
 
 
+def compensation(blob: np.ndarray) -> np.ndarray:
+    """What the operation derives from a blob for kernels that multiply unsigned activations.
+
+    :param blob: ``[blob_bytes]`` uint8 of an integer weight, untrusted.
+    :return: int16 ``[blocks of 64 outputs, segments, 64]``: the sum of the codes of each segment.
+    :raises ValueError: The blob is malformed.
+    """
+    weight = unpack(blob)
+    n, k = weight.shape
+    sums = np.empty((-(-n // 64), -(-k // (weight.group or 128)), 64), np.int16)
+    blob, data, size = _bytes(blob)
+    call("ov_ext_compensation", data, size, pointer(sums), ctypes.c_uint64(sums.size))
+    return sums
+
+
 def bytes_of_dense_copies() -> int:
     """:return: Bytes of memory that dense copies of sparse weights take in this process now."""
     function = library().ov_ext_bytes_of_dense_copies

@@ -14,7 +14,7 @@ VERSION = 1
 HEADER = struct.Struct("<IHHBBBBIQQQQIIQQQQQQQQQ")
 SLICE_K = {"bf16": 2, "int8": 4, "int4": 4}
 BLOCK_N, CHUNK_K, ALIGN = 64, 512, 64
-BIAS, COLUMN_SCALES, GROUP_SCALES, DENSE, F32_SCALES = 1, 2, 4, 16, 32
+BIAS, COLUMN_SCALES, GROUP_SCALES, DENSE, F32_SCALES, NO_COMPENSATION = 1, 2, 4, 16, 32, 64
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -41,7 +41,7 @@ def _natural_order(slices: np.ndarray, slice_k: int) -> np.ndarray:
 
 
 def _per_block(table: np.ndarray, blocks: int) -> np.ndarray:
-    """[Npad, G] -> [block, G, 64], the order of scales and compensation."""
+    """[Npad, G] -> [block, G, 64], the order of scales."""
     return np.ascontiguousarray(table.reshape(blocks, BLOCK_N, -1).transpose(0, 2, 1))
 
 
@@ -91,13 +91,11 @@ def pack(weight: Weight, dense: bool = False) -> np.ndarray:
         sections["mask"] = np.packbits(stored, axis=-1, bitorder="little").tobytes()
     flags = DENSE if dense else 0
     if weight.scales is not None:
-        flags |= GROUP_SCALES if weight.group else COLUMN_SCALES
+        flags |= (GROUP_SCALES if weight.group else COLUMN_SCALES) | NO_COMPENSATION
         flags |= F32_SCALES if weight.scales.dtype == np.float32 else 0
         table = np.zeros((n_pad, k_pad // weight.group if weight.group else 1), weight.scales.dtype)
         table[:n, : weight.scales.shape[1]] = weight.scales
         sections["scale"] = _per_block(table, blocks).tobytes()
-        sums = padded.reshape(n_pad, -1, segment).sum(axis=2, dtype=np.int16)
-        sections["comp"] = _per_block(sums, blocks).tobytes()
     if weight.bias is not None:
         flags |= BIAS
         sections["bias"] = weight.bias.tobytes()
@@ -113,7 +111,7 @@ def pack(weight: Weight, dense: bool = False) -> np.ndarray:
         *(offsets.get(name, 0) for name in ("dir", "mask", "val", "scale", "bias")),
         HEADER.size + len(body),
         zlib.crc32(body),
-        offsets.get("comp", 0),
+        0,
     )
     return np.frombuffer(header + bytes(body), np.uint8)
 
@@ -130,7 +128,7 @@ def unpack(blob: np.ndarray) -> Weight:
         raise ValueError("Not an SPW1 blob.")
     fields = HEADER.unpack_from(data)
     _, version, _, kind_id, slice_k, _, _, flags, n, k, n_pad, k_pad, group, _, _ = fields[:15]
-    off_dir, off_mask, off_val, off_scale, off_bias, blob_bytes, crc, off_comp = fields[15:]
+    off_dir, off_mask, off_val, off_scale, off_bias, blob_bytes, crc, _ = fields[15:]
     if version != VERSION:
         raise ValueError(f"SPW1 version {version} is not known to this release (it reads version {VERSION}).")
     if blob_bytes != len(data) or crc != zlib.crc32(data[HEADER.size :]):
