@@ -119,7 +119,7 @@ def compensation(blob: np.ndarray) -> np.ndarray:
     weight = unpack(blob)
     n, k = weight.shape
     sums = np.empty((-(-n // 64), -(-k // (weight.group or 128)), 64), np.int16)
-    blob, data, size = _bytes(blob)
+    blob, data, size = blob_arguments(blob)
     call("ov_ext_compensation", data, size, pointer(sums), ctypes.c_uint64(sums.size))
     return sums
 
