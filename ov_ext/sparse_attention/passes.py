@@ -21,7 +21,6 @@ from ov_ext.sparse_attention.report import AttentionLayer, AttentionReport
 logger = logging.getLogger("ov_ext")
 
 OPERATION = "SparseKVAttention"
-_VECTOR_KERNELS = ("avx512", "amx")
 RT_INFO = ["ov_ext", "attention"]
 _OF_WEIGHTS = ("format", "format_version", "version", "target", "activation_group")  # entries of pack_sparse_weights
 _HANDLE_WORDS, _TOKENS_WORD = 16, 5  # see cpu_plugin/sparse_attention/format.md
@@ -77,9 +76,9 @@ def sparsify_attention(
             found.append(layer)
             reports.append(AttentionLayer(name, True, "", layer.heads, layer.head_dim, *levels, policy.values))
         logger.debug("%s: %s", name, reports[-1])
-    if any(found) and runtime.this_cpu() not in _VECTOR_KERNELS:
+    if any(found) and runtime.this_cpu() == "reference":
         logger.warning(
-            "Sparse attention has kernels for AVX-512 with VBMI2. This CPU would run the reference kernel, far slower "
+            "Sparse attention has kernels for AVX2 and AVX-512. This CPU would run the reference kernel, far slower "
             "than stock attention: run the model elsewhere, or restore it by ov_ext.restore_attention(model)."
         )
     factory = NodeFactory()

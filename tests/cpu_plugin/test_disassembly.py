@@ -132,3 +132,16 @@ def test_integer_sums_stay_in_registers(product: str, loops: int) -> None:
     assert len(found) >= loops
     for loop in found:
         assert not [text for text in loop if "zmm" in text and STACK.search(text)]
+
+
+def test_words_of_sparse_attention_meet_all_rows_in_registers() -> None:
+    """AVX2: keys and values, for 1 ... 4 query rows: two halves of a slice, four words each, factors broadcast."""
+    loops = [loop for code in _functions() for loop in _innermost_loops(code)]
+    wanted, others = ("vpsllw ymm", "vpbroadcastd ymm", "vpmaddwd ymm"), "vpmaddubsw"
+    words = [
+        loop for loop in loops if all(any(each in text for text in loop) for each in wanted) and others not in str(loop)
+    ]
+    products = [sum("vpmaddwd ymm" in text for text in loop) for loop in words]
+    assert {4 * rows for rows in range(1, FEW_ROWS + 1)} <= set(products)
+    for loop in words:
+        assert not [text for text in loop if "ymm" in text and STACK.search(text)]

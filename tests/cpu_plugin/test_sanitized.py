@@ -65,7 +65,8 @@ def test_the_sanitized_library_is_the_one_that_runs(sanitized_tree: Path) -> Non
     code = """
 import ctypes, numpy as np
 from ov_ext.cpu_plugin.support import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight, pack
+from ov_ext.cpu_plugin.sparse_matmul.pack import pack
+from ov_ext.cpu_plugin.support.weight import Weight
 blob = pack(Weight("bf16", np.ones((64, 64), np.uint16)))
 memory = ctypes.create_string_buffer(blob.tobytes(), blob.nbytes)
 native.library().ov_ext_validate(memory, ctypes.c_uint64(blob.nbytes))

@@ -51,7 +51,6 @@ constexpr uint64_t max_rows = 16;
 extern const Kernel reference_kernel;
 #if defined(__x86_64__)
 extern const Kernel avx2_kernel;
-extern const Kernel avx512_core_kernel;
 extern const Kernel avx512_kernel;
 #endif
 
