@@ -116,7 +116,7 @@ class Engine:
             raise WrongResult(f"{name}: off by {error:.1%} of the largest output.")
 
     def fill(self, count: int) -> None:
-        """Begin anew with so many tokens of the past: as a state where that works, which saves time, else as a prompt."""
+        """Begin anew with so many tokens of the past: a state where that works, which saves time, else a prompt."""
         self.request.reset_state()
         past = tokens(np.random.default_rng(0), self.head_dim, count, 0, causal=False)
         if not self._takes_states:

@@ -196,15 +196,11 @@ def bytes_per_weight(form: Form, kind: str, zeros: float, group: int) -> float:
     :param kind: ``"bf16"``, ``"int8"`` or ``"int4"``.
     :param zeros: Fraction of zeros, 0..1.
     :param group: Inputs that share a scale; 0 for one scale per output.
-    :return: Bytes a weight, with scales (2 bytes) and, in a blob, compensation (2 bytes in each 64 or 128 inputs).
+    :return: Bytes a weight, with scales of 2 bytes.
     """
     value = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}[kind]
     scales = 2 / group if group else 0.0
-    if form == "stock":
-        return value + scales
-    compensation = 0.0 if kind == "bf16" else 2 / (group or 128)
-    mask = 1 / 8 if form == "sparse" else 0.0
-    return mask + value * (1 - (zeros if form == "sparse" else 0.0)) + scales + compensation
+    return (1 / 8 + value * (1 - zeros) if form == "sparse" else value) + scales
 
 
 def fastest(times: dict[Form, Expected], workload: Workload, forms: Sequence[Form] = OURS) -> tuple[Form, float]:

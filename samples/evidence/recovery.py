@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+import nncf_ext
 from nncf_ext import DistillationTrainer, KeepZeros
 from nncf_ext.training.progress import ProgressBar
 
@@ -84,13 +85,62 @@ def recover(
     :param folder: Of checkpoints, by which an interrupted run goes on; None: there are none.
     :return: The model, with the same shapes as before, in evaluation mode.
     """
-    learner = model
-    if rank is not None:
-        from peft import LoraConfig, get_peft_model
+    learner = model if rank is None else _with_adapters(model, rank)
+    _train(learner, dense, stream, steps, learning_rate, show, half, folder)
+    return (learner.merge_and_unload() if rank is not None else model).eval()
 
-        head = model.get_output_embeddings()
-        linears = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head]
-        learner = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears))
+
+def recover_on_grid(
+    grid: Any,
+    dense: Any,
+    stream: Stream,
+    *,
+    steps: int,
+    learning_rate: float,
+    rank: int,
+    show: str = "recovery on the grid",
+    half: bool = False,
+    folder: Path | None = None,
+) -> Any:
+    """
+    The same for a model on the INT4 grid: QA-SparsePEFT adapters learn, which are then merged into its codes. Zeros and
+    scales stay.
+
+    :param grid: The smaller model, compressed with ``keep_prerounding=True``.
+    :param dense: Its parent.
+    :param stream: Text.
+    :param steps: Optimizer steps.
+    :param learning_rate: Highest rate.
+    :param rank: Of the adapters.
+    :param show: Description of the progress bar.
+    :param half: Multiply in bfloat16.
+    :param folder: Of checkpoints, by which an interrupted run goes on; None: there are none.
+    :return: A new model in NNCF's INT4 form, in evaluation mode.
+    """
+    learner = _with_adapters(nncf_ext.prerounding(grid), rank)
+    nncf_ext.make_mergeable(learner, nncf_ext.MergeMode.QUANT_AWARE, grid=grid)
+    _train(learner, dense, stream, steps, learning_rate, show, half, folder)
+    return nncf_ext.merge(learner.eval(), nncf_ext.MergeMode.QUANT_AWARE)
+
+
+def _with_adapters(model: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    head = model.get_output_embeddings()
+    linears = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears))
+
+
+def _train(
+    learner: Any,
+    dense: Any,
+    stream: Stream,
+    steps: int,
+    learning_rate: float,
+    show: str,
+    half: bool,
+    folder: Path | None,
+) -> None:
     with _folder(folder) as kept:
         arguments = TrainingArguments(
             output_dir=str(kept),
@@ -101,7 +151,7 @@ def recover(
             warmup_steps=max(1, steps // 15),
             adam_beta2=0.95,
             bf16=half,
-            use_cpu=model.device.type == "cpu",
+            use_cpu=learner.device.type == "cpu",
             save_strategy="no" if folder is None else "steps",
             save_steps=CHECKPOINT_STEPS,
             save_total_limit=1,
@@ -114,7 +164,6 @@ def recover(
         trainer = DistillationTrainer(learner, arguments, train_dataset=stream, teacher=dense, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(kept)))
-    return (learner.merge_and_unload() if rank is not None else model).eval()
 
 
 @contextmanager

@@ -35,29 +35,47 @@ def sparse(
     """
 
     def make(journal: Path) -> Any:
-        import nncf
-        import torch
-        from evidence.text import batches
-
-        import nncf_ext
-
-        options: dict[str, Any] = {"quantization": nncf.CompressWeightsMode.INT4_SYM} if int4 else {}
-        half = epochs > 0 and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        return nncf_ext.compress(
-            subject.load(torch.bfloat16 if half else torch.float32) if base is None else base(subject),
-            nncf_ext.CompressMode.SPARSE_ADMM,
-            ratio=ratio,
-            dataset=nncf.Dataset(batches(subject.calibration, 1)),
-            subset_size=len(subject.calibration),
-            resume=journal,
-            advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(
-                group_size=GROUP, reconstruction_epochs=epochs, allocation=allocation, **options
-            ),
-        )
+        return _admm(subject, journal, ratio=ratio, int4=int4, epochs=epochs, allocation=allocation, base=base)
 
     kind, trained = "int4" if int4 else "", f"trained {epochs}" if epochs else ""
     name = f"{'' if base is None else base_name(base)} admm {ratio:.0%} {allocation} {kind} {trained}"
     return subject.compressed(name, make)
+
+
+def _admm(
+    subject: Subject,
+    journal: Path,
+    *,
+    ratio: float,
+    int4: bool,
+    epochs: int = 0,
+    allocation: str = "sensitivity",
+    base: Recipe | None = None,
+    keep_prerounding: bool = False,
+) -> Any:
+    import nncf
+    import torch
+    from evidence.text import batches
+
+    import nncf_ext
+
+    options: dict[str, Any] = {"quantization": nncf.CompressWeightsMode.INT4_SYM} if int4 else {}
+    half = epochs > 0 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return nncf_ext.compress(
+        subject.load(torch.bfloat16 if half else torch.float32) if base is None else base(subject),
+        nncf_ext.CompressMode.SPARSE_ADMM,
+        ratio=ratio,
+        dataset=nncf.Dataset(batches(subject.calibration, 1)),
+        subset_size=len(subject.calibration),
+        resume=journal,
+        advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(
+            group_size=GROUP,
+            reconstruction_epochs=epochs,
+            allocation=allocation,
+            keep_prerounding=keep_prerounding,
+            **options,
+        ),
+    )
 
 
 def recovered(subject: Subject, *, ratio: float, int4: bool = False, steps: int = 160) -> Any:
@@ -86,6 +104,32 @@ def recovered(subject: Subject, *, ratio: float, int4: bool = False, steps: int 
     if int4:
         return sparse(subject, ratio=ratio, int4=True, base=partial(recovered, ratio=ratio, steps=steps))
     return subject.compressed(f"recovered {ratio:.0%} {steps}", make)
+
+
+def recovered_on_grid(subject: Subject, *, ratio: float, steps: int = 120, rank: int = 64) -> Any:
+    """
+    :param subject: What is compressed.
+    :param ratio: Share of zeros.
+    :param steps: Of the recovery, 2,048 tokens each.
+    :param rank: Of the adapters that learn.
+    :return: The model by SPARSE_ADMM and on the INT4 grid, whose codes then learned to predict what the dense model
+        predicts.
+    """
+
+    def make(journal: Path) -> Any:
+        import torch
+        from evidence.recovery import Stream, recover_on_grid
+
+        from nncf_ext.upstream import has_fast_products
+
+        grid = _admm(subject, journal / "grid", ratio=ratio, int4=True, keep_prerounding=True)
+        half = has_fast_products(torch.bfloat16)
+        dense = subject.load(torch.bfloat16 if half else torch.float32)
+        stream = Stream(subject.reading, batch=2048 // subject.length, seed=0, window=subject.length)
+        options: dict[str, Any] = {"steps": steps, "learning_rate": 1e-3, "rank": rank}
+        return recover_on_grid(grid, dense, stream, **options, half=half, folder=journal / "recovery")
+
+    return subject.compressed(f"recovered {ratio:.0%} int4 {steps} rank {rank}", make)
 
 
 def pruned(subject: Subject, *, ratio: float) -> Any:

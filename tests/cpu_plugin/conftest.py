@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.sparse_matmul.pack import BLOCK_N, HEADER, NO_COMPENSATION, pack
 from ov_ext.cpu_plugin.support import native
+from ov_ext.cpu_plugin.support.weight import Weight
 
 KERNELS = native.cpu_info()["kernels"]
 
@@ -39,6 +41,33 @@ def make_weight(
         scales = (rng.standard_normal((n, groups)) / 8).astype(np.float32 if f32 else np.float16)
     values[rng.random((n, k)) < sparsity] = 0
     return Weight(kind, values, scales, group, rng.standard_normal(n).astype(np.float32) if bias else None)
+
+
+def compensation(weight: Weight) -> np.ndarray:
+    """int16 ``[Npad / 64, Kpad / segment, 64]``: the sums of the codes of each segment."""
+    (n, k), segment = weight.shape, weight.group or 128
+    padded = np.zeros((-(-n // BLOCK_N), BLOCK_N, -(-k // segment), segment), np.int64)
+    for output, codes in enumerate(weight.values):
+        padded[output // BLOCK_N, output % BLOCK_N].reshape(-1)[:k] = codes
+    return padded.sum(axis=3).transpose(0, 2, 1).astype(np.int16)
+
+
+def with_compensation(weight: Weight, dense: bool = False) -> np.ndarray:
+    """A blob of an integer weight in the older form: one section more, behind the scales."""
+    blob = pack(weight, dense).tobytes()
+    fields = list(HEADER.unpack_from(blob))
+    flags, off_val, off_bias, size, crc, off_comp = 7, 17, 19, 20, 21, 22  # in the order of the header
+    at = fields[off_bias] or fields[off_val]
+    section = compensation(weight).tobytes()
+    section += bytes(-len(section) % 64)
+    body = blob[HEADER.size : at] + section + blob[at:]
+    fields[flags] &= ~NO_COMPENSATION
+    fields[off_comp] = at
+    fields[off_bias] += len(section) if fields[off_bias] else 0
+    fields[off_val] += len(section)
+    fields[size] += len(section)
+    fields[crc] = zlib.crc32(body)
+    return np.frombuffer(HEADER.pack(*fields) + body, np.uint8)
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov_ext.cpu_plugin.sparse_matmul import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import KINDS, Weight, pack, unpack
-from tests.cpu_plugin.conftest import KERNELS, make_weight
+from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, pack, unpack
+from ov_ext.cpu_plugin.support.weight import KINDS, Weight
+from tests.cpu_plugin.conftest import KERNELS, compensation, make_weight, with_compensation
 
 GOLDEN = Path(__file__).parent / "golden"
 GROUPS = {"bf16": [0], "int8": [0, 64, 128], "int4": [0, 64, 128]}
@@ -88,8 +89,8 @@ def test_special_bf16_values_survive_and_negative_zero_becomes_positive() -> Non
 def test_size_follows_from_the_number_of_elements() -> None:
     weight = make_weight("int8", 128, 1024, sparsity=0.5)
     stored = sum(-(-int(np.count_nonzero(block)) // 64) * 64 for block in np.split(weight.values, 2))
-    directory, masks, scales, compensation = 64, 128 * 1024 // 8, 128 * 2, 128 * 8 * 2
-    assert native.pack(weight).nbytes == 128 + directory + masks + scales + compensation + stored + 64
+    directory, masks, scales = 64, 128 * 1024 // 8, 128 * 2
+    assert native.pack(weight).nbytes == 128 + directory + masks + scales + stored + 64
 
 
 def test_packing_does_not_depend_on_strides_or_order() -> None:
@@ -121,12 +122,41 @@ def golden_weight(kind: str, group: int) -> Weight:
     return Weight(kind, values, scales, group, (np.arange(70) / 8 - 3).astype(np.float32))
 
 
+def golden_blob(name: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress((GOLDEN / f"{name}.spw1.z").read_bytes()), np.uint8)
+
+
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_golden_blobs_are_still_read_and_written(name: str) -> None:
     kind, group, dense = GOLDEN_CASES[name]
-    blob = np.frombuffer(zlib.decompress((GOLDEN / f"{name}.spw1.z").read_bytes()), np.uint8)
+    blob = golden_blob(name)
     assert same(native.unpack(blob), golden_weight(kind, group))
     assert np.array_equal(native.pack(golden_weight(kind, group), dense), blob)
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN_CASES if not name.startswith("bf16")])
+def test_golden_blobs_of_the_older_form_are_still_read(name: str) -> None:
+    kind, group, dense = GOLDEN_CASES[name]
+    blob, weight = golden_blob(f"compensated/{name}"), golden_weight(kind, group)
+    assert np.array_equal(blob, with_compensation(weight, dense))
+    assert same(native.unpack(blob), weight) and same(unpack(blob), weight)
+    x = np.random.default_rng(0).standard_normal((3, weight.shape[1])).astype(np.float32)
+    for kernel in KERNELS:
+        for rows in (x[:1], x):
+            new = native.matmul(rows, native.pack(weight, dense), isa=kernel)
+            assert np.array_equal(native.matmul(rows, blob, isa=kernel), new)
+    damaged = blob.copy()
+    damaged[HEADER.unpack_from(blob)[22] + 5] ^= 1
+    with pytest.raises(ValueError, match="compensation"):
+        native.validate(damaged)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("kind, group", [(kind, group) for kind, group in KIND_GROUPS if kind != "bf16"])
+@pytest.mark.parametrize("n, k", SHAPES)
+def test_compensation_is_derived(n: int, k: int, kind: str, group: int, dense: bool) -> None:
+    weight = make_weight(kind, n, k, group=group)
+    assert np.array_equal(native.compensation(native.pack(weight, dense)), compensation(weight))
 
 
 # ------------------------------------------------------------------------------------------------- malformed blobs
@@ -138,7 +168,7 @@ HEADER_LIES = {
     "header size": (6, "<H", 64, "header_bytes"),
     "kind": (8, "<B", 9, "kind"),
     "slice_k": (9, "<B", 2, "constants"),
-    "unknown flag": (12, "<I", 4 | 64, "flags"),
+    "unknown flag": (12, "<I", 4 | 64 | 128, "flags"),
     "huge N": (16, "<Q", 1 << 40, "N or K"),
     "zero K": (24, "<Q", 0, "N or K"),
     "N and K whose product overflows": (16, "<QQQQ", (2**31 - 1, 2**31 - 1, 2**31, 2**31), "offsets|too large"),

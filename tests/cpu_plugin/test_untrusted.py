@@ -16,9 +16,10 @@ from openvino import opset13 as opset
 
 import ov_ext
 from ov_ext.cpu_plugin.sparse_matmul import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, KINDS, Weight
+from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER
 from ov_ext.cpu_plugin.support.native import call
-from tests.cpu_plugin.conftest import make_weight
+from ov_ext.cpu_plugin.support.weight import KINDS, Weight
+from tests.cpu_plugin.conftest import make_weight, with_compensation
 from tests.cpu_plugin.test_operation import BLOB, F32, K, N, X, model, operation
 
 HUGE = 2**31 - 1
@@ -30,7 +31,7 @@ def up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def lying_blob(kind: str, n: int, k: int, dense: bool, size: int = 4096) -> np.ndarray:
+def lying_blob(kind: str, n: int, k: int, dense: bool, size: int = 4096, compensated: bool = False) -> np.ndarray:
     """A header in which everything follows from N and K, modulo 2^64, and then nothing but zeros."""
     slice_k = 2 if kind == "bf16" else 4
     n_pad, k_pad = up(n, 64), up(k, 32 if kind == "bf16" else 128)
@@ -38,13 +39,16 @@ def lying_blob(kind: str, n: int, k: int, dense: bool, size: int = 4096) -> np.n
     if not dense:
         sections.append(("mask", n_pad * k_pad // 8))
     if kind != "bf16":
-        sections += [("scale", 2 * n_pad), ("comp", n_pad * (k_pad // 128) * 2)]
+        sections.append(("scale", 2 * n_pad))
+    if compensated:
+        sections.append(("comp", n_pad * (k_pad // 128) * 2))
+    flags = 0 if kind == "bf16" else 2 if compensated else 2 | 64
     offsets, end = {}, 128
     for name, length in [*sections, ("val", 0)]:
         offsets[name] = end
         end = up(end + length, 64)
     fields = [
-        *(KINDS[kind], slice_k, 16, 4, (0 if kind == "bf16" else 2) | (16 if dense else 0)),
+        *(KINDS[kind], slice_k, 16, 4, flags | (16 if dense else 0)),
         *(n, k, n_pad, k_pad, 0, 512, n * k if dense else 0),
         *(offsets.get(name, 0) for name in ("dir", "mask", "val", "scale", "bias")),
         *(size, 0, offsets.get("comp", 0)),
@@ -55,10 +59,11 @@ def lying_blob(kind: str, n: int, k: int, dense: bool, size: int = 4096) -> np.n
 
 def all_lies() -> list[np.ndarray]:
     lies = [lying_blob(kind, n, k, dense) for kind in KINDS for dense in (False, True) for n, k in SIZES + OVERFLOWS]
+    lies += [lying_blob("int4", n, k, False, compensated=True) for n, k in SIZES + OVERFLOWS]
     # Every section but the values is there: the longest way to the error that few bytes can buy.
-    longest = lying_blob("int8", 1, 2**22, True)
+    longest = lying_blob("int8", 1, 2**22, True, compensated=True)
     values = HEADER.unpack_from(longest)[17]
-    return [*lies, lying_blob("int8", 1, 2**22, True, values + 64)]
+    return [*lies, lying_blob("int8", 1, 2**22, True, values + 64, compensated=True)]
 
 
 def test_the_lies_are_consistent_where_they_are_affordable() -> None:
@@ -67,6 +72,8 @@ def test_the_lies_are_consistent_where_they_are_affordable() -> None:
         blob = lying_blob(kind, 100, 300, False)
         size = HEADER.unpack_from(blob)[17] + 64
         native.validate(lying_blob(kind, 100, 300, False, size))
+    size = HEADER.unpack_from(lying_blob("int4", 100, 300, False, compensated=True))[17] + 64
+    native.validate(lying_blob("int4", 100, 300, False, size, compensated=True))
 
 
 def test_huge_sizes_cost_nothing() -> None:
@@ -129,7 +136,7 @@ def test_the_packer_itself_refuses_them_too(n: int, k: int) -> None:
 
 def test_errors_of_many_threads_do_not_mix() -> None:
     """Blobs with one damaged block each: every caller gets the error of its own blob, or none."""
-    good = native.pack(make_weight("int8", 640, 600, bias=True))
+    good = with_compensation(make_weight("int8", 640, 600, bias=True))
     offsets = HEADER.unpack_from(good)
     blobs = []
     for at, value, message in (

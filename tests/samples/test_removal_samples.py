@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import subprocess
@@ -11,17 +12,20 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import nncf
 import numpy as np
 import pytest
 import torch
 from peft import LoraModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+import nncf_ext
 from nncf_ext import PerplexityMetric, StructurePlan, extract
 from nncf_ext.pruning.candidates import Removal
 from nncf_ext.pruning.greedy import Elimination
 from nncf_ext.pruning.scoring import Scorer
 from nncf_ext.structure.masking import masked
+from nncf_ext.weights.int4 import codes_and_scales, decompressors
 from tests.structure_models import make, tokens
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -146,6 +150,41 @@ def test_recovery_learns_from_the_dense_model_and_keeps_shapes(
     if rank is not None:
         with torch.no_grad():
             torch.testing.assert_close(result(input_ids=ids, use_cache=False).logits, adapted[0], rtol=1e-4, atol=1e-4)
+
+
+def test_recovery_on_the_grid_learns_and_keeps_zeros_and_scales() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}
+    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    stream = recovery.Stream(np.random.default_rng(0).integers(3, 96, 512).astype(np.uint16), 4, seed=0, window=32)
+    ids = stream.batch(0)
+    grid = nncf_ext.compress(
+        copy.deepcopy(dense),
+        nncf_ext.CompressMode.SPARSE_MAGNITUDE,
+        ratio=0.5,
+        dataset=nncf.Dataset([{"input_ids": ids}]),
+        advanced_parameters=nncf_ext.AdvancedSparseWeightsParameters(
+            quantization=nncf.CompressWeightsMode.INT4_SYM, group_size=64, keep_prerounding=True
+        ),
+    )
+
+    def far(model: torch.nn.Module) -> float:
+        with torch.no_grad():
+            ours, wanted = (each(input_ids=ids, use_cache=False).logits.log_softmax(-1) for each in (model, dense))
+        return float((wanted.exp() * (wanted - ours)).sum(-1).mean())
+
+    def codes(model: torch.nn.Module) -> dict[str, Any]:
+        return {path: codes_and_scales(model.get_parameter(path), hook) for path, hook in decompressors(model).items()}
+
+    before = codes(grid)
+    result = recovery.recover_on_grid(grid, dense, stream, steps=30, learning_rate=3e-3, rank=8)
+    after = codes(result)
+    assert before.keys() == after.keys() and len(after) == 14
+    assert all(torch.equal(before[path][1], after[path][1]) for path in after)
+    zeros = {path: nncf_ext.prerounding(grid).get_parameter(path) == 0 for path in after}
+    assert all(not after[path][0][zeros[path]].any() and float(zeros[path].float().mean()) == 0.5 for path in after)
+    assert any(not torch.equal(before[path][0], after[path][0]) for path in after)
+    assert far(result) < 0.9 * far(grid)
 
 
 @pytest.mark.slow

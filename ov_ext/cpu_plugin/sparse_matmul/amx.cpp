@@ -332,6 +332,6 @@ uint64_t row_bytes(const BlobView& w, int64_t activation_group) { return activat
 
 }  // namespace
 
-const Kernel amx_kernel = {InstructionSet::amx, 512, row_bytes, prepare, multiply};
+const Kernel amx_kernel = {InstructionSet::amx, 512, false, row_bytes, prepare, multiply};
 
 }  // namespace ov_ext::sparse_matmul

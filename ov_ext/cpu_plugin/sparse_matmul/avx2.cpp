@@ -280,9 +280,9 @@ uint64_t row_bytes(const BlobView& w, int64_t activation_group) {
 }  // namespace
 
 #if defined(__AVXVNNI__)
-const Kernel avx2_vnni_kernel = {InstructionSet::avx2_vnni, max_rows, row_bytes, prepare, multiply};
+const Kernel avx2_vnni_kernel = {InstructionSet::avx2_vnni, max_rows, true, row_bytes, prepare, multiply};
 #else
-const Kernel avx2_kernel = {InstructionSet::avx2, max_rows, row_bytes, prepare, multiply};
+const Kernel avx2_kernel = {InstructionSet::avx2, max_rows, false, row_bytes, prepare, multiply};
 #endif
 
 }  // namespace ov_ext::sparse_matmul

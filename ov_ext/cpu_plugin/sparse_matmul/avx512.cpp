@@ -238,7 +238,7 @@ uint64_t row_bytes_as_bf16(const BlobView& w, int64_t activation_group) { return
 
 }  // namespace
 
-const Kernel avx512_kernel = {InstructionSet::avx512, max_rows, row_bytes, prepare, multiply};
-const Kernel avx512_bf16_kernel = {InstructionSet::avx512_bf16, max_rows, row_bytes_as_bf16, prepare_as_bf16, multiply_as_bf16};
+const Kernel avx512_kernel = {InstructionSet::avx512, max_rows, true, row_bytes, prepare, multiply};
+const Kernel avx512_bf16_kernel = {InstructionSet::avx512_bf16, max_rows, false, row_bytes_as_bf16, prepare_as_bf16, multiply_as_bf16};
 
 }  // namespace ov_ext::sparse_matmul

@@ -46,6 +46,16 @@ OV_EXT_API int ov_ext_verify(int wanted) {
     return guarded([&] { verification() = wanted != 0; });
 }
 
+// Writes the compensation of an integer weight: i16[Npad / 64, Kpad / segment, 64], `number` of them. For the tests.
+OV_EXT_API int ov_ext_compensation(const uint8_t* blob, uint64_t bytes, int16_t* sums, uint64_t number) {
+    return guarded([&] {
+        const BlobView w = parse(blob, bytes);
+        if (number != number_of_sums(w))
+            throw InvalidBlob(std::to_string(number_of_sums(w)) + " sums expected");
+        validate_content(w, sums);
+    });
+}
+
 OV_EXT_API int ov_ext_describe(const uint8_t* blob, uint64_t bytes, OvExtBlob* out) {
     return guarded([&] {
         const BlobView w = parse(blob, bytes);
@@ -78,15 +88,19 @@ OV_EXT_API uint64_t ov_ext_limit_dense_copies(uint64_t bytes) { return limit_den
 OV_EXT_API int ov_ext_matmul(const void* x, int x_is_bf16, uint64_t rows, const uint8_t* blob, uint64_t bytes, int64_t activation_group,
                              const char* isa, int threads, int checked, void* y) {
     return guarded([&] {
-        const BlobView w = parse(blob, bytes);
+        BlobView w = parse(blob, bytes);
         check_activation_group(w, activation_group);
         std::optional<InstructionSet> wanted;
         if (isa)
             wanted = instruction_set_by_name(isa);
         const Kernel& kernel = select_kernel(w, activation_group, rows, wanted);
         with_threads(threads, [&] {
-            if (!checked)
-                validate_content(w);
+            const bool compensate = kernel.reads_compensation && activation_group && !w.compensation;
+            std::vector<int16_t> sums(compensate ? number_of_sums(w) : 0);
+            if (!checked || compensate)
+                validate_content(w, compensate ? sums.data() : nullptr);
+            if (compensate)
+                w.compensation = reinterpret_cast<const uint8_t*>(sums.data());
             matmul({{w, y}}, kernel, x, x_is_bf16 != 0, rows, activation_group);
         });
     });

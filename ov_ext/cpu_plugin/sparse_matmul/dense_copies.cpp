@@ -5,17 +5,12 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <fstream>
-#include <iterator>
-#include <map>
 #include <memory>
 #include <new>
 #include <string>
-#include <utility>
 
 #include "../support/isa_selection.hpp"
-#include "../support/unaligned.hpp"
 #include "dispatch.hpp"
 #include "format.hpp"
 
@@ -102,19 +97,13 @@ void say(const char* isa, bool expanded) {
 
 }  // namespace
 
+// One dense blob. Throws std::bad_alloc, when there is no memory or no room in the limit.
 struct DenseCopy {
-    std::shared_ptr<const void> owner;
-    Header of;  // of the sparse blob, with its checksum: a Constant may share memory that its user writes anew
     uint64_t bytes;
     Reservation room;
     std::unique_ptr<uint8_t, Free> blob;
 
-    // Throws std::bad_alloc, when there is no memory or no room in the limit.
-    DenseCopy(const BlobView& sparse, std::shared_ptr<const void> owner, const uint8_t* header, uint64_t bytes)
-        : owner(std::move(owner)),
-          of(load<Header>(header)),
-          bytes(bytes),
-          room(bytes) {
+    explicit DenseCopy(const BlobView& sparse) : bytes(dense_bytes(sparse)), room(bytes) {
         if (room)
             blob.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, round_up(bytes, alignment))));
         if (!blob)
@@ -123,58 +112,21 @@ struct DenseCopy {
     }
 };
 
-namespace {
-
-// Copies by the memory that they were made from, which lives as long as they do, and by the header of the blob in it. Nothing is expanded under the lock: a thread that waits for
-// others may be given work that needs it. So two threads may expand the same blob; one copy stays.
-std::shared_ptr<DenseCopy> shared_copy(const BlobView& w, const std::shared_ptr<const void>& owner, const uint8_t* blob, size_t bytes) {
-    static std::mutex mutex;
-    static std::map<std::pair<const uint8_t*, size_t>, std::weak_ptr<DenseCopy>> copies;
-    const auto known = [&]() {
-        const auto found = copies[{blob, bytes}].lock();
-        return found && std::memcmp(&found->of, blob, sizeof(Header)) == 0 ? found : nullptr;
-    };
-    {
-        std::lock_guard<std::mutex> lock(mutex);
-        if (auto found = known())
-            return found;
-    }
-    std::shared_ptr<DenseCopy> made;
-    try {
-        made.reset(new DenseCopy(w, owner, blob, dense_bytes(w)));
-    } catch (const std::bad_alloc&) {
-        return nullptr;
-    }
-    std::lock_guard<std::mutex> lock(mutex);
-    for (auto each = copies.begin(); each != copies.end();)
-        each = each->second.expired() ? copies.erase(each) : std::next(each);
-    if (auto found = known())
-        return found;
-    copies[{blob, bytes}] = made;
-    return made;
-}
-
-}  // namespace
-
 BlobView DenseCopies::instead_of(const BlobView& w, int64_t activation_group, const std::shared_ptr<const void>& owner, const uint8_t* blob,
                                  size_t bytes) {
     if (w.dense)
         return w;
-    const auto view = [&](const std::shared_ptr<DenseCopy>& copy) { return copy ? parse(copy->blob.get(), copy->bytes) : w; };
-    {
-        std::lock_guard<std::mutex> lock(m_mutex);
-        for (const Entry& entry : m_entries)
-            if (entry.owner == owner && entry.blob == blob && entry.bytes == bytes)
-                return view(entry.copy);
-    }
-    std::shared_ptr<DenseCopy> copy;
-    if (dense_form_is_faster(w, activation_group)) {
-        copy = shared_copy(w, owner, blob, bytes);
-        say(name_of(select_kernel(w, activation_group, 1).isa), copy != nullptr);
-    }
-    std::lock_guard<std::mutex> lock(m_mutex);
-    m_entries.push_back({blob, bytes, owner, copy});
-    return view(copy);
+    const auto copy = m_copies.of(owner, blob, bytes, [&]() -> std::unique_ptr<const DenseCopy> {
+        if (!dense_form_is_faster(w, activation_group))
+            return nullptr;
+        std::unique_ptr<const DenseCopy> made;
+        try {
+            made = std::make_unique<const DenseCopy>(w);
+        } catch (const std::bad_alloc&) {}
+        say(name_of(select_kernel(w, activation_group, 1).isa), made != nullptr);
+        return made;
+    });
+    return copy ? parse(copy->blob.get(), copy->bytes) : w;
 }
 
 uint64_t bytes_of_dense_copies() { return bytes_now; }

@@ -3,32 +3,23 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
-#include <vector>
 
 #include "kernel.hpp"
+#include "made_from_blobs.hpp"
 
 namespace ov_ext::sparse_matmul {
 
-struct DenseCopy;  // shared by all operations of the process that read the same blob in the same memory
+struct DenseCopy;
 
 // Of the constant blobs of one operation. Safe to use from several threads.
 class DenseCopies {
   public:
     // The view of the dense copy of a valid blob, or `w`, its own view: for a dense blob, where sparse is faster, or without memory for it.
-    // The owner of the blob's memory stays alive with the copy: an address alone proves nothing.
     BlobView instead_of(const BlobView& w, int64_t activation_group, const std::shared_ptr<const void>& owner, const uint8_t* blob,
                         size_t bytes);
 
   private:
-    struct Entry {
-        const uint8_t* blob;
-        size_t bytes;
-        std::shared_ptr<const void> owner;
-        std::shared_ptr<DenseCopy> copy;  // null: it stays as it is
-    };
-    std::mutex m_mutex;
-    std::vector<Entry> m_entries;
+    MadeFromBlobs<DenseCopy> m_copies;
 };
 
 // Bytes of all copies that there are now.

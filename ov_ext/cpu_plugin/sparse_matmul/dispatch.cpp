@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <stdexcept>
 
 #include "../support/cpu_features.hpp"
 #include "../support/floats.hpp"
@@ -194,6 +195,10 @@ bool dense_form_is_faster(const BlobView& w, int64_t activation_group) {
     return cycles != 0.0 && dense < std::max(double(mask_bytes_per_slice(w.kind)) + dense * stored, cycles * bytes_per_cycle);
 }
 
+bool reads_compensation(const BlobView& w, int64_t activation_group) {
+    return w.segment && activation_group && select_kernel(w, activation_group, 1).reads_compensation;
+}
+
 // Kernels scale the sum of a segment by one factor of the activations and one of the weights, so a group of activations must consist of
 // whole segments. -1 does: Kpad is a multiple of the segment.
 void check_activation_group(const BlobView& w, int64_t group) {
@@ -215,6 +220,9 @@ void matmul(const std::vector<Product>& products, const Kernel& kernel, const vo
     Strip strip{};
     Activations& a = strip.a;
     a.integer = w.segment && activation_group != 0;
+    for (const Product& product : products)
+        if (a.integer && kernel.reads_compensation && !product.w.compensation)
+            throw std::logic_error("compensation needed");
     a.rounded = !w.segment && activation_group != 0;
     a.row = {w.k, w.k_pad, w.segment, activation_group < 0 ? w.k_pad : uint64_t(activation_group)};
     a.stride = kernel.row_bytes(w, activation_group);

@@ -17,6 +17,9 @@ const Kernel& select_kernel(const BlobView& w, int64_t activation_group, uint64_
 // reading what it saves.
 bool dense_form_is_faster(const BlobView& sparse, int64_t activation_group);
 
+// Whether the kernel that runs for few rows reads the compensation of such a weight. The one for many rows reads it only if that one does.
+bool reads_compensation(const BlobView& w, int64_t activation_group);
+
 // Checks that an activation group fits a weight: 0 (floating point), -1 (per row), or a multiple of the weight's segment.
 void check_activation_group(const BlobView& w, int64_t activation_group);
 
@@ -27,7 +30,7 @@ struct Product {
 };
 
 // y[rows, n] = x[rows, k] · Wᵀ + bias for each of some weights that read activations alike (same_activations), in one parallel region.
-// x and y are both f32 or both bf16 bits, contiguous. Same bits for any number of threads, and in any company of weights.
+// x and y are both f32 or both bf16 bits, contiguous. A kernel that reads compensation must find it. Same bits for any number of threads, and in any company of weights.
 void matmul(const std::vector<Product>& products, const Kernel& kernel, const void* x, bool is_bf16, uint64_t rows,
             int64_t activation_group);
 

@@ -3,7 +3,6 @@
 // Whatever is checked here, kernels do not check again. The order matters: no byte is read before its address is known to lie in the blob,
 // and no number is multiplied before it is known to be small enough.
 #include <cmath>
-#include <cstdlib>
 #include <vector>
 
 #include "layout.hpp"
@@ -80,12 +79,14 @@ void validate_run(const BlobView& w, uint64_t block, uint64_t first, uint64_t la
 }
 
 // Wrong compensation could not make a kernel leave the blob, but results would depend on the CPU: only kernels with u8 activations use it.
+void validate_compensation(const BlobView& w, uint64_t block, const std::vector<int32_t>& sums) {
+    for (uint64_t i = 0; i < sums.size(); i++)
+        require(load<int16_t>(w.compensation + 2 * (block * sums.size() + i)) == sums[i], "the compensation does not match the values");
+}
+
 // A scale that is not finite would turn even a segment without elements, whose sum is 0, into NaN.
-void validate_scales(const BlobView& w, uint64_t block, const int32_t* sums) {
-    const uint64_t columns = std::min(block_n, w.n - block * block_n), segments = w.k_pad / w.segment;
-    for (uint64_t i = 0; i < segments * block_n; i++)
-        require(load<int16_t>(w.compensation + 2 * (block * segments * block_n + i)) == sums[i],
-                "the compensation does not match the values");
+void validate_scales(const BlobView& w, uint64_t block) {
+    const uint64_t columns = std::min(block_n, w.n - block * block_n);
     const uint64_t groups = w.group ? w.k_pad / w.group : 1, real_groups = w.group ? (w.k + w.group - 1) / w.group : 1;
     for (uint64_t g = 0; g < groups; g++)
         for (uint64_t c = 0; c < block_n; c++) {
@@ -101,9 +102,9 @@ void validate_scales(const BlobView& w, uint64_t block, const int32_t* sums) {
         }
 }
 
-// Checks one block; returns its number of stored elements. Blocks are checked in parallel, so each one proves the directory entries that it
+// Checks one block; returns its number of stored elements. all_sums: of all blocks, or null. Blocks are checked in parallel, so each one proves the directory entries that it
 // uses, its end included, before it follows them. Masks need no such proof: where they lie follows from the sizes.
-uint64_t validate_block(const BlobView& w, uint64_t block) {
+uint64_t validate_block(const BlobView& w, uint64_t block, int16_t* all_sums) {
     uint64_t stored = 0;
     require(directory_entry(w, block * w.chunks) % alignment == 0, "a block of values does not start at a multiple of 64");
     std::vector<int32_t> sums(w.segment ? w.k_pad / w.segment * block_n : 0);
@@ -133,20 +134,15 @@ uint64_t validate_block(const BlobView& w, uint64_t block) {
         }
     }
     if (w.segment)
-        validate_scales(w, block, sums.data());
+        validate_scales(w, block);
+    if (w.compensation)
+        validate_compensation(w, block, sums);
+    if (all_sums)
+        std::copy(sums.begin(), sums.end(), all_sums + block * sums.size());  // of 128 codes of a byte: 16 bits hold them
     return stored;
 }
 
 }  // namespace
-
-const char* kind_name(Kind kind) { return kind == Kind::bf16 ? "bf16" : kind == Kind::int8 ? "int8" : "int4"; }
-
-Kind kind_from_name(const std::string& name) {
-    for (Kind kind : {Kind::bf16, Kind::int8, Kind::int4})
-        if (name == kind_name(kind))
-            return kind;
-    throw InvalidBlob("unknown value kind '" + name + "': bf16, int8 or int4 is needed");
-}
 
 BlobView parse(const uint8_t* blob, size_t bytes) {
     if (bytes < sizeof(Header))
@@ -160,11 +156,11 @@ BlobView parse(const uint8_t* blob, size_t bytes) {
     const Kind kind = Kind(h.kind);
     require(h.slice_k == slice_inputs(kind) && h.panel_n == panel_n && h.block_panels == block_panels && h.chunk_k == chunk_k,
             "slice, panel, block or chunk constants differ from version 1");
-    constexpr uint32_t known = bias_flag | column_scales | group_scales | dense_flag | f32_scales;
+    constexpr uint32_t known = bias_flag | column_scales | group_scales | dense_flag | f32_scales | no_compensation;
     require(!(h.flags & ~known), "unknown flags");
     const uint32_t scale_flags = h.flags & (column_scales | group_scales);
     if (kind == Kind::bf16)
-        require(h.group == 0 && scale_flags == 0 && !(h.flags & f32_scales), "a bf16 blob has scales");
+        require(h.group == 0 && scale_flags == 0 && !(h.flags & (f32_scales | no_compensation)), "a bf16 blob has scales");
     else
         require((h.group == 0 || h.group == 64 || h.group == 128) && scale_flags == (h.group ? group_scales : column_scales),
                 "group and scale flags disagree");
@@ -172,7 +168,7 @@ BlobView parse(const uint8_t* blob, size_t bytes) {
     require(h.n >= 1 && h.k >= 1 && !(h.n >> 31) && !(h.k >> 31), "N or K is not in 1..2^31-1");
     require(h.n_pad == round_up(h.n, block_n) && h.k_pad == padded_inputs(kind, h.k, h.group), "Npad or Kpad is wrong");
     // Offsets are compared with what the sizes demand, not checked for plausibility: one legal layout cannot overlap itself.
-    const Layout at = layout_of(kind, h.flags & dense_flag, h.flags & f32_scales, h.flags & bias_flag, h.n, h.n_pad, h.k_pad, h.group);
+    const Layout at = layout_of(h);
     require(h.off_dir == at.dir && h.off_mask == at.mask && h.off_val == at.val && h.off_scale == at.scale && h.off_bias == at.bias &&
                 h.off_comp == at.comp,
             "section offsets differ from the layout of this matrix");
@@ -188,52 +184,20 @@ BlobView parse(const uint8_t* blob, size_t bytes) {
     return w;
 }
 
-void validate_content(const BlobView& w) {
+uint64_t number_of_sums(const BlobView& w) { return w.segment ? w.n_pad * (w.k_pad / w.segment) : 0; }
+
+void validate_content(const BlobView& w, int16_t* sums) {
     std::atomic<uint64_t> stored{0};
-    parallel_each(w.blocks, [&](uint64_t block) { stored += validate_block(w, block); });
+    parallel_each(w.blocks, [&](uint64_t block) { stored += validate_block(w, block, sums); });
     require(w.nnz == (w.dense ? w.n * w.k : stored.load()), "nnz does not match the stored elements");
     require_zero(w.values + w.value_bytes, alignment, "the slack after the values is not zero");
 }
 
 void validate(const uint8_t* blob, size_t bytes) { validate_content(parse(blob, bytes)); }
 
-uint32_t crc32(const uint8_t* data, size_t bytes) {  // the polynomial and bit order of zlib, eight bytes a step
-    static const auto tables = [] {
-        std::array<std::array<uint32_t, 256>, 8> t{};
-        for (uint32_t i = 0; i < 256; i++) {
-            uint32_t c = i;
-            for (int bit = 0; bit < 8; bit++)
-                c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1;
-            t[0][i] = c;
-        }
-        for (uint32_t i = 0; i < 256; i++)
-            for (int s = 1; s < 8; s++)
-                t[s][i] = t[0][t[s - 1][i] & 255] ^ (t[s - 1][i] >> 8);
-        return t;
-    }();
-    uint32_t crc = 0xFFFFFFFFu;
-    for (; bytes >= 8; bytes -= 8, data += 8) {
-        const uint64_t v = load<uint64_t>(data) ^ crc;
-        crc = 0;
-        for (int s = 0; s < 8; s++)
-            crc ^= tables[7 - s][v >> (8 * s) & 255];
-    }
-    for (; bytes; bytes--, data++)
-        crc = tables[0][(crc ^ *data) & 255] ^ (crc >> 8);
-    return ~crc;
-}
-
 void validate_checksum(const uint8_t* blob, size_t bytes) {
     require(load<Header>(blob).crc == crc32(blob + sizeof(Header), bytes - sizeof(Header)),
             "the checksum does not match: some bytes have changed. Copy the model again");
-}
-
-std::atomic<bool>& verification() {
-    static std::atomic<bool> wanted{[] {
-        const char* value = std::getenv("OV_EXT_VERIFY");
-        return value && *value && std::string(value) != "0";
-    }()};
-    return wanted;
 }
 
 }  // namespace ov_ext::sparse_matmul

@@ -1,26 +1,20 @@
 // SPW1 in C++: header, checked view, validation and packing. The layout is specified in format.md; pack.py is the readable twin.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
+#include "../support/blob.hpp"
 #include "kernel.hpp"
 
 namespace ov_ext::sparse_matmul {
-
-// A blob, an argument or a size that cannot be accepted. what() says what was found and what would be right.
-struct InvalidBlob : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 constexpr uint32_t magic = 'S' | 'P' << 8 | 'W' << 16 | '1' << 24;
 constexpr uint16_t format_version = 1;
 constexpr uint64_t alignment = 64;  // of every section and of the values of a block; the zero bytes behind the last value, too
 
-enum Flags : uint32_t { bias_flag = 1, column_scales = 2, group_scales = 4, dense_flag = 16, f32_scales = 32 };
+enum Flags : uint32_t { bias_flag = 1, column_scales = 2, group_scales = 4, dense_flag = 16, f32_scales = 32, no_compensation = 64 };
 
 struct Header {
     uint32_t magic;
@@ -42,28 +36,22 @@ constexpr uint64_t tile_inputs(Kind kind) { return panel_slices * slice_inputs(k
 constexpr uint64_t mask_bytes_per_slice(Kind kind) { return kind == Kind::bf16 ? 4 : 8; }
 // Inputs whose integer products are summed before they are scaled.
 constexpr uint64_t segment_inputs(uint64_t group) { return group ? group : 128; }
-constexpr uint64_t round_up(uint64_t value, uint64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr uint64_t padded_inputs(Kind kind, uint64_t k, uint64_t group) {
     return round_up(k, kind == Kind::bf16 ? tile_inputs(kind) : segment_inputs(group));
 }
-
-const char* kind_name(Kind kind);
-Kind kind_from_name(const std::string& name);  // throws InvalidBlob
 
 // Checks everything that needs the header and the directory's last entry only, in constant time.
 // The view points into `blob`, which must stay alive.
 BlobView parse(const uint8_t* blob, size_t bytes);
 
 // Checks the rest (masks, values, fills, compensation, scales) in parallel: after it the kernels cannot leave the blob.
-void validate_content(const BlobView& view);
+// sums: i16[blocks][k_pad / segment][block_n] or null; receives the compensation of an integer weight, which is known on the way.
+void validate_content(const BlobView& view, int16_t* sums = nullptr);
+uint64_t number_of_sums(const BlobView& view);  // of compensation
 void validate(const uint8_t* blob, size_t bytes);
 
 // Compares the checksum of a blob that parse() accepted. A blob can be valid and yet hold other weights than those that were packed.
 void validate_checksum(const uint8_t* blob, size_t bytes);
-uint32_t crc32(const uint8_t* data, size_t bytes);
-
-// Whether compiling a model compares checksums: what OV_EXT_VERIFY says until it is set.
-std::atomic<bool>& verification();
 
 // A weight as plain arrays, row-major. Pointers are borrowed.
 struct PlainWeight {

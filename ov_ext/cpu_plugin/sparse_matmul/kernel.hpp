@@ -10,10 +10,9 @@
 
 #include "../support/activations.hpp"
 #include "../support/instruction_set.hpp"
+#include "../support/value_kind.hpp"
 
 namespace ov_ext::sparse_matmul {
-
-enum class Kind : uint8_t { bf16 = 1, int8 = 2, int4 = 3 };
 
 // Sizes of the layout: see "Order of elements" in format.md.
 constexpr uint64_t block_n = 64;                               // outputs of a block
@@ -34,12 +33,14 @@ struct BlobView {
     uint64_t blocks, tiles, chunks, tiles_per_chunk;
     uint64_t value_bytes;  // directory's last entry
     uint64_t nnz;          // as the header says
-    const uint8_t *directory, *masks, *values, *scales, *compensation, *bias;
+    const uint8_t *directory, *masks, *values, *scales, *bias;
+    const uint8_t* compensation;  // in the blob or beside it; null when this kernel does without
 };
 
 struct Kernel {
     InstructionSet isa;
-    uint64_t max_rows;  // rows of x that one call of multiply takes
+    uint64_t max_rows;        // rows of x that one call of multiply takes
+    bool reads_compensation;  // of integer weights with integer activations, to which it adds 128
 
     // Bytes of a prepared row of x; 0 when the kernel has no code for this weight with such activations.
     uint64_t (*row_bytes)(const BlobView& w, int64_t activation_group);

@@ -33,9 +33,11 @@ struct Layout {
     uint64_t dir, mask = 0, scale = 0, comp = 0, bias = 0, val;
 };
 
-inline Layout layout_of(Kind kind, bool dense, bool f32, bool has_bias, uint64_t n, uint64_t n_pad, uint64_t k_pad, uint64_t group) {
-    const uint64_t blocks = n_pad / block_n, tiles = k_pad / tile_inputs(kind);
-    const uint64_t chunks = (k_pad + chunk_k - 1) / chunk_k;
+// Of a header whose kind, flags, sizes and group are right; its offsets are not looked at.
+inline Layout layout_of(const Header& h) {
+    const Kind kind = Kind(h.kind);
+    const uint64_t blocks = h.n_pad / block_n, tiles = h.k_pad / tile_inputs(kind);
+    const uint64_t chunks = (h.k_pad + chunk_k - 1) / chunk_k;
     Layout at;
     unsigned __int128 end = sizeof(Header);
     auto section = [&](unsigned __int128 bytes) {
@@ -44,15 +46,16 @@ inline Layout layout_of(Kind kind, bool dense, bool f32, bool has_bias, uint64_t
         return start;
     };
     at.dir = section(8 * ((unsigned __int128)blocks * chunks + 1));
-    if (!dense)
+    if (!(h.flags & dense_flag))
         at.mask = section((unsigned __int128)blocks * tiles * block_panels * panel_slices * mask_bytes_per_slice(kind));
     if (kind != Kind::bf16) {
-        const uint64_t groups = group ? k_pad / group : 1;
-        at.scale = section((unsigned __int128)n_pad * groups * (f32 ? 4 : 2));
-        at.comp = section((unsigned __int128)n_pad * (k_pad / segment_inputs(group)) * 2);
+        const uint64_t groups = h.group ? h.k_pad / h.group : 1;
+        at.scale = section((unsigned __int128)h.n_pad * groups * (h.flags & f32_scales ? 4 : 2));
+        if (!(h.flags & no_compensation))
+            at.comp = section((unsigned __int128)h.n_pad * (h.k_pad / segment_inputs(h.group)) * 2);
     }
-    if (has_bias)
-        at.bias = section((unsigned __int128)n * 4);
+    if (h.flags & bias_flag)
+        at.bias = section((unsigned __int128)h.n * 4);
     at.val = checked(end);
     return at;
 }

@@ -1,7 +1,6 @@
 #include "op.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <openvino/op/constant.hpp>
 #include <optional>
 #include <stdexcept>
@@ -27,15 +26,6 @@ void check_against_attributes(const BlobView& w, int64_t n, int64_t k, const std
 void require_same_activations(const BlobView& a, const BlobView& b) {
     if (!same_activations(a, b))
         throw InvalidBlob("its weights have different groups");
-}
-
-void fill_with_nan(ov::TensorVector& outputs) {
-    constexpr uint16_t bf16_nan = 0x7FC0;
-    for (ov::Tensor& y : outputs)
-        if (y && y.is_continuous() && y.get_element_type() == ov::element::f32)
-            std::fill_n(static_cast<float*>(y.data()), y.get_size(), std::numeric_limits<float>::quiet_NaN());
-        else if (y && y.is_continuous() && y.get_element_type() == ov::element::bf16)
-            std::fill_n(static_cast<uint16_t*>(y.data()), y.get_size(), bf16_nan);
 }
 
 }  // namespace
@@ -122,19 +112,41 @@ bool SparseMatMul::visit_attributes(ov::AttributeVisitor& visitor) {
 }
 
 // The blob of one weight, parsed and known to be valid. Its header is read at every call; the content of a Constant, which cannot change,
-// is checked once, and that of any other input always. A sparse Constant may have a dense copy, whose view this is then.
-BlobView SparseMatMul::weight(size_t i, const uint8_t* blob, size_t bytes, int64_t n) const {
-    const BlobView w = parse(blob, bytes);
+// is checked once, and that of any other input always. A sparse Constant may have a dense copy, whose view this is then. Compensation that
+// a kernel needs and the blob lacks is kept with a Constant, and otherwise in `of_data`, which must live as long as the view.
+BlobView SparseMatMul::weight(size_t i, const uint8_t* blob, size_t bytes, int64_t n, Compensation& of_data) const {
+    BlobView w = parse(blob, bytes);
     const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(i));
+    const bool compensate = !w.compensation && reads_compensation(w, m_activation_group);
+    Compensation sums;
+    const auto check = [&] {
+        sums.resize(compensate ? number_of_sums(w) : 0);
+        validate_content(w, compensate ? sums.data() : nullptr);
+    };
     if (!is_constant || !m_validated.knows(get_input_node_ptr(i), blob, bytes)) {
         check_against_attributes(w, n, m_k, m_kind, m_activation_group);
-        validate_content(w);
+        check();
         if (is_constant && verification())
             validate_checksum(blob, bytes);
         if (is_constant)
             m_validated.add(get_input_node_shared_ptr(i), blob, bytes);
     }
-    return is_constant ? m_dense.instead_of(w, m_activation_group, get_input_node_shared_ptr(i), blob, bytes) : w;
+    const uint8_t* compensation = w.compensation;
+    if (compensate && !is_constant) {
+        of_data = std::move(sums);
+        compensation = reinterpret_cast<const uint8_t*>(of_data.data());
+    } else if (compensate) {
+        const auto kept = m_compensation.of(get_input_node_shared_ptr(i), blob, bytes, [&] {
+            if (sums.empty())
+                check();
+            return std::make_unique<const Compensation>(std::move(sums));
+        });
+        compensation = reinterpret_cast<const uint8_t*>(kept->data());
+    }
+    if (is_constant)
+        w = m_dense.instead_of(w, m_activation_group, get_input_node_shared_ptr(i), blob, bytes);
+    w.compensation = compensation;  // that of a dense copy is the same
+    return w;
 }
 
 std::string SparseMatMul::named(const std::exception& error) const { return "SparseMatMul '" + get_friendly_name() + "': " + error.what(); }
@@ -144,9 +156,11 @@ bool SparseMatMul::has_evaluate() const {
     try {
         const auto n = widths();
         std::optional<BlobView> first;
+        Compensation unused;  // constants keep theirs
         for (size_t i = 0; i < n.size(); i++)
             if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i))) {
-                const auto w = weight(1 + i, static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size(), n[i]);
+                const auto w =
+                    weight(1 + i, static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size(), n[i], unused);
                 if (!first)
                     first = w;
                 require_same_activations(*first, w);
@@ -181,11 +195,12 @@ void SparseMatMul::multiply(ov::TensorVector& outputs, const ov::TensorVector& i
         throw std::invalid_argument("one output for each blob needed");
     // All blobs are proven before the first output gets its size: a call that refuses one allocates nothing.
     std::vector<Product> products;
+    std::vector<Compensation> compensation(n.size());
     for (size_t i = 0; i < n.size(); i++) {
         const ov::Tensor& blob = inputs[1 + i];
         if (!blob.is_continuous())
             throw std::invalid_argument("the blob must be contiguous");
-        products.push_back({weight(1 + i, static_cast<const uint8_t*>(blob.data()), blob.get_byte_size(), n[i]), nullptr});
+        products.push_back({weight(1 + i, static_cast<const uint8_t*>(blob.data()), blob.get_byte_size(), n[i], compensation[i]), nullptr});
         require_same_activations(products[0].w, products[i].w);
     }
     for (size_t i = 0; i < n.size(); i++) {

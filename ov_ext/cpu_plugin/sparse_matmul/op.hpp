@@ -36,7 +36,8 @@ class SparseMatMul : public ov::op::Op {
 
   private:
     std::vector<int64_t> widths() const;  // n of each weight
-    BlobView weight(size_t input, const uint8_t* blob, size_t bytes, int64_t n) const;
+    using Compensation = std::vector<int16_t>;
+    BlobView weight(size_t input, const uint8_t* blob, size_t bytes, int64_t n, Compensation& of_data) const;
     void multiply(ov::TensorVector& outputs, const ov::TensorVector& inputs) const;
     std::string named(const std::exception& error) const;
 
@@ -47,6 +48,7 @@ class SparseMatMul : public ov::op::Op {
     mutable StreamThreads m_stream_threads;
     mutable ValidationCache m_validated;  // constant blobs
     mutable DenseCopies m_dense;          // of them
+    mutable MadeFromBlobs<Compensation> m_compensation;
 };
 
 }  // namespace ov_ext::sparse_matmul

@@ -2,7 +2,7 @@
 //
 // Packing goes over the weight twice: first every run is only counted, which gives the directory and the length of the blob, then it is
 // written in its place. So runs can be written in parallel, and no run has to be moved or to grow. Threads write disjoint bytes: masks,
-// runs, scales and compensation of different blocks do not share any.
+// runs and scales of different blocks do not share any.
 #include <vector>
 
 #include "layout.hpp"
@@ -30,7 +30,7 @@ Header header_of(const PlainWeight& p) {
     h.kind = uint8_t(p.kind), h.slice_k = uint8_t(slice_inputs(p.kind)), h.panel_n = panel_n, h.block_panels = block_panels;
     h.flags = (p.bias ? uint32_t(bias_flag) : 0) | (p.dense ? uint32_t(dense_flag) : 0);
     if (p.kind != Kind::bf16)
-        h.flags |= uint32_t(p.group ? group_scales : column_scales) | (p.scales_f32 ? uint32_t(f32_scales) : 0);
+        h.flags |= uint32_t(p.group ? group_scales : column_scales) | (p.scales_f32 ? uint32_t(f32_scales) : 0) | uint32_t(no_compensation);
     h.n = p.n, h.k = p.k, h.n_pad = round_up(p.n, block_n), h.k_pad = padded_inputs(p.kind, p.k, p.group);
     h.group = uint32_t(p.group), h.chunk_k = chunk_k;
     return h;
@@ -120,13 +120,12 @@ std::vector<uint64_t> directory_of(const PlainWeight& p, const BlobView& w) {
 
 uint64_t packed_bytes(const PlainWeight& p) {
     const Header h = header_of(p);
-    const Layout at = layout_of(p.kind, p.dense, h.flags & f32_scales, p.bias, h.n, h.n_pad, h.k_pad, h.group);
-    return at.val + directory_of(p, geometry_of(h)).back() + alignment;
+    return layout_of(h).val + directory_of(p, geometry_of(h)).back() + alignment;
 }
 
 void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
     Header h = header_of(p);
-    const Layout at = layout_of(p.kind, p.dense, h.flags & f32_scales, p.bias, h.n, h.n_pad, h.k_pad, h.group);
+    const Layout at = layout_of(h);
     const BlobView w = view_of(blob, h, at);
     const auto directory = directory_of(p, w);
     if (bytes != at.val + directory.back() + alignment)
@@ -145,16 +144,10 @@ void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
         }
         if (!w.segment)
             return;
-        const uint64_t segments = w.k_pad / w.segment, groups = w.group ? w.k_pad / w.group : 1;
-        const uint64_t real_groups = w.group ? (w.k + w.group - 1) / w.group : 1, width = w.scales_f32 ? 4 : 2;
+        const uint64_t groups = w.group ? w.k_pad / w.group : 1, width = w.scales_f32 ? 4 : 2;
+        const uint64_t real_groups = w.group ? (w.k + w.group - 1) / w.group : 1;
         for (uint64_t c = 0; c < block_n && block * block_n + c < p.n; c++) {
             const uint64_t n = block * block_n + c;
-            for (uint64_t s = 0; s < segments; s++) {
-                int16_t sum = 0;  // of at most 128 codes, each at least -128: it fits
-                for (uint64_t k = s * w.segment; k < std::min(p.k, (s + 1) * w.segment); k++)
-                    sum = int16_t(sum + static_cast<const int8_t*>(p.values)[n * p.k + k]);
-                std::memcpy(blob + at.comp + 2 * ((block * segments + s) * block_n + c), &sum, 2);
-            }
             for (uint64_t g = 0; g < real_groups; g++)
                 std::memcpy(blob + at.scale + width * ((block * groups + g) * block_n + c),
                             static_cast<const uint8_t*>(p.scales) + width * (n * real_groups + g), width);
@@ -162,7 +155,7 @@ void pack(const PlainWeight& p, uint8_t* blob, uint64_t bytes) {
     });
     // Padding is no element: of a dense blob the mask bits would count it.
     h.nnz = p.dense ? p.n * p.k : nnz.load();
-    h.off_dir = at.dir, h.off_mask = at.mask, h.off_val = at.val, h.off_scale = at.scale, h.off_bias = at.bias, h.off_comp = at.comp;
+    h.off_dir = at.dir, h.off_mask = at.mask, h.off_val = at.val, h.off_scale = at.scale, h.off_bias = at.bias;
     h.blob_bytes = bytes;
     // Last, over everything but the header, which holds it.
     h.crc = crc32(blob + sizeof(Header), bytes - sizeof(Header));
@@ -247,23 +240,21 @@ void expand_run(const BlobView& w, uint64_t block, uint64_t chunk, uint8_t* to) 
 
 uint64_t dense_bytes(const BlobView& sparse) {
     require(!sparse.dense, "only a sparse weight can be expanded");
-    const Layout at = layout_of(sparse.kind, true, sparse.scales_f32, sparse.bias, sparse.n, sparse.n_pad, sparse.k_pad, sparse.group);
-    return at.val + sparse.blocks * sparse.tiles * tile_bytes(sparse.kind) + alignment;
+    return layout_of(header_of(dense_weight(sparse))).val + sparse.blocks * sparse.tiles * tile_bytes(sparse.kind) + alignment;
 }
 
 void expand(const BlobView& w, uint8_t* blob) {
-    const Layout at = layout_of(w.kind, true, w.scales_f32, w.bias, w.n, w.n_pad, w.k_pad, w.group);
     Header h = header_of(dense_weight(w));
+    const Layout at = layout_of(h);
     h.nnz = w.n * w.k;
-    h.off_dir = at.dir, h.off_val = at.val, h.off_scale = at.scale, h.off_bias = at.bias, h.off_comp = at.comp;
+    h.off_dir = at.dir, h.off_val = at.val, h.off_scale = at.scale, h.off_bias = at.bias;
     h.blob_bytes = dense_bytes(w);
     std::memset(blob, 0, at.val);
     std::memcpy(blob, &h, sizeof(Header));
-    // Both forms have the same sections of scales, compensation and bias.
+    // Both forms have the same sections of scales and bias.
     if (w.scales) {
         const uint64_t groups = w.group ? w.k_pad / w.group : 1;
         std::memcpy(blob + at.scale, w.scales, w.n_pad * groups * (w.scales_f32 ? 4 : 2));
-        std::memcpy(blob + at.comp, w.compensation, w.n_pad * (w.k_pad / w.segment) * 2);
     }
     if (w.bias)
         std::memcpy(blob + at.bias, w.bias, 4 * w.n);

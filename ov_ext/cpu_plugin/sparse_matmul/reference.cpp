@@ -99,6 +99,6 @@ void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t 
 
 }  // namespace
 
-const Kernel reference_kernel = {InstructionSet::reference, 1, row_bytes, prepare, multiply};
+const Kernel reference_kernel = {InstructionSet::reference, 1, false, row_bytes, prepare, multiply};
 
 }  // namespace ov_ext::sparse_matmul

@@ -139,7 +139,9 @@ void check_reading_and_writing(const Plain& w, const uint8_t* blob, size_t bytes
                              w.kind == spw1::bf16 ? nullptr : arrays.scales.data(),
                              w.has_bias ? reinterpret_cast<const float*>(w.bias.data()) : nullptr};
     uint64_t size = 0;
-    const auto expected = spw1::encode(w);
+    Plain without = w;
+    without.compensated = false;  // only earlier releases wrote it
+    const auto expected = spw1::encode(without);
     expect(!ov_ext_packed_bytes(&weight, &size) && size == expected.size(), "packed_bytes is wrong");
     const Guarded packed(size, 0);
     expect(!ov_ext_pack(&weight, packed.data, size) && !std::memcmp(packed.data, expected.data(), size), "pack is wrong");

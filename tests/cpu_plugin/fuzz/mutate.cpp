@@ -58,6 +58,7 @@ Plain some_weight(Random& random) {
     w.kind = int(1 + random.below(3));
     w.group = w.kind == spw1::bf16 ? 0 : std::array<uint64_t, 3>{0, 64, 128}[random.below(3)];
     w.dense = random.one_in(3), w.has_bias = random.one_in(2), w.f32_scales = w.kind != spw1::bf16 && random.one_in(2);
+    w.compensated = w.kind != spw1::bf16 && random.one_in(3);
     w.n = outputs[random.below(7)], w.k = inputs[random.below(14)];
     while (w.n * w.k > max_weights)
         w.n = (w.n + 1) / 2;
@@ -147,7 +148,7 @@ uint64_t some_size(Random& random) {
 void lie_about_size(Bytes& blob, Random& random) {
     const uint64_t n = random.one_in(2) ? some_size(random) : get(blob, 16), k = random.one_in(3) ? get(blob, 24) : some_size(random);
     const uint64_t flags = get(blob, 12, 4), group = get(blob, 48, 4);
-    const spw1::Geometry g(int(get(blob, 8, 1)), flags & 16, flags & 32, flags & 1, n, k, group);
+    const spw1::Geometry g(int(get(blob, 8, 1)), flags, n, k, group);
     // clang-format off
     const std::pair<unsigned, spw1::Geometry::Wide> entries[] = {
         {16, n}, {24, k}, {32, g.n_pad}, {40, g.k_pad}, {dir_field, g.dir}, {mask_field, g.mask}, {val_field, g.val},

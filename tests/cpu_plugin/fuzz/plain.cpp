@@ -121,12 +121,12 @@ Plain decode_or_throw(const Reader& in) {
     need(in.at(9, 1) == (w.kind == bf16 ? 2 : 4) && in.at(10, 1) == 16 && in.at(11, 1) == 4 && in.at(52, 4) == 512);
     const uint64_t flags = in.at(12, 4);
     w.has_bias = flags & 1, w.dense = flags & 16, w.f32_scales = flags & 32;
+    w.compensated = w.kind != bf16 && !(flags & 64);
     w.n = in.at(16, 8), w.k = in.at(24, 8), w.group = in.at(48, 4);
     need(w.n >= 1 && w.k >= 1 && w.n < 1ull << 31 && w.k < 1ull << 31);
     need(w.group == 0 || (w.kind != bf16 && (w.group == 64 || w.group == 128)));
-    const uint64_t scale_flags = w.kind == bf16 ? 0 : w.group ? 4 : 2;
-    need((flags & ~(w.kind == bf16 ? 17ull : 49ull)) == scale_flags);
-    const Geometry g(w.kind, w.dense, w.f32_scales, w.has_bias, w.n, w.k, w.group);
+    need(flags == w.flags() && (w.kind != bf16 || !w.f32_scales));
+    const Geometry g(w.kind, flags, w.n, w.k, w.group);
     need(in.at(32, 8) == g.n_pad && in.at(40, 8) == g.k_pad);
     need(in.at(64, 8) == g.dir && in.at(72, 8) == g.mask && in.at(80, 8) == g.val && in.at(88, 8) == g.scale && in.at(96, 8) == g.bias &&
          in.at(120, 8) == g.comp);
@@ -141,7 +141,7 @@ Plain decode_or_throw(const Reader& in) {
     need(in.at(56, 8) == (w.dense ? w.n * w.k : stored));
 
     for (uint64_t n = 0; n < g.n_pad; n++)
-        for (uint64_t s = 0; s < segments; s++)
+        for (uint64_t s = 0; w.compensated && s < segments; s++)
             need(int16_t(in.at(g.comp + 2 * ((n / 64 * segments + s) * 64 + n % 64), 2)) == (n < w.n ? sums[n * segments + s] : 0));
     const uint64_t width = w.f32_scales ? 4 : 2, padded_groups = w.kind == bf16 ? 0 : w.group ? uint64_t(g.k_pad) / w.group : 1;
     const uint64_t exponent = w.f32_scales ? 0x7F800000 : 0x7C00, magnitude = w.f32_scales ? 0x7FFFFFFF : 0x7FFF;
@@ -204,15 +204,19 @@ float Plain::scale(uint64_t output, uint64_t input) const {
     return f32_scales ? from_bits(bits) : half(uint16_t(bits));
 }
 
-Geometry::Geometry(int kind, bool dense, bool f32_scales, bool has_bias, uint64_t n, uint64_t k, uint64_t group) {
+uint64_t Plain::flags() const {
+    return has_bias | (kind == bf16 ? 0 : group ? 4 : 2) | dense << 4 | f32_scales << 5 | (kind == bf16 || compensated ? 0 : 64);
+}
+
+Geometry::Geometry(int kind, uint64_t flags, uint64_t n, uint64_t k, uint64_t group) {
     slice_k = kind == bf16 ? 2 : 4, segment = group ? group : 128;
     n_pad = up(n, 64), k_pad = up(k, kind == bf16 ? 32 : segment);
     blocks = n_pad / 64, tiles = k_pad / (16 * slice_k), tiles_per_chunk = 512 / (16 * slice_k), chunks = up(k_pad, 512) / 512;
     dir_bytes = 8 * (blocks * chunks + 1);
-    mask_bytes = dense ? 0 : blocks * tiles * 64 * (kind == bf16 ? 4 : 8);
-    scale_bytes = kind == bf16 ? 0 : n_pad * (group ? k_pad / group : 1) * (f32_scales ? 4 : 2);
-    comp_bytes = kind == bf16 ? 0 : n_pad * (k_pad / segment) * 2;
-    bias_bytes = has_bias ? Wide(n) * 4 : 0;
+    mask_bytes = flags & 16 ? 0 : blocks * tiles * 64 * (kind == bf16 ? 4 : 8);
+    scale_bytes = kind == bf16 ? 0 : n_pad * (group ? k_pad / group : 1) * (flags & 32 ? 4 : 2);
+    comp_bytes = kind == bf16 || flags & 64 ? 0 : n_pad * (k_pad / segment) * 2;
+    bias_bytes = flags & 1 ? Wide(n) * 4 : 0;
     Wide end = 128;
     const auto section = [&](Wide bytes) {
         const Wide start = bytes ? end : 0;
@@ -232,7 +236,7 @@ std::optional<Plain> decode(const uint8_t* blob, size_t bytes) {
 }
 
 std::vector<uint8_t> encode(const Plain& w, std::optional<uint64_t> stored) {
-    const Geometry g(w.kind, w.dense, w.f32_scales, w.has_bias, w.n, w.k, w.group);
+    const Geometry g(w.kind, w.flags(), w.n, w.k, w.group);
     const unsigned elements = unsigned(16 * g.slice_k), mask_width = w.kind == bf16 ? 4 : 8;
     std::vector<uint8_t> blob(uint64_t(g.val));
     uint64_t nnz = 0;
@@ -275,20 +279,20 @@ std::vector<uint8_t> encode(const Plain& w, std::optional<uint64_t> stored) {
             int32_t sum = 0;
             for (uint64_t k = s * g.segment; k < std::min(w.k, (s + 1) * g.segment); k++)
                 sum += w.values[n * w.k + k];
-            put(blob, g.comp + 2 * ((n / 64 * segments + s) * 64 + n % 64), uint16_t(sum), 2);
+            if (w.compensated)
+                put(blob, g.comp + 2 * ((n / 64 * segments + s) * 64 + n % 64), uint16_t(sum), 2);
         }
         for (uint64_t s = 0; s < w.groups(); s++)
             put(blob, g.scale + width * ((n / 64 * padded_groups + s) * 64 + n % 64), w.scales[n * w.groups() + s], unsigned(width));
         if (w.has_bias)
             put(blob, g.bias + 4 * n, w.bias[n], 4);
     }
-    const uint64_t flags = w.has_bias | (w.kind == bf16 ? 0 : w.group ? 4 : 2) | w.dense << 4 | w.f32_scales << 5;
     const struct {
         unsigned offset, width;
         Geometry::Wide value;
         // clang-format off
     } header[] = {{0, 4, 0x31575053}, {4, 2, 1}, {6, 2, 128}, {8, 1, unsigned(w.kind)}, {9, 1, g.slice_k}, {10, 1, 16}, {11, 1, 4},
-                  {12, 4, flags}, {16, 8, w.n}, {24, 8, w.k}, {32, 8, g.n_pad}, {40, 8, g.k_pad}, {48, 4, w.group}, {52, 4, 512},
+                  {12, 4, w.flags()}, {16, 8, w.n}, {24, 8, w.k}, {32, 8, g.n_pad}, {40, 8, g.k_pad}, {48, 4, w.group}, {52, 4, 512},
                   {56, 8, w.dense ? w.n * w.k : nnz}, {64, 8, g.dir}, {72, 8, g.mask}, {80, 8, g.val}, {88, 8, g.scale},
                   {96, 8, g.bias}, {104, 8, blob.size()}, {112, 8, crc32(blob, 128)}, {120, 8, g.comp}};
     // clang-format on

@@ -13,12 +13,13 @@ enum Kind : int { bf16 = 1, int8 = 2, int4 = 3 };
 // One weight as plain arrays, row-major.
 struct Plain {
     int kind = int8;
-    bool dense = false, f32_scales = false, has_bias = false;
+    bool dense = false, f32_scales = false, has_bias = false, compensated = false;
     uint64_t n = 1, k = 1, group = 0;
     std::vector<int32_t> values;   // [n, k]: bf16 bit patterns or integer codes
     std::vector<uint32_t> scales;  // [n, groups]: f16 or f32 bit patterns; empty for bf16
     std::vector<uint32_t> bias;    // [n]: f32 bit patterns
 
+    uint64_t flags() const;  // of the header
     uint64_t groups() const { return kind == bf16 ? 0 : group ? (k + group - 1) / group : 1; }
     float scale(uint64_t output, uint64_t input) const;
 };
@@ -31,7 +32,7 @@ struct Geometry {
     Wide dir, mask, scale, comp, bias, val;  // offsets, 0 when absent
     Wide dir_bytes, mask_bytes, scale_bytes, comp_bytes, bias_bytes;
 
-    Geometry(int kind, bool dense, bool f32_scales, bool has_bias, uint64_t n, uint64_t k, uint64_t group);
+    Geometry(int kind, uint64_t flags, uint64_t n, uint64_t k, uint64_t group);  // flags: of the header
 };
 
 // What format.md calls a valid blob, decoded; nothing for every other byte string.
