@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -256,6 +259,24 @@ def test_nothing_outside_of_the_inputs_is_touched(isa: str, at_the_end: bool) ->
             assert np.array_equal(found, cache.attend(*inputs, 0.2, mask, isa=isa))
             cache.append(k, v)
         assert np.isfinite(found).all() and cache.tokens == 200 + count
+
+
+def test_resident_memory_is_what_the_formula_says() -> None:
+    """16k tokens of 8 heads: masks, codes and scales, and dense tokens at both ends."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    rng = np.random.default_rng(6)
+    k, v = tokens(rng, 1, 8, 1024, 64), tokens(rng, 1, 8, 1024, 64)
+    Cache(CacheSettings(64, 8)).append(k[:, :, :70], v[:, :, :70])  # what threads keep
+    ctypes.CDLL(None).malloc_trim(0)  # else pages would lie in memory that was freed before
+    cache, before = Cache(CacheSettings(64, 8)), resident()
+    for _ in range(16):
+        cache.append(k, v)
+    expected = 8 * (64 * cache.pages * (2 * 64 / 8 + 2 * 32 + 2 * 4) + (4 + 64 + 64) * 2 * 64 * 4)
+    found = resident() - before
+    assert abs(found - expected) < 0.1 * expected and abs(cache.nbytes - expected) < 0.02 * expected, (found, expected)
 
 
 def test_wrong_arrays_are_refused() -> None:
