@@ -1,19 +1,16 @@
-"""SparseActivationMatMul: the layout by hand, kernels against float64 and each other, untrusted blobs, OpenVINO."""
+"""SAM1: the layout by hand, kernels against float64 and each other, untrusted blobs."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 import pytest
-from openvino import opset13 as opset
-from openvino.utils.node_factory import NodeFactory
 
-import ov_ext
 from ov_ext.cpu_plugin.sparse_activation import native
 from ov_ext.cpu_plugin.sparse_activation.pack import HEADER, Rule, pack
 from ov_ext.cpu_plugin.support.weight import Weight
@@ -21,6 +18,7 @@ from tests.cpu_plugin.conftest import KERNELS, make_weight
 from tests.cpu_plugin.test_kernels import bf16, quantized
 from tests.cpu_plugin.test_memory import between_forbidden_pages
 
+GOLDEN = Path(__file__).parent / "golden"
 KINDS = [("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 0), ("int4", 64), ("int4", 128)]
 OWN = [name for name in ("avx2", "reference") if name in KERNELS]
 SIDES = (1, 31, 128, 129)
@@ -108,6 +106,24 @@ def test_unpack_gives_back_what_was_packed(kind: str, group: int, n: int, k: int
             assert np.array_equal(found.threshold, by.threshold) and np.array_equal(found.replacement, by.replacement)
 
 
+def golden(kind: str, group: int) -> tuple[Weight, Rule]:
+    rng = np.random.default_rng(0)
+    values = rng.random(300).astype(np.float32)
+    return make_weight(kind, 70, 300, group=group, bias=True), rule(values, 0.25, values / 2)
+
+
+@pytest.mark.parametrize("kind, group", KINDS)
+def test_files_of_version_1_stay_readable(kind: str, group: int) -> None:
+    blob = np.frombuffer(zlib.decompress((GOLDEN / f"{kind}-{group}.sam1.z").read_bytes()), np.uint8)
+    weight, by = golden(kind, group)
+    again, found = native.unpack(blob)
+    assert np.array_equal(again.values, weight.values) and np.array_equal(found.threshold, by.threshold)
+    assert np.array_equal(found.replacement, by.replacement) and blob.size == pack(weight, by).size
+    x = np.ones((1, 300), np.float32)
+    expected, bound = oracle(x, weight, by, False)
+    assert (np.abs(native.matmul(x, blob) - expected) <= bound).all()
+
+
 # Kernels
 
 
@@ -158,6 +174,21 @@ def test_every_number_of_kept_inputs(isa: str, kind: str, group: int) -> None:
         y = native.matmul(x, blob, activation_group, isa=isa)
         expected, bound = oracle(x, weight, rule(0.5), activation_group != 0)
         assert (np.abs(y - expected) <= bound).all() and (y[0] == 0).all()
+
+
+@pytest.mark.parametrize("isa", OWN)
+@pytest.mark.parametrize("kind, group", [("int8", 0), ("int4", 64), ("int4", 128)])
+def test_short_rows_and_long_ones_give_the_same_bits(isa: str, kind: str, group: int) -> None:
+    """Of one token, short rows are read with those that are left out, which are zeros; of two tokens they are not."""
+    x = np.random.default_rng(1).standard_normal((2, 700)).astype(np.float32)
+    x[:, 256:384] = 0.1  # a segment in which nothing stays
+    for skipped in (0.1, 0.7, 1.5):
+        weight = make_weight(kind, 300, 700, group=group)
+        blob = pack(weight, rule(skipped, 0.05, 0.05))
+        together = native.matmul(x, blob, segment_of(weight), isa=isa)
+        assert np.array_equal(together[:1], native.matmul(x[:1], blob, segment_of(weight), isa=isa))
+        expected, bound = oracle(x, weight, rule(skipped, 0.05, 0.05), True)
+        assert (np.abs(together - expected) <= bound).all()
 
 
 @pytest.mark.parametrize("kind, group", KINDS)
@@ -379,87 +410,3 @@ def test_random_bytes_end_in_an_error_or_a_result(seed: int) -> None:
         with between_forbidden_pages(blob, True) as at:
             assert native.matmul(np.ones((1, 200), np.float32), at, 64).shape == (1, 100)
     assert accepted
-
-
-# In OpenVINO
-
-X = np.random.default_rng(0).standard_normal((6, 200)).astype(np.float32)
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
-
-
-@pytest.fixture(scope="module")
-def core() -> ov.Core:
-    return ov_ext.add_extension(ov.Core())
-
-
-def operation(x: Any, blob: Any, **attributes: Any) -> ov.Node:
-    factory = NodeFactory()
-    factory.add_extension(ov_ext.extension_path())
-    known = {"n": 100, "k": 200, "kind": "int4", "activation_group": 64, "source": ""}
-    return factory.create("SparseActivationMatMul", [x.output(0), blob.output(0)], known | attributes)
-
-
-def model(shape: Any, blob: np.ndarray = BLOB, dtype: Any = np.float32, **attributes: Any) -> ov.Model:
-    x = opset.parameter(ov.PartialShape(shape), dtype, name="x")
-    return ov.Model([opset.result(operation(x, opset.constant(blob), **attributes))], [x], "m")
-
-
-@pytest.mark.parametrize("shape", [[200], [6, 200], [-1, 200], [2, 3, 200], [-1, -1, -1]])
-def test_any_rank_and_dynamic_axes(core: ov.Core, shape: list[int]) -> None:
-    lead = {1: [], 2: [6], 3: [2, 3]}[len(shape)]
-    x = X[: int(np.prod(lead))].reshape([*lead, 200])
-    y = core.compile_model(model(shape), "CPU", F32)(x)[0]
-    assert y.shape == (*lead, 100)
-    assert np.array_equal(y.reshape(-1, 100), native.matmul(x.reshape(-1, 200), BLOB, 64))
-
-
-def test_no_rows(core: ov.Core) -> None:
-    assert core.compile_model(model([-1, 200]), "CPU", F32)(np.zeros((0, 200), np.float32))[0].shape == (0, 100)
-
-
-@pytest.mark.parametrize(
-    "attributes, message",
-    [
-        *[({"n": 101}, "attributes say"), ({"k": 199}, "attributes say"), ({"kind": "int8"}, "attributes say")],
-        *[({"activation_group": 128}, "activation_group 128"), ({"n": 0}, r"1\.\.2\^31-1")],
-    ],
-)
-def test_attributes_that_do_not_fit_are_named(attributes: dict, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        model([1, 200], **attributes)
-
-
-def test_wrong_activations_are_named() -> None:
-    with pytest.raises(RuntimeError, match="last axis of x must be 200"):
-        model([1, 201])
-    with pytest.raises(RuntimeError, match="f32 or bf16"):
-        model([1, 200], dtype=np.float16)
-
-
-def test_malformed_content_stops_compiling(core: ov.Core) -> None:
-    blob = BLOB.copy()
-    blob[128:132] = np.frombuffer(struct.pack("<f", np.nan), np.uint8)
-    with pytest.raises(RuntimeError, match="SparseActivationMatMul '.*SAM1 blob: a threshold"):
-        core.compile_model(model([1, 200], blob), "CPU")
-
-
-def test_a_blob_that_arrives_as_data_is_checked_at_every_call(core: ov.Core, refused: Any) -> None:
-    x, blob = opset.parameter([6, 200], np.float32, name="x"), opset.parameter([BLOB.nbytes], np.uint8, name="blob")
-    compiled = core.compile_model(ov.Model([opset.result(operation(x, blob))], [x, blob], "m"), "CPU", F32)
-    data = BLOB.copy()
-    expected = native.matmul(X, BLOB, 64)
-    assert np.array_equal(compiled([X, data])[0], expected)
-    data[4] = 9
-    refused(lambda: compiled([X, data]), "version 9")
-
-
-def test_concurrent_requests(core: ov.Core) -> None:
-    compiled = core.compile_model(model([-1, 200]), "CPU", F32 | {"NUM_STREAMS": 2})
-    expected = native.matmul(X, BLOB, 64)
-    requests = [compiled.create_infer_request() for _ in range(4)]
-    for _ in range(5):
-        for request in requests:
-            request.start_async(X)
-        for request in requests:
-            request.wait()
-            assert np.array_equal(request.get_output_tensor().data, expected)

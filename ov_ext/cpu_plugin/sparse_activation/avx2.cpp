@@ -64,7 +64,7 @@ INLINE void add_strip(const Rows& rows, const uint32_t* channels, const uint32_t
     if (kind == Kind::int8)
         for (int i = 0; i < 8; i++)
             wide[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(sums + 8 * i));
-    for (uint64_t pair = 0; pair < pairs; pair++) {
+    const auto multiply_pair = [&](uint64_t pair) INLINED {
         const uint8_t *first = rows.of(channels[2 * pair]) + at, *second = rows.of(channels[2 * pair + 1]) + at;
         const __m256i x = _mm256_set1_epi32(int32_t(codes[pair]));
         for (int half = 0; half < 2; half++) {
@@ -90,6 +90,14 @@ INLINE void add_strip(const Rows& rows, const uint32_t* channels, const uint32_t
             }
         }
         ahead.step();
+    };
+    if (pairs == batch / 2) {
+#pragma GCC unroll 8
+        for (uint64_t pair = 0; pair < batch / 2; pair++)
+            multiply_pair(pair);
+    } else {
+        for (uint64_t pair = 0; pair < pairs; pair++)
+            multiply_pair(pair);
     }
     for (int i = 0; i < 8; i++)
         if (kind == Kind::int4)
@@ -241,26 +249,32 @@ INLINE __m256 rule_at(const uint8_t* rule, uint64_t step, uint64_t k, uint64_t e
     return step ? load_x(rule, false, k, end) : _mm256_set1_ps(load<float>(rule));
 }
 
-void keep(const View& w, const void* x, bool x_is_bf16, const Kept& kept) {
+void keep(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept) {
     uint64_t end = 0;
     for (uint64_t s = 0; s < w.segments; s++) {
         kept.starts[s] = uint32_t(end);
         const uint64_t first = s * w.segment, last = first + w.segment < w.k ? first + w.segment : w.k;
         uint64_t count = 0;
+        int any = 0;
         for (uint64_t k = first; k < last; k += 8) {
             __m256 value = load_x(x, x_is_bf16, k, last);
             const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(value, _mm256_set1_ps(w.centre)));
             const __m256 near = _mm256_cmp_ps(distance, rule_at(w.threshold, w.threshold_step, k, last), _CMP_LE_OQ);
-            const int valid = last - k >= 8 ? 255 : (1 << (last - k)) - 1, mask = ~_mm256_movemask_ps(near) & valid;
+            const int valid = last - k >= 8 ? 255 : (1 << (last - k)) - 1, stay = ~_mm256_movemask_ps(near) & valid;
+            const int mask = all ? valid : stay;
+            any |= stay;
             if (w.replacement)
                 value = _mm256_sub_ps(value, rule_at(w.replacement, w.replacement_step, k, last));
+            value = _mm256_andnot_ps(near, value);
             const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(compressions.lanes[mask])));
             _mm256_storeu_ps(kept.values + end + count, _mm256_permutevar8x32_ps(value, lanes));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept.channels + end + count),
                                 _mm256_add_epi32(lanes, _mm256_set1_epi32(int32_t(k))));
             count += uint64_t(__builtin_popcount(unsigned(mask)));
         }
-        if (kept.integer && count) {
+        if (!any)
+            continue;
+        if (kept.integer) {
             const uint64_t padded = (count + 7) / 8 * 8;
             alignas(32) int8_t codes[default_segment + 8];
             quantize({count, padded, padded, padded}, kept.values + end, false, false, reinterpret_cast<uint8_t*>(codes), kept.factors + s);

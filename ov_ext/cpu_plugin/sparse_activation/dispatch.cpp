@@ -21,6 +21,8 @@ constexpr const Kernel* kernels[] = {// best first
 
 // Rows of x at a time: a chunk of the weights of a few blocks, 256 KiB, stays in a level-2 cache for them.
 constexpr uint64_t most_rows = 32, blocks_of_many_rows = 4;
+// Bytes that memory reads in vain, or could have read meanwhile, for each run of rows that stay: see README.md, "Skipped inputs".
+constexpr uint64_t waste = 1800;
 constexpr uint64_t parallel_from_rows = 4;        // a parallel region costs more than finding what stays in fewer rows
 constexpr uint64_t parallel_from_sums = 1 << 16;  // or than adding fewer
 
@@ -57,6 +59,12 @@ class Lists {
     bool m_integer;
     Scratch m_scratch;
 };
+
+// Whether one row of x had better read all inputs than `kept` of them. Where they stay at random, one run in k / (kept * skipped) begins.
+bool all_is_faster(const View& w, double kept) {
+    const double share = kept / double(w.k), row = double(w.blocks * block_bytes);
+    return share + share * (1 - share) * double(waste) / row > 1;
+}
 
 // How the work of some rows is cut: units are (chunk, blocks, rows). Memory gives rows of a weight at its full rate only when some KiB of
 // them are read at once, so one row of x is cut into chunks first, which then have sums of their own, and into blocks only where that is not
@@ -137,12 +145,16 @@ void matmul(const View& w, const Kernel& kernel, const void* x, bool is_bf16, ui
         Lists lists(w, some, activation_group != 0);
         const auto keep = [&](uint64_t begin, uint64_t end) {
             for (uint64_t row = begin; row < end; row++)
-                kernel.keep(w, static_cast<const uint8_t*>(x) + (first + row) * w.k * element, is_bf16, lists.row(row));
+                kernel.keep(w, static_cast<const uint8_t*>(x) + (first + row) * w.k * element, is_bf16, false, lists.row(row));
         };
         if (some < parallel_from_rows)
             keep(0, some);
         else
             parallel_ranges(some, keep);
+
+        // Zeros among integers leave all sums as they are; floating point would meet weights that are not finite.
+        if (const Kept kept = lists.row(0); some == 1 && kept.integer && all_is_faster(w, kept.starts[w.segments]))
+            kernel.keep(w, static_cast<const uint8_t*>(x) + first * w.k * element, is_bf16, true, kept);
 
         const Cut cut(w, some);
         Scratch scratch(cut.chunks * some * w.n_pad * 4);

@@ -50,8 +50,9 @@ constexpr uint64_t entries_ahead = 16;
 struct Kernel {
     InstructionSet isa;
 
-    // Finds the inputs of a row of x (f32 or bf16 bits) that stay.
-    void (*keep)(const View& w, const void* x, bool x_is_bf16, const Kept& kept);
+    // Finds the inputs of a row of x (f32 or bf16 bits) that stay. all: of a segment in which any stays, the others are listed, too, as
+    // zeros.
+    void (*keep)(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept);
 
     // out[(last - first) * block_n] += the sum of one chunk for the blocks [first, last), at most most_outputs outputs.
     void (*multiply)(const View& w, const Kept& kept, uint64_t first, uint64_t last, uint64_t chunk, float* out);

@@ -8,19 +8,25 @@
 namespace ov_ext::sparse_activation {
 namespace {
 
-void keep(const View& w, const void* x, bool x_is_bf16, const Kept& kept) {
+void keep(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept) {
     uint64_t end = 0;
     for (uint64_t s = 0; s < w.segments; s++) {
         kept.starts[s] = uint32_t(end);
         uint64_t count = 0;
+        bool any = false;
         for (uint64_t k = s * w.segment; k < (s + 1) * w.segment && k < w.k; k++) {
             const float value = load_x(x, x_is_bf16, k);
-            if (std::fabs(value - w.centre) <= load<float>(w.threshold + 4 * k * w.threshold_step))
+            const bool stays = !(std::fabs(value - w.centre) <= load<float>(w.threshold + 4 * k * w.threshold_step));
+            if (!stays && !all)
                 continue;
+            const float rest = w.replacement ? value - load<float>(w.replacement + 4 * k * w.replacement_step) : value;
             kept.channels[end + count] = uint32_t(k);
-            kept.values[end + count++] = w.replacement ? value - load<float>(w.replacement + 4 * k * w.replacement_step) : value;
+            kept.values[end + count++] = stays ? rest : 0.0f;
+            any |= stays;
         }
-        if (kept.integer && count) {
+        if (!any)
+            continue;
+        if (kept.integer) {
             int32_t wide[default_segment];
             int8_t codes[default_segment + 1];
             quantize({count, count, count, count}, kept.values + end, false, wide, kept.factors + s);
