@@ -1,7 +1,8 @@
 """Time of layers that skip inputs, at several fractions of skipped inputs: stock OpenVINO, our dense form, skipping.
 
 ``python -m benchmarks.activations --shapes 8192x2048 2048x8192 --rounds 15 --plot curve.png``: outputs x inputs. All
-arms run in OpenVINO, on the same weights, in turns; each is checked against numpy before it is timed.
+arms run in OpenVINO, on the same weights, in turns; each is checked against numpy before it is timed. ``--decode``
+times tokens of a whole 1B model instead, the inputs of whose MLPs are skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import openvino.opset13 as ops
 
 import ov_ext
 from benchmarks.arms import Settings, candidates, compile_model, pack
+from benchmarks.decoders import Generator, OpenVinoDecoder
+from benchmarks.llama import LLAMA_1B, TINY, RandomLlama, decoder
 from benchmarks.options import add_shared, fraction, positive
 from benchmarks.timing import fastest, interleave, paired_ratio
 from benchmarks.weights import linear, random_weight
@@ -90,6 +93,66 @@ def turn(model: ov.CompiledModel, x: np.ndarray, calls: int) -> Callable[[], lis
     return run
 
 
+def skipping_mlps(stock: ov.Model, skipped: float, tokens: int = 32) -> ov.Model:
+    """Put the pattern in front of a decoder's MLPs, with thresholds that skip a fraction of inputs of random tokens.
+
+    :param stock: What :func:`benchmarks.llama.decoder` gives; it stays as it is.
+    :return: A copy.
+    """
+    model = stock.clone()
+    parts = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    mlps = [node for node in parts if node.get_friendly_name().split(".")[-1] in ("gate_proj", "up_proj", "down_proj")]
+    looking = stock.clone()
+    names = {node.get_friendly_name(): node for node in looking.get_ops()}
+    inputs_of = [node.get_friendly_name().replace("up_proj", "gate_proj") for node in mlps]  # up reads what gate reads
+    ports = {name: names[name].input_value(0) for name in inputs_of}
+    looking.add_outputs([*ports.values()])
+    ids = np.random.default_rng(0).integers(0, TINY.vocab, (1, tokens))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(tokens)[None]}
+    found = compile_model(looking, Settings())({**feed, "beam_idx": np.zeros(1, np.int32)})
+    seen = {name: found[1 + i] for i, name in enumerate(ports)}
+    for node, name in zip(mlps, inputs_of, strict=True):
+        x = node.input_value(0)
+        threshold = ops.constant(np.float32(np.quantile(np.abs(seen[name]), skipped)))
+        near = ops.less_equal(ops.abs(x), threshold)
+        node.input(0).replace_source_output(ops.select(near, ops.constant(np.float32(0)), x).output(0))
+    return model
+
+
+def decode(options: argparse.Namespace) -> None:
+    """Print milliseconds a token of a whole model, for each kind and fraction."""
+    base = Settings(options.threads, options.precision)
+    for kind in options.kinds:
+        stock = decoder(RandomLlama(TINY if options.quick else LLAMA_1B, kind, 0.0))
+        models = {_STOCK: compile_model(stock, candidates(base, kind, True)[0])}
+        dense = stock.clone()
+        pack(dense)
+        models[_DENSE] = compile_model(dense, candidates(base, kind, False)[0])
+        for skipped in options.skipped:
+            model, report = ov_ext.pack_sparse_activations(
+                skipping_mlps(stock, skipped), ov_ext.SparseActivationPolicy(skipped=skipped, min_weights=0)
+            )
+            pack(model)
+            models[_SKIPPING] = compile_model(model, candidates(base, kind, False)[0])
+            generators = {
+                name: Generator(lambda each=each: OpenVinoDecoder(each), TINY.vocab)  # type: ignore[misc]
+                for name, each in models.items()
+            }
+            seconds = interleave(
+                {name: lambda each=each: each.generate(32, 12)[1] for name, each in generators.items()},  # type: ignore[misc]
+                options.rounds,
+            )
+            times = {name: 1e3 * float(np.median(each)) for name, each in seconds.items()}
+            ratio, over_stock = (paired_ratio(seconds[name], seconds[_SKIPPING]) for name in (_DENSE, _STOCK))
+            print(
+                f"{kind} decoder, {len(report.replaced)} of {len(report.layers)} layers skip {skipped:.0%}: ms a token "
+                + ", ".join(f"{name} {time:.1f}" for name, time in times.items())
+                + f"; dense / skipping {ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f}), "
+                f"stock / skipping {over_stock.median:.2f} ({over_stock.low:.2f} - {over_stock.high:.2f})",
+                flush=True,
+            )
+
+
 def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
     """Draw the gain over the dense form against the fraction of skipped inputs."""
     import matplotlib
@@ -118,7 +181,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument("--calls", type=positive, default=5)
     parser.add_argument("--plot", type=Path, help="PNG file of the curves")
+    parser.add_argument("--decode", action="store_true", help="a whole 1B model instead of layers")
     options = parser.parse_args()
+    if options.decode:
+        decode(options)
+        return
     base = Settings(options.threads, options.precision)
     curves: dict[str, list[tuple[float, float]]] = {}
     for kind in options.kinds:

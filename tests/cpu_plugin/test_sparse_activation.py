@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.cpu_plugin.conftest import KERNELS, make_weight
 from tests.cpu_plugin.test_kernels import bf16, quantized
 from tests.cpu_plugin.test_memory import between_forbidden_pages
 
+GOLDEN = Path(__file__).parent / "golden"
 KINDS = [("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 0), ("int4", 64), ("int4", 128)]
 OWN = [name for name in ("avx2", "reference") if name in KERNELS]
 SIDES = (1, 31, 128, 129)
@@ -102,6 +104,24 @@ def test_unpack_gives_back_what_was_packed(kind: str, group: int, n: int, k: int
                 assert (one is None) == (other is None) and (one is None or np.array_equal(one, other))
             assert (again.kind, again.group) == (kind, group) and found.centre == by.centre
             assert np.array_equal(found.threshold, by.threshold) and np.array_equal(found.replacement, by.replacement)
+
+
+def golden(kind: str, group: int) -> tuple[Weight, Rule]:
+    rng = np.random.default_rng(0)
+    values = rng.random(300).astype(np.float32)
+    return make_weight(kind, 70, 300, group=group, bias=True), rule(values, 0.25, values / 2)
+
+
+@pytest.mark.parametrize("kind, group", KINDS)
+def test_files_of_version_1_stay_readable(kind: str, group: int) -> None:
+    blob = np.frombuffer(zlib.decompress((GOLDEN / f"{kind}-{group}.sam1.z").read_bytes()), np.uint8)
+    weight, by = golden(kind, group)
+    again, found = native.unpack(blob)
+    assert np.array_equal(again.values, weight.values) and np.array_equal(found.threshold, by.threshold)
+    assert np.array_equal(found.replacement, by.replacement) and blob.size == pack(weight, by).size
+    x = np.ones((1, 300), np.float32)
+    expected, bound = oracle(x, weight, by, False)
+    assert (np.abs(native.matmul(x, blob) - expected) <= bound).all()
 
 
 # Kernels

@@ -86,7 +86,7 @@ def layer_statistics(model: nn.Module, images: Tensor, *, fresh: bool = True, se
             "programs of EZNAS are about these; the classic proxies need none."
         )
         raise nncf.UnsupportedModelError(msg)
-    layers = []
+    layers: list[LayerStatistics] = []
     for one, other, third in zip(data, random, changed, strict=True):
         layer = {"weight": one["weight"]}
         for name in one:
