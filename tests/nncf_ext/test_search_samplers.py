@@ -289,7 +289,7 @@ def test_constraints_lead_the_search(sampler, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: LinasSampler(4), nncf.ValidationError, "population of at least 5"),
+        (lambda: LinasSampler(4), nncf.ValidationError, "population and a first round of at least 5"),
         (lambda: LinasSampler(50, inner_evaluations=49), nncf.ValidationError, "got 50, 50 and 49"),
         (lambda: LinasSampler(first_round=4), nncf.ValidationError, "got 50, 4 and 5000"),
         (lambda: LinasSampler(mutation=2), nncf.ValidationError, "0 to 1; got 2"),
