@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 
 # Rounding to bf16 moves a value by at most 2^-9 of its magnitude, uniformly: this is the standard deviation.
 BF16 = 2.0**-9 / np.sqrt(3.0)

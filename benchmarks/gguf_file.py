@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.llama import EPSILON, HEAD, ROPE_BASE, RandomLlama
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 
 FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 _BLOCK = 32

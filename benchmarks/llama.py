@@ -18,7 +18,7 @@ import openvino.opset13 as ops
 from openvino import Node, Output
 
 from benchmarks.weights import linear, random_weight, stock_weight
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 
 EPSILON, ROPE_BASE = 1e-5, 10000.0
 HEAD = "lm_head"

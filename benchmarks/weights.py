@@ -13,7 +13,7 @@ import numpy as np
 import openvino.opset13 as ops
 from openvino import Node, Output
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 from ov_ext.sparse_weights.stock import stock_weight
 
 KINDS = ("bf16", "int8", "int4")

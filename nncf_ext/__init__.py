@@ -54,6 +54,11 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.sqft.merging import merge as merge
     from nncf_ext.algorithms.sqft.parameters import AdvancedSqftParameters as AdvancedSqftParameters
     from nncf_ext.algorithms.sqft.partner import prerounding as prerounding
+    from nncf_ext.algorithms.zero_cost.evolution import ProxyTask as ProxyTask
+    from nncf_ext.algorithms.zero_cost.evolution import evolve_proxy as evolve_proxy
+    from nncf_ext.algorithms.zero_cost.parameters import AdvancedEznasParameters as AdvancedEznasParameters
+    from nncf_ext.algorithms.zero_cost.proxy import Proxy as Proxy
+    from nncf_ext.algorithms.zero_cost.statistics import StatisticsCache as StatisticsCache
     from nncf_ext.compression import compress as compress
     from nncf_ext.compression import structure_plan as structure_plan
     from nncf_ext.elastic import make_elastic as make_elastic

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ov_ext.extension import ExtensionUnavailableError, extension_path
     from ov_ext.graphs import RecordError
     from ov_ext.runtime import NewerFormatError, add_extension, check_target, cpu_info
+    from ov_ext.sparse_activation.passes import pack_sparse_activations, unpack_sparse_activations
+    from ov_ext.sparse_activation.policy import SparseActivationPolicy
+    from ov_ext.sparse_activation.report import ActivationReport
     from ov_ext.sparse_attention.passes import restore_attention, sparsify_attention
     from ov_ext.sparse_attention.policy import SparseAttentionPolicy
     from ov_ext.sparse_attention.report import AttentionReport
@@ -31,12 +34,14 @@ if TYPE_CHECKING:
     from ov_ext.sparse_weights.workload import Workload
 
 _HOME = {
+    "ActivationReport": "sparse_activation.report",
     "AlreadyPackedError": "sparse_weights.passes",
     "AttentionReport": "sparse_attention.report",
     "ExtensionUnavailableError": "extension",
     "NewerFormatError": "runtime",
     "PackReport": "sparse_weights.report",
     "RecordError": "graphs",
+    "SparseActivationPolicy": "sparse_activation.policy",
     "SparseAttentionPolicy": "sparse_attention.policy",
     "SparsePolicy": "sparse_weights.policy",
     "Workload": "sparse_weights.workload",
@@ -46,20 +51,24 @@ _HOME = {
     "convert_model": "convert",
     "cpu_info": "runtime",
     "extension_path": "extension",
+    "pack_sparse_activations": "sparse_activation.passes",
     "pack_sparse_weights": "sparse_weights.passes",
     "restore_attention": "sparse_attention.passes",
     "save_model": "convert",
     "sparsify_attention": "sparse_attention.passes",
+    "unpack_sparse_activations": "sparse_activation.passes",
     "unpack_sparse_weights": "sparse_weights.passes",
 }
 
 __all__ = [
+    "ActivationReport",
     "AlreadyPackedError",
     "AttentionReport",
     "ExtensionUnavailableError",
     "NewerFormatError",
     "PackReport",
     "RecordError",
+    "SparseActivationPolicy",
     "SparseAttentionPolicy",
     "SparsePolicy",
     "Workload",
@@ -69,10 +78,12 @@ __all__ = [
     "convert_model",
     "cpu_info",
     "extension_path",
+    "pack_sparse_activations",
     "pack_sparse_weights",
     "restore_attention",
     "save_model",
     "sparsify_attention",
+    "unpack_sparse_activations",
     "unpack_sparse_weights",
 ]
 

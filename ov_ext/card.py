@@ -40,6 +40,14 @@ core = ov_ext.add_extension(openvino.Core())  # OpenVINO
 """,
 )
 
+SKIPPED_INPUTS = (
+    "Inputs that are skipped",
+    """Linear layers skip inputs below their thresholds: the weights of those are not read. OpenVINO needs the extension
+of nncf-ext for it (`ov_ext.add_extension(core)`, `ov_ext.genai.pipeline("FOLDER")`, `ov_ext.optimum.load("FOLDER")`).
+`ov-ext unpack FOLDER OUT` restores the stock model.
+""",
+)
+
 SPARSE_ATTENTION = (
     "Sparse attention",
     """Keys and values of older tokens are pruned and packed while the model runs. OpenVINO needs the extension of

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ov_ext import runtime
-from ov_ext.card import PACKED, SPARSE_ATTENTION, remove_section, write_card
+from ov_ext.card import PACKED, SKIPPED_INPUTS, SPARSE_ATTENTION, remove_section, write_card
 from ov_ext.convert import save_model
 from ov_ext.cpu_plugin.sparse_matmul.pack import VERSION
 from ov_ext.decode import measure
@@ -28,6 +28,9 @@ from ov_ext.genai import pipeline
 from ov_ext.noise import own_lines
 from ov_ext.optimum import TOKENIZER, WITHOUT_TOKENIZER, TokenizerError, load_tokenizer, save_tokenizer_ir
 from ov_ext.runtime import TARGETS
+from ov_ext.sparse_activation.passes import pack_sparse_activations, skips_inputs, unpack_sparse_activations
+from ov_ext.sparse_activation.policy import SparseActivationPolicy
+from ov_ext.sparse_activation.report import ActivationReport
 from ov_ext.sparse_attention.passes import is_sparse, restore_attention, sparsify_attention
 from ov_ext.sparse_attention.policy import SparseAttentionPolicy
 from ov_ext.sparse_attention.report import AttentionReport
@@ -149,6 +152,12 @@ def pack(
         bool, typer.Option("--requantize", help="Round asymmetric weights to a symmetric grid.")
     ] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Shell pattern of layers that stay; repeatable.")] = None,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="Layers with thresholds for their inputs skip those below.")
+    ] = False,
+    skipped: Annotated[
+        float, typer.Option(help="Fraction of inputs that such a layer is expected to skip.")
+    ] = SparseActivationPolicy.skipped,
     kv_sparsity: Annotated[
         float | None,
         typer.Option(help="Fraction 0..0.9 of older keys and values that attention prunes; default: it stays stock."),
@@ -157,7 +166,8 @@ def pack(
     report: Annotated[Path | None, typer.Option(help="Write the report on every layer as JSON.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every layer, not only a summary.")] = False,
 ) -> None:
-    """Pack the sparse weights of every model in IN and write the complete folder OUT."""
+    """Pack the sparse weights of every model in IN and write the complete folder OUT. Attention and layers with
+    thresholds for their inputs follow where wanted."""
     attention = None
     if kv_sparsity is not None:
         values: Any = kv_values  # checked by the policy
@@ -173,26 +183,40 @@ def pack(
         requantize=requantize,
         ignored_patterns=tuple(ignore or ()),
     )
+    skipping = SparseActivationPolicy(
+        skipped=skipped,
+        activation_group=0 if activation_group == 0 else 128,
+        min_weights=min_weights,
+        requantize=requantize,
+        ignored_patterns=tuple(ignore or ()),
+    )
     reports: dict[str, PackReport] = {}
+    skips: dict[str, ActivationReport] = {}
     attentions: dict[str, AttentionReport] = {}
+    more: tuple[dict[str, Any], ...] = (skips, attentions)
 
     def pack_one(name: str, model: ov.Model) -> bool:
+        if activations:  # what is not expected to gain by it is left to the pass that follows
+            skips[name] = pack_sparse_activations(model, skipping)[1]
         reports[name] = pack_sparse_weights(model, policy)[1]
         if attention is not None:
             attentions[name] = sparsify_attention(model, attention)[1]
-        return bool(reports[name].replaced or (name in attentions and attentions[name].replaced))
+        return any(of[name].replaced for of in (reports, *more) if name in of)
 
     with Console(stderr=True).status("Packing. The first time, this CPU is measured, too: ten seconds at most"):
         _rewrite(source, out, overwrite, pack_one)
     for name, each in reports.items():
         _show(f"{name}:", each if verbose else each.summary())
-        if name in attentions:
-            _show(attentions[name] if verbose else attentions[name].summary())
-    if not any(each.replaced for each in reports.values()) and not any(each.replaced for each in attentions.values()):
+        for of in more:
+            if name in of:
+                _show(of[name] if verbose else of[name].summary())
+    if not any(each.replaced for of in (reports, *more) for each in of.values()):
         _show("Nothing was packed: OUT is a copy of IN.")
     if report is not None:
-        attended = {name: each.to_dict() for name, each in attentions.items()}
-        whole = {name: each.to_dict() | attended.get(name, {}) for name, each in reports.items()}
+        whole = {name: each.to_dict() for name, each in reports.items()}
+        for of in more:
+            for name, added in of.items():
+                whole[name] |= added.to_dict()
         write_whole(report, json.dumps(whole, indent=2))
 
 
@@ -243,8 +267,9 @@ def unpack(source: SourceFolder, out: OutFolder, overwrite: Overwrite = False) -
     restored: list[str] = []
 
     def unpack_one(name: str, model: ov.Model) -> bool:
-        packed = model.has_rt_info(["ov_ext", "format"]) or is_sparse(model)
+        packed = model.has_rt_info(["ov_ext", "format"]) or is_sparse(model) or skips_inputs(model)
         restore_attention(model)
+        unpack_sparse_activations(model)
         unpack_sparse_weights(model)
         if packed:
             restored.append(name)
@@ -302,7 +327,7 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
     refuse_existing(out, overwrite)
     with whole_folder(out, overwrite) as draft:
         core = runtime.add_extension(ov.Core())
-        done, packed, sparse = set(), False, False
+        done, packed, sparse, skipping = set(), False, False, False
         for path in models:
             model = core.read_model(path)
             if change(path.name, model):
@@ -310,12 +335,13 @@ def _rewrite(source: Path, out: Path, overwrite: bool, change: Any) -> None:
                 done |= {path.name, path.with_suffix(".bin").name}
             packed = packed or model.has_rt_info(["ov_ext", "format"])
             sparse = sparse or is_sparse(model)
+            skipping = skipping or skips_inputs(model)
             del model
         for path in source.iterdir():
             if path.name not in done and not path.name.startswith("."):
                 copy = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, draft / path.name)
-        for present, section in ((packed, PACKED), (sparse, SPARSE_ATTENTION)):
+        for present, section in ((packed, PACKED), (skipping, SKIPPED_INPUTS), (sparse, SPARSE_ATTENTION)):
             if present:
                 write_card(draft, section)
             else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ov_ext import runtime
 from ov_ext.extension import extension_path
+from ov_ext.sparse_activation.passes import skips_inputs
 from ov_ext.sparse_attention.passes import is_sparse
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def pipeline(folder: str | os.PathLike[str], device: str = "CPU", **properties: 
         msg = f"{folder} lacks {' and '.join(missing)}: ov_ext.optimum.export and `ov-ext pack` write complete folders."
         raise ValueError(msg)
     model = runtime.read_model(Path(folder) / "openvino_model.xml")  # OpenVINO maps weights, it reads none
-    packed = model.has_rt_info(["ov_ext", "format"])
+    packed = model.has_rt_info(["ov_ext", "format"]) or skips_inputs(model)
     if packed:
         _refuse_adapters(None, properties)
     if is_sparse(model):

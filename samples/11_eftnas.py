@@ -25,6 +25,7 @@ REVIEWS: dict[str, Any] = {"training": 480, "validation": 120, "test": 379, "len
 def main(
     model: Annotated[Path, typer.Option(help="From `python -m samples.real_models minilm OUT`.")] = Path("minilm"),
     task: Annotated[str, typer.Option(help="libraries or reviews")] = "libraries",
+    texts: Annotated[int | None, typer.Option(help="Texts to learn from; fewer take less time.")] = None,
     quick: Annotated[bool, typer.Option(help="One seed, a few steps: a minute. Its figures mean nothing.")] = False,
     seeds: Annotated[int, typer.Option(help="Runs, each with its own texts to learn from.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder of texts, records and models.")] = Path("samples/out/11"),
@@ -44,7 +45,8 @@ def main(
     torch.set_num_threads(1)
     task = "reviews" if quick else task  # the libraries take minutes to read
     settings = {"task": task, **(REVIEWS if task == "reviews" else {}), **(QUICK if quick else {})}
-    plan, folder = Plan(**settings), out / ("quick" if quick else task)
+    settings |= {"training": texts} if texts and not quick else {}
+    plan, folder = Plan(**settings), out / ("quick" if quick else f"{task}-{texts}" if texts else task)
     runs = [Run(seed, plan, model, folder / f"seed-{seed}", out) for seed in range(1 if quick else seeds)]
     records = []
     for run in runs:

@@ -83,6 +83,7 @@ OV_EXT_LAYERS = (
     "graphs",
     "runtime",
     "sparse_*",
+    "sparse_activation",  # finds weights as sparse_weights does
     "stand_in",
     "convert",
     "leftovers",

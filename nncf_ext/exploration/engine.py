@@ -16,6 +16,7 @@ from optuna.study import StudyDirection
 from nncf_ext.exploration.constraints import Constraint, parse_constraints
 from nncf_ext.exploration.loop import Run, first_round_of
 from nncf_ext.exploration.objectives import Measured, NetworkObjective, Objective
+from nncf_ext.exploration.preranking import Prerank, Preranking
 from nncf_ext.exploration.report import Evaluation, SearchReport
 from nncf_ext.exploration.samplers import HillClimbingSampler
 from nncf_ext.exploration.space import Elastic, Point, SearchSpace
@@ -35,6 +36,7 @@ def search(
     constraints: Sequence[str] = (),
     sampler: SearchSampler | BaseSampler = SearchSampler.HILL_CLIMBING,
     budget: int = 100,
+    prerank: Prerank | None = None,
     test: Callable[[Point], float] | None = None,
     storage: str | os.PathLike[str] | None = None,
     study_name: str = "nncf_ext",
@@ -59,6 +61,10 @@ def search(
         sizes). HEURISTIC needs no search, HILL_CLIMBING one objective.
     :param budget: Number of points to measure, those found in the storage included; at least the population of a
         sampler that has one.
+    :param prerank: A cheap score of points, such as ``nncf_ext.Proxy("params")``: the sampler draws ten points for each
+        that is measured, and of four in five the one with the highest score is taken (with several objectives, among
+        those of about its cost). Kendall's tau between score and first objective is logged and stands in the report;
+        while the score is no better than chance it is not used. For RANDOM, TPE and NSGA2.
     :param test: The measure of the first objective on test data, taken once, of the chosen point, at the end. The
         report tells the gap between validation and test.
     :param storage: File to keep every result in (Optuna's journal), or the URL of a data base; an interrupted or
@@ -72,19 +78,22 @@ def search(
     :raises nncf.ValidationError: Objectives are missing or have equal names, a constraint cannot be read or names no
         objective, the budget is too small, the test function is that of validation, the storage is damaged or holds
         another search, or a value is not finite.
-    :raises nncf.ParameterNotSupportedError: The sampler is unknown or cannot take several objectives.
+    :raises nncf.ParameterNotSupportedError: The sampler is unknown cannot take several objectives, or draws one
+        point at a time where a score should choose.
     :raises KeyboardInterrupt: If interrupted before the first point was measured.
     """
     named = tuple(objectives)
     if not isinstance(sampler, BaseSampler):
         sampler = parse_choice(sampler, SearchSampler, "sampler", " or an Optuna sampler")
     _check(named, sampler, budget, test, net.space)
+    _check_prerank(prerank, sampler)
     bound = tuple(objective.bind(net) for objective in named)
     limits = parse_constraints(constraints, bound)
     study = _open(net.space, bound, storage, study_name)
     before = net.active
     result, complete = None, False
-    run = Run(study, net, bound, limits, sampler, seed, shared=storage is not None)
+    preranking = None if prerank is None else Preranking(prerank, net, len(bound) > 1, bound[0].maximize)
+    run = Run(study, net, bound, limits, sampler, seed, storage is not None, preranking)
     try:
         run.measure(budget)
         chosen = _report(run, limits).chosen
@@ -133,6 +142,18 @@ def _check(
         raise nncf.ValidationError(msg)
 
 
+def _check_prerank(prerank: Prerank | None, sampler: SearchSampler | BaseSampler) -> None:
+    if prerank is not None and sampler not in (SearchSampler.RANDOM, SearchSampler.TPE, SearchSampler.NSGA2):
+        msg = (
+            f"prerank chooses among points that a sampler draws at random; {sampler} says itself which one is next. "
+            "Use SearchSampler.RANDOM, TPE or NSGA2."
+        )
+        raise nncf.ParameterNotSupportedError(msg)
+    if prerank is not None and not callable(getattr(prerank, "bind", None)):
+        msg = f"prerank is a score of points, such as nncf_ext.Proxy('params'); got {prerank!r}."
+        raise nncf.ValidationError(msg)
+
+
 def _open(
     space: SearchSpace, objectives: tuple[Objective, ...], storage: str | os.PathLike[str] | None, study_name: str
 ) -> optuna.Study:
@@ -178,7 +199,10 @@ def _report(run: Run, constraints: tuple[Constraint, ...]) -> SearchReport:
         )
         for places, values in run.known.items()
     )
-    notes = (objective.note() for objective in run.objectives if objective.note is not None)
+    notes = [objective.note() for objective in run.objectives if objective.note is not None]
+    if run.preranking is not None:
+        run.preranking.look(run.known)
+        notes.append(run.preranking.note())
     report = SearchReport(
         tuple(found), run.objectives, constraints, run.full, notes=tuple(note for note in notes if note)
     )

@@ -14,6 +14,7 @@ from nncf_ext.exploration.constraints import Constraint, total_violation
 from nncf_ext.exploration.fronts import Floats
 from nncf_ext.exploration.linas import LinasSampler
 from nncf_ext.exploration.objectives import Measured, Objective
+from nncf_ext.exploration.preranking import Preranking, PrerankingSampler
 from nncf_ext.exploration.samplers import HillClimbingSampler, OrderedNSGAIISampler, asked
 from nncf_ext.exploration.space import Elastic
 from nncf_ext.exploration.workers import Workers
@@ -56,6 +57,7 @@ class Run:
     :param sampler: What proposes points.
     :param seed: Of the members of SearchSampler.
     :param shared: Whether other processes can take part.
+    :param preranking: What chooses among several points that the sampler draws; None: each that it draws is measured.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class Run:
         sampler: SearchSampler | BaseSampler,
         seed: int,
         shared: bool,
+        preranking: Preranking | None = None,
     ) -> None:
         self.objectives, self.space = objectives, net.space
         self._study, self._net, self._constraints, self._seed = study, net, constraints, seed
-        self._sampler = self._lasting(sampler)
+        self._sampler, self.preranking = self._lasting(sampler), preranking
         self._distributions: dict[str, BaseDistribution] = {
             name: IntDistribution(0, len(sizes) - 1) for name, sizes in self.space.dimensions.items()
         }
@@ -240,11 +243,22 @@ class Run:
         """A sampler whose next draw depends on the seed and on what the study holds, not on what it drew before."""
         if isinstance(self._sampler, BaseSampler):
             return self._sampler
-        drawn = Random(f"{self._seed} {asked(self._study, self.space.dimensions)}").getrandbits(32)
+        state = f"{self._seed} {asked(self._study, self.space.dimensions)}"
+        if self.preranking is None:
+            return self._drawing(Random(state).getrandbits(32))
+        self.preranking.look(self.known)
+        return PrerankingSampler(
+            lambda number: self._drawing(Random(f"{state} {number}").getrandbits(32)),
+            self.preranking,
+            self._distributions,
+            Random(f"{state} chosen"),
+        )
+
+    def _drawing(self, seed: int) -> BaseSampler:
         if self._sampler is SearchSampler.NSGA2:
             violation = self._violation if self._constraints else None
-            return OrderedNSGAIISampler(first_round_of(self._sampler), violation=violation, seed=drawn)
-        return TPESampler(seed=drawn) if self._sampler is SearchSampler.TPE else RandomSampler(seed=drawn)
+            return OrderedNSGAIISampler(first_round_of(self._sampler), violation=violation, seed=seed)
+        return TPESampler(seed=seed) if self._sampler is SearchSampler.TPE else RandomSampler(seed=seed)
 
     def _violation(self, values: Floats) -> Floats:
         """Of values ``[points, objectives]``: ``[points]``."""

@@ -99,7 +99,7 @@ def macs(example_input: Any = None) -> NetworkObjective:
 
     def make(net: Elastic) -> Objective:
         arguments = call_arguments(net, example_input, "macs")
-        return Objective("macs", lambda point: _count_macs(net.extract(point), *arguments), maximize=False)
+        return Objective("macs", lambda point: count_macs(net.extract(point), *arguments), maximize=False)
 
     return NetworkObjective("macs", make)
 
@@ -155,7 +155,13 @@ def call_arguments(net: Elastic, example_input: Any, what: str) -> tuple[tuple[A
     return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
 
 
-def _count_macs(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> float:
+def count_macs(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> float:
+    """
+    :param model: A model.
+    :param arguments: Arguments of a call of it.
+    :param named: Named ones.
+    :return: Multiplications of that call: of matrix multiplications, convolutions and attention.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

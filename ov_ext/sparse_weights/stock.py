@@ -7,7 +7,7 @@ import openvino as ov
 import openvino.opset13 as ops
 from openvino import Node, Output
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 
 
 def stock_weight(weight: Weight) -> Output:

@@ -21,7 +21,7 @@ import openvino as ov
 from openvino import Node, Output
 from openvino.utils.node_factory import NodeFactory
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 from ov_ext.graphs import RecordError
 from ov_ext.sparse_weights.weights import (
     FLOATS,
@@ -35,7 +35,8 @@ from ov_ext.sparse_weights.weights import (
 )
 
 RECORD_VERSION = 1
-_OPERATIONS = {"Constant", "Convert", "Subtract", "Multiply", "Reshape", "Transpose", "MatMul", "Add"}
+_OF_INPUTS = {"Abs", "LessEqual", "Select"}  # and Subtract, Add: what a layer does with its inputs
+_OPERATIONS = {"Constant", "Convert", "Subtract", "Multiply", "Reshape", "Transpose", "MatMul", "Add", *_OF_INPUTS}
 _STORED = ("data", "zero")  # roles of constants whose bytes are in the record; the others are in the blob
 _ROLES = ("values", "scale", "bias", *_STORED)
 _ELEMENTS = (*FLOATS, *SYMMETRIC, "i16", "u16", "i32", "u32", "i64", "u64")
@@ -44,13 +45,15 @@ _NONSENSE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError
 _KEEP = "decompression_0"  # rt_info that keeps OpenVINO from folding the Convert of an f16 weight
 
 
-def describe(found: ConstantWeight, bias: Node | None, scales: str = "") -> str:
+def describe(found: ConstantWeight, bias: Node | None, scales: str = "", x: Output | None = None) -> str:
     """Write down what a blob does not hold.
 
     :param found: The weight, still in its graph.
     :param bias: The Add behind the MatMul whose constant goes into the blob, or None.
     :param scales: "" for a weight that is packed losslessly. For a requantized weight: the element type of its new
         scales. Then the record has no zero points; and f32 arithmetic if the scales were f16 and need f32 now.
+    :param x: The activation, where the packed operation reads one before the MatMul's own; what lies between belongs to
+        the record.
     :return: JSON for :func:`restore`.
     """
     widened = scales == "f32" and found.scale is not None and element_name(found.scale) == "f16"
@@ -58,7 +61,7 @@ def describe(found: ConstantWeight, bias: Node | None, scales: str = "") -> str:
     position: dict[str, int] = {}  # by unique node name: two Python wrappers of one node are different objects
     parts = {"values": found.constant, "scale": found.scale, "zero": found.zero, "bias": bias and bias_constant(bias)}
     roles = {node.get_name(): role for role, node in parts.items() if node is not None}
-    matmul = found.matmul.get_name()
+    activation = _place(found.matmul.input_value(0) if x is None else x)
 
     def add(node: Node) -> int:
         key, kind = node.get_name(), node.get_type_name()
@@ -71,8 +74,8 @@ def describe(found: ConstantWeight, bias: Node | None, scales: str = "") -> str:
             if kind == "Constant":
                 entry |= _constant_entry(node, roles.get(key, "data"), found, scales)
             else:
-                ports = enumerate(node.input_values())
-                entry["inputs"] = [-1 if key == matmul and i == 0 else add(port.get_node()) for i, port in ports]
+                ports = node.input_values()
+                entry["inputs"] = [-1 if _place(port) == activation else add(port.get_node()) for port in ports]
                 entry["attributes"] = node.get_attributes()
                 if widened and entry["attributes"].get("destination_type") == "f16":
                     entry["attributes"]["destination_type"] = "f32"
@@ -140,7 +143,7 @@ def _build(record: dict[str, Any], weight: Weight, x: Output, known: dict[str, N
         else:
             node = factory.create(entry["type"], inputs, entry["attributes"])
         existing = known.get(entry["name"])
-        if existing is not None and -1 not in entry.get("inputs", ()) and _same(existing, node):
+        if existing is not None and entry["type"] != "MatMul" and _same(existing, node):
             built.append(existing)
             continue
         node.set_friendly_name(entry["name"])
@@ -170,7 +173,10 @@ def _problem(record: dict[str, Any]) -> str:
         return f"it names {', '.join(sorted(unknown))}, which no stock form of a weight contains"
     if not isinstance(record.get("outputs_first"), bool) or record.get("axes") not in (2, 3):
         return "it lacks the orientation of the weight"
+    rule = _OF_INPUTS & {entry["type"] for entry in nodes}
+    readers = {"MatMul", *({"Add", "Subtract", *_OF_INPUTS} if rule else ())}
     for position, entry in enumerate(nodes):
+        kind = entry["type"]
         if not isinstance(entry.get("name"), str) or not _all(str, entry.get("tensors", [])):
             return f"operation {position} lacks its name"
         if entry["type"] == "Constant":
@@ -184,13 +190,18 @@ def _problem(record: dict[str, Any]) -> str:
             return f"{entry['name']} reads operations that are not there"
         if not isinstance(entry.get("attributes"), dict):
             return f"{entry['name']} lacks its attributes"
-        if (entry["type"] == "MatMul") != (-1 in inputs) or -1 in inputs[1:]:
+        if (-1 in inputs and kind not in readers) or (kind == "MatMul" and not _reads_activation(inputs, nodes)):
             return f"{entry['name']} reads the activation in an unusual place"
     products = [position for position, entry in enumerate(nodes) if entry["type"] == "MatMul"]
     last = nodes[-1]
     if len(products) != 1 or not (last["type"] == "MatMul" or last["type"] == "Add" and products[0] in last["inputs"]):
         return "it does not end in a MatMul or its bias"
     return ""
+
+
+def _reads_activation(inputs: list[int], nodes: list[dict[str, Any]]) -> bool:
+    """:return: Whether the first operand of a MatMul is the activation, or what a layer makes of it, and only that."""
+    return (inputs[0] == -1 or nodes[inputs[0]]["type"] == "Select") and -1 not in inputs[1:]
 
 
 def _all(kind: type, values: Any) -> bool:
@@ -289,6 +300,11 @@ def _kept_convert(port: Output, destination: str) -> Node:
     return convert
 
 
+def _place(port: Output) -> tuple[str, int]:
+    """:return: What two Python wrappers of one output have in common."""
+    return port.get_node().get_name(), port.get_index()
+
+
 def _same(existing: Node, node: Node) -> bool:
     """:return: True when two nodes compute the same tensor from the same inputs."""
     if existing.get_type_name() != node.get_type_name() or existing.get_output_size() != 1:
@@ -296,5 +312,5 @@ def _same(existing: Node, node: Node) -> bool:
     if node.get_type_name() == "Constant":
         same_form = (element_name(existing), list(existing.shape)) == (element_name(node), list(node.shape))
         return same_form and np.array_equal(elements(existing).view(np.uint8), elements(node).view(np.uint8))
-    sources = [[port.get_node().get_name() for port in each.input_values()] for each in (existing, node)]
+    sources = [[_place(port) for port in each.input_values()] for each in (existing, node)]
     return sources[0] == sources[1] and existing.get_attributes() == node.get_attributes()

@@ -10,7 +10,7 @@ import openvino as ov
 from openvino import Node
 
 from ov_ext.cpu_plugin.sparse_matmul import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 from ov_ext.graphs import element_count
 from ov_ext.sparse_weights.cost import OURS, Form
 from ov_ext.sparse_weights.policy import SparsePolicy

@@ -19,7 +19,7 @@ from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import machine
 from ov_ext.cpu_plugin.sparse_matmul import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 from ov_ext.extension import extension_path
 from ov_ext.sparse_weights.cost import Form
 from ov_ext.sparse_weights.packed import OPERATION

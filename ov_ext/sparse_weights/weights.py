@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from openvino import Node, Output
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 from ov_ext.graphs import element_count
 
 FLOATS = ("f32", "f16", "bf16")

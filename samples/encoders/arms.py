@@ -38,12 +38,12 @@ class Plan:
     task: str = "libraries"
     training: int = 512
     validation: int = 128
-    test: int = 768
+    test: int = 512
     length: int = 32
-    dense: int = 4
+    dense: int = 3
     shrinking: int = 2
-    tuning: int = 2
-    budget: int = 16
+    tuning: int = 1
+    budget: int = 12
     targets: tuple[float, ...] = (0.5, 0.25)
     rate: float = 2e-4
     batch: int = 16

@@ -25,6 +25,7 @@ def ir_of(run: Run, name: str, int8: bool) -> Path:
     import openvino
 
     import nncf_ext
+    import ov_ext
 
     file = run.folder / f"{name}{'-int8' if int8 else ''}.xml"
     if not file.is_file():
@@ -36,9 +37,8 @@ def ir_of(run: Run, name: str, int8: bool) -> Path:
         else:
             model = nncf_ext.load_pretrained(run.folder / name).eval()
             batch = batches(run.task.training[:2], run.tokenizer, run.plan.length, 2)[0]
-            ir = openvino.convert_model(
-                model, example_input={key: batch[key] for key in ("input_ids", "attention_mask")}
-            )
+            # Where OpenVINO cannot trace a model, as with the masks of transformers' encoders, it is exported.
+            ir = ov_ext.convert_model(model, example_input={key: batch[key] for key in ("input_ids", "attention_mask")})
         openvino.save_model(ir, file, compress_to_fp16=False)
     return file
 

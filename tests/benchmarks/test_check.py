@@ -17,7 +17,7 @@ from benchmarks.decoders import Generator, OpenVinoDecoder
 from benchmarks.engines import EngineDied
 from benchmarks.llama import TINY, RandomLlama, decoder, linear_model
 from benchmarks.weights import KINDS, random_weight
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 
 SETTINGS = Settings(threads=1)
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.llama import linear_model
 from benchmarks.weights import KINDS, random_weight
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 
 
 def dense(weight: Weight) -> np.ndarray:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import BLOCK_N, HEADER, NO_COMPENSATION, Weight, pack
+from ov_ext.cpu_plugin.sparse_matmul.pack import BLOCK_N, HEADER, NO_COMPENSATION, pack
 from ov_ext.cpu_plugin.support import native
+from ov_ext.cpu_plugin.support.weight import Weight
 
 KERNELS = native.cpu_info()["kernels"]
 

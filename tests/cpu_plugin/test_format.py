@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov_ext.cpu_plugin.sparse_matmul import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, KINDS, Weight, pack, unpack
+from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, pack, unpack
+from ov_ext.cpu_plugin.support.weight import KINDS, Weight
 from tests.cpu_plugin.conftest import KERNELS, compensation, make_weight, with_compensation
 
 GOLDEN = Path(__file__).parent / "golden"

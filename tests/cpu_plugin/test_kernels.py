@@ -11,7 +11,7 @@ import pytest
 
 import ov_ext
 from ov_ext.cpu_plugin.sparse_matmul import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight
+from ov_ext.cpu_plugin.support.weight import Weight
 from tests.cpu_plugin.conftest import KERNELS, make_weight
 
 KIND_GROUPS = [("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 0), ("int4", 64), ("int4", 128)]

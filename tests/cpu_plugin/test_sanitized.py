@@ -65,7 +65,8 @@ def test_the_sanitized_library_is_the_one_that_runs(sanitized_tree: Path) -> Non
     code = """
 import ctypes, numpy as np
 from ov_ext.cpu_plugin.support import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import Weight, pack
+from ov_ext.cpu_plugin.sparse_matmul.pack import pack
+from ov_ext.cpu_plugin.support.weight import Weight
 blob = pack(Weight("bf16", np.ones((64, 64), np.uint16)))
 memory = ctypes.create_string_buffer(blob.tobytes(), blob.nbytes)
 native.library().ov_ext_validate(memory, ctypes.c_uint64(blob.nbytes))
@@ -80,10 +81,10 @@ native.library().ov_ext_validate(ctypes.c_void_p(short), ctypes.c_uint64(blob.nb
     assert done.stdout == "valid\n" and done.returncode and "heap-buffer-overflow" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("module", ["test_format", "test_kernels"])
+@pytest.mark.parametrize("module", ["test_format", "test_kernels", "test_sparse_activation"])
 def test_nothing_is_reported_while_the_tests_of_format_and_kernels_run(sanitized_tree: Path, module: str) -> None:
     # Left out: long ones that touch no memory in a way that the fuzzer and shorter ones do not.
-    fast = "not product and not a_language_model_layer and not any_number_of_threads"
+    fast = "not product and not a_language_model_layer and not any_number_of_threads and not large_sides"
     options = ("-q", "-x", "-p", "no:cacheprovider", "-k", fast)
     done = run_sanitized(sanitized_tree, "-m", "pytest", *options, f"tests/cpu_plugin/{module}.py")
     assert not done.returncode, done.stdout[-6000:] + done.stderr[-6000:]

@@ -16,8 +16,9 @@ from openvino import opset13 as opset
 
 import ov_ext
 from ov_ext.cpu_plugin.sparse_matmul import native
-from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER, KINDS, Weight
+from ov_ext.cpu_plugin.sparse_matmul.pack import HEADER
 from ov_ext.cpu_plugin.support.native import call
+from ov_ext.cpu_plugin.support.weight import KINDS, Weight
 from tests.cpu_plugin.conftest import make_weight, with_compensation
 from tests.cpu_plugin.test_operation import BLOB, F32, K, N, X, model, operation
 

@@ -1,20 +1,14 @@
 // SPW1 in C++: header, checked view, validation and packing. The layout is specified in format.md; pack.py is the readable twin.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
+#include "../support/blob.hpp"
 #include "kernel.hpp"
 
 namespace ov_ext::sparse_matmul {
-
-// A blob, an argument or a size that cannot be accepted. what() says what was found and what would be right.
-struct InvalidBlob : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 constexpr uint32_t magic = 'S' | 'P' << 8 | 'W' << 16 | '1' << 24;
 constexpr uint16_t format_version = 1;
@@ -42,13 +36,9 @@ constexpr uint64_t tile_inputs(Kind kind) { return panel_slices * slice_inputs(k
 constexpr uint64_t mask_bytes_per_slice(Kind kind) { return kind == Kind::bf16 ? 4 : 8; }
 // Inputs whose integer products are summed before they are scaled.
 constexpr uint64_t segment_inputs(uint64_t group) { return group ? group : 128; }
-constexpr uint64_t round_up(uint64_t value, uint64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr uint64_t padded_inputs(Kind kind, uint64_t k, uint64_t group) {
     return round_up(k, kind == Kind::bf16 ? tile_inputs(kind) : segment_inputs(group));
 }
-
-const char* kind_name(Kind kind);
-Kind kind_from_name(const std::string& name);  // throws InvalidBlob
 
 // Checks everything that needs the header and the directory's last entry only, in constant time.
 // The view points into `blob`, which must stay alive.
@@ -62,10 +52,6 @@ void validate(const uint8_t* blob, size_t bytes);
 
 // Compares the checksum of a blob that parse() accepted. A blob can be valid and yet hold other weights than those that were packed.
 void validate_checksum(const uint8_t* blob, size_t bytes);
-uint32_t crc32(const uint8_t* data, size_t bytes);
-
-// Whether compiling a model compares checksums: what OV_EXT_VERIFY says until it is set.
-std::atomic<bool>& verification();
 
 // A weight as plain arrays, row-major. Pointers are borrowed.
 struct PlainWeight {

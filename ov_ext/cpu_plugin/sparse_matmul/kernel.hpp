@@ -10,10 +10,9 @@
 
 #include "../support/activations.hpp"
 #include "../support/instruction_set.hpp"
+#include "../support/value_kind.hpp"
 
 namespace ov_ext::sparse_matmul {
-
-enum class Kind : uint8_t { bf16 = 1, int8 = 2, int4 = 3 };
 
 // Sizes of the layout: see "Order of elements" in format.md.
 constexpr uint64_t block_n = 64;                               // outputs of a block

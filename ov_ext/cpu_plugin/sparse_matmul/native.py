@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ov_ext.cpu_plugin.sparse_matmul.pack import KINDS, Weight
-from ov_ext.cpu_plugin.support.native import call, library, pointer, read_json
+from ov_ext.cpu_plugin.support.native import blob_arguments, call, library, pointer, read_json
+from ov_ext.cpu_plugin.support.weight import KINDS, Weight
 
 
 class _WeightArguments(ctypes.Structure):  # OvExtWeight of capi.cpp
@@ -23,13 +23,6 @@ class _BlobDescription(ctypes.Structure):  # OvExtBlob of capi.cpp
     _fields_ = [
         (name, ctypes.c_int64) for name in ("kind", "n", "k", "group", "dense", "scales_f32", "groups", "has_bias")
     ]
-
-
-def _bytes(blob: np.ndarray) -> tuple[np.ndarray, ctypes.c_void_p, ctypes.c_uint64]:
-    if blob.dtype != np.uint8 or blob.ndim != 1:
-        raise ValueError(f"A blob is a one-dimensional uint8 array, got {blob.dtype} of shape {list(blob.shape)}.")
-    blob = np.ascontiguousarray(blob)
-    return blob, pointer(blob), ctypes.c_uint64(blob.nbytes)
 
 
 def packed_bytes(weight: Weight, dense: bool = False) -> int:
@@ -69,7 +62,7 @@ def validate(blob: np.ndarray) -> None:
     :param blob: ``[blob_bytes]`` uint8, untrusted.
     :raises ValueError: What is wrong with it.
     """
-    _, data, size = _bytes(blob)
+    _, data, size = blob_arguments(blob)
     call("ov_ext_validate", data, size)
 
 
@@ -88,7 +81,7 @@ def unpack(blob: np.ndarray) -> Weight:
     :return: The weight, bit for bit.
     :raises ValueError: The blob is malformed.
     """
-    blob, data, size = _bytes(blob)
+    blob, data, size = blob_arguments(blob)
     call("ov_ext_validate", data, size)  # before memory is allocated for sizes that a small file may claim
     about = _BlobDescription()
     call("ov_ext_describe", data, size, ctypes.byref(about))
@@ -107,7 +100,7 @@ def expand(blob: np.ndarray) -> np.ndarray:
     :return: ``[dense_bytes]`` uint8, equal to ``pack(unpack(blob), dense=True)`` but for the checksum, which is 0.
     :raises ValueError: The blob is malformed, or dense.
     """
-    blob, data, size = _bytes(blob)
+    blob, data, size = blob_arguments(blob)
     call("ov_ext_validate", data, size)
     dense_size = ctypes.c_uint64()
     call("ov_ext_dense_bytes", data, size, ctypes.byref(dense_size))
@@ -126,7 +119,7 @@ def compensation(blob: np.ndarray) -> np.ndarray:
     weight = unpack(blob)
     n, k = weight.shape
     sums = np.empty((-(-n // 64), -(-k // (weight.group or 128)), 64), np.int16)
-    blob, data, size = _bytes(blob)
+    blob, data, size = blob_arguments(blob)
     call("ov_ext_compensation", data, size, pointer(sums), ctypes.c_uint64(sums.size))
     return sums
 
@@ -170,7 +163,7 @@ def matmul(
     :return: ``[M, N]`` of x's dtype.
     :raises ValueError: The blob is malformed, or does not fit x or the activation group.
     """
-    blob, data, size = _bytes(blob)
+    blob, data, size = blob_arguments(blob)
     about = _BlobDescription()
     call("ov_ext_describe", data, size, ctypes.byref(about))
     if x.ndim != 2 or x.shape[1] != about.k or x.dtype not in (np.float32, np.uint16):

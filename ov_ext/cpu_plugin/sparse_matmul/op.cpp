@@ -1,7 +1,6 @@
 #include "op.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <openvino/op/constant.hpp>
 #include <optional>
 #include <stdexcept>
@@ -27,15 +26,6 @@ void check_against_attributes(const BlobView& w, int64_t n, int64_t k, const std
 void require_same_activations(const BlobView& a, const BlobView& b) {
     if (!same_activations(a, b))
         throw InvalidBlob("its weights have different groups");
-}
-
-void fill_with_nan(ov::TensorVector& outputs) {
-    constexpr uint16_t bf16_nan = 0x7FC0;
-    for (ov::Tensor& y : outputs)
-        if (y && y.is_continuous() && y.get_element_type() == ov::element::f32)
-            std::fill_n(static_cast<float*>(y.data()), y.get_size(), std::numeric_limits<float>::quiet_NaN());
-        else if (y && y.is_continuous() && y.get_element_type() == ov::element::bf16)
-            std::fill_n(static_cast<uint16_t*>(y.data()), y.get_size(), bf16_nan);
 }
 
 }  // namespace

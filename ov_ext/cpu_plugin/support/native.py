@@ -40,6 +40,14 @@ def pointer(array: np.ndarray | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
 
+def blob_arguments(blob: np.ndarray) -> tuple[np.ndarray, ctypes.c_void_p, ctypes.c_uint64]:
+    """:return: A blob, which must stay alive, its address and its size."""
+    if blob.dtype != np.uint8 or blob.ndim != 1:
+        raise ValueError(f"A blob is a one-dimensional uint8 array, got {blob.dtype} of shape {list(blob.shape)}.")
+    blob = np.ascontiguousarray(blob)
+    return blob, pointer(blob), ctypes.c_uint64(blob.nbytes)
+
+
 def read_json(function: str) -> Any:
     """:return: What a function of the C interface writes as JSON text into a buffer."""
     text = ctypes.create_string_buffer(4096)

@@ -1,8 +1,10 @@
 // What the OpenVINO operations share around their kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <limits>
 #include <openvino/core/except.hpp>
 #include <openvino/runtime/tensor.hpp>
 #include <string>
@@ -18,6 +20,16 @@ inline ov::Tensor contiguous(const ov::Tensor& tensor) {
     ov::Tensor copy(tensor.get_element_type(), tensor.get_shape());
     tensor.copy_to(copy);
     return copy;
+}
+
+// What spoils outputs of f32 or bf16 that have memory already.
+inline void fill_with_nan(ov::TensorVector& outputs) {
+    constexpr uint16_t bf16_nan = 0x7FC0;
+    for (ov::Tensor& y : outputs)
+        if (y && y.is_continuous() && y.get_element_type() == ov::element::f32)
+            std::fill_n(static_cast<float*>(y.data()), y.get_size(), std::numeric_limits<float>::quiet_NaN());
+        else if (y && y.is_continuous() && y.get_element_type() == ov::element::bf16)
+            std::fill_n(static_cast<uint16_t*>(y.data()), y.get_size(), bf16_nan);
 }
 
 // The body of an evaluate(): run(); after an error spoil(), since what was in the outputs' memory before must not pass for a result. The

@@ -1,0 +1,66 @@
+// What a kernel sees and what it offers: raw pointers, no framework. One object file per instruction set implements one Kernel.
+//
+// This header is compiled with the flags of every instruction set, so it holds plain data only: see sparse_matmul/kernel.hpp.
+#pragma once
+
+#include <cstdint>
+
+#include "../support/instruction_set.hpp"
+#include "../support/value_kind.hpp"
+
+namespace ov_ext::sparse_activation {
+
+// Sizes of the layout: see format.md.
+constexpr uint64_t block_bytes = 128;      // of one input's weights for the outputs of a block
+constexpr uint64_t chunk_k = 512;          // inputs of a chunk
+constexpr uint64_t default_segment = 128;  // inputs
+
+constexpr uint64_t most_outputs = 8192;  // of the blocks that a kernel takes at a time
+
+// A validated blob: sizes and section addresses (any alignment).
+struct View {
+    Kind kind;
+    bool scales_f32;
+    uint64_t n, k, n_pad, group;
+    uint64_t segment;  // inputs per sum that is scaled; a chunk for bf16
+    uint64_t block_n;  // outputs of a block
+    uint64_t blocks, chunks, segments;
+    uint64_t threshold_step, replacement_step;  // floats from one input's to the next one's: 0 or 1
+    float centre;
+    const uint8_t *threshold, *replacement, *offset, *scales, *bias, *values;  // null: absent
+};
+
+// The inputs of one row of x that stay, in lists that have room for list_room(K) entries. Those of segment s are the entries [starts[s],
+// starts[s + 1]), in ascending order. With integers every segment begins and ends at an even place: an odd number of inputs is followed by
+// the last one once more, with code 0.
+//
+// Behind the last entry are entries_ahead more, for prefetching.
+struct Kept {
+    uint32_t* starts;    // [segments + 1]
+    uint32_t* channels;  // numbers of inputs
+    float* values;       // floating point: x - replacement
+    uint32_t* codes;     // integers: those of two entries, c0 | c1 << 8, twice. Entry 2p is the first one of pair p.
+    float* factors;      // integers: [segments]
+    int32_t* sums;       // integers: of the codes of a segment, [segments]
+    bool integer;
+};
+
+constexpr uint64_t entries_ahead = 16;
+
+struct Kernel {
+    InstructionSet isa;
+
+    // Finds the inputs of a row of x (f32 or bf16 bits) that stay. all: of a segment in which any stays, the others are listed, too, as
+    // zeros.
+    void (*keep)(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept);
+
+    // out[(last - first) * block_n] += the sum of one chunk for the blocks [first, last), at most most_outputs outputs.
+    void (*multiply)(const View& w, const Kept& kept, uint64_t first, uint64_t last, uint64_t chunk, float* out);
+};
+
+extern const Kernel reference_kernel;
+#if defined(__x86_64__)
+extern const Kernel avx2_kernel;
+#endif
+
+}  // namespace ov_ext::sparse_activation
