@@ -87,6 +87,8 @@ class Engine:
         core = ov_ext.add_extension(ov.Core())
         self.request = core.compile_model(model, "CPU", properties).create_infer_request()
         self.head_dim, self.token_bytes, self._prune = head_dim, token_bytes, prune
+        # OpenVINO 2026.4 writes behind its memory when a cache of 4 bits is set.
+        self._takes_states = not prune and properties["KV_CACHE_PRECISION"] != "u4"
 
     def check(self, name: str) -> None:
         """Compare one token with float64.
@@ -114,9 +116,14 @@ class Engine:
             raise WrongResult(f"{name}: off by {error:.1%} of the largest output.")
 
     def fill(self, count: int) -> None:
-        """Begin anew with a prompt of so many tokens."""
+        """Begin anew with so many tokens of the past: a state where that works, which saves time, else a prompt."""
         self.request.reset_state()
-        self.request.infer(tokens(np.random.default_rng(0), self.head_dim, count, 0))
+        past = tokens(np.random.default_rng(0), self.head_dim, count, 0, causal=False)
+        if not self._takes_states:
+            self.request.infer(past)
+            return
+        for state in self.request.query_state():
+            state.state = ov.Tensor(past["k" if "k" in state.name else "v"])
 
 
 def layer(head_dim: int) -> ov.Model:
@@ -147,11 +154,13 @@ def layer(head_dim: int) -> ov.Model:
     return ov.Model([ops.result(y)], sinks, list(inputs.values()), "attention")
 
 
-def tokens(rng: np.random.Generator, head_dim: int, count: int, past: int) -> dict[str, np.ndarray]:
+def tokens(
+    rng: np.random.Generator, head_dim: int, count: int, past: int, causal: bool = True
+) -> dict[str, np.ndarray]:
     """:return: Inputs of :func:`layer`: ``count`` new tokens behind ``past`` others."""
     new = {name: rng.standard_normal((1, size, count, head_dim), np.float32) for name, size in SIZES.items()}
-    future = np.arange(past + count) > past + np.arange(count)[:, None]
-    mask = np.where(future, np.float32(-65504), np.float32(0))[None, None]
+    future = np.arange(past + count) > past + np.arange(count if causal else 1)[:, None]
+    mask = np.where(future & causal, np.float32(-65504), np.float32(0))[None, None]
     return {**new, "beam_idx": np.zeros(1, np.int32), "mask": mask}
 
 

@@ -55,6 +55,20 @@ SAMPLERS: dict[str, Callable[[int, int], BaseSampler]] = {
     "LINAS, exact MACs": lambda population, seed: LinasSampler(
         population, exact={1: lambda params: macs(point_of(params))}, seed=seed
     ),
+    "LINAS, small rounds": lambda population, seed: LinasSampler(5, first_round=10, resets=True, seed=seed),
+    "LINAS, by gain": lambda population, seed: LinasSampler(5, first_round=10, resets=True, by_gain=True, seed=seed),
+    "LINAS of search()": lambda population, seed: LinasSampler(
+        5, first_round=10, resets=True, by_gain=True, smooth=True, seed=seed
+    ),
+    "LINAS of search(), exact MACs": lambda population, seed: LinasSampler(
+        5,
+        first_round=10,
+        resets=True,
+        by_gain=True,
+        smooth=True,
+        exact={1: lambda params: macs(point_of(params))},
+        seed=seed,
+    ),
     "LINAS, all three": lambda population, seed: LinasSampler(
         population, resets=True, inactive=skipped, exact={1: lambda params: macs(point_of(params))}, seed=seed
     ),

@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 
 from nncf_ext.exploration.constraints import Constraint, parse_constraints
-from nncf_ext.exploration.loop import Run, population_of
+from nncf_ext.exploration.loop import Run, first_round_of
 from nncf_ext.exploration.objectives import Measured, NetworkObjective, Objective
 from nncf_ext.exploration.preranking import Prerank, Preranking
 from nncf_ext.exploration.report import Evaluation, SearchReport
@@ -128,12 +128,12 @@ def _check(
     if budget < 1:
         msg = f"budget is a number of points to measure, at least 1; got {budget}."
         raise nncf.ValidationError(msg)
-    population = population_of(sampler)
-    if budget < min(population, space.size):
+    first_round = first_round_of(sampler)
+    if budget < min(first_round, space.size):
         msg = (
-            f"A budget of {budget} points is less than the population of the sampler, {population}: it would measure "
-            f"random points only. Give it several times that, or a sampler with a smaller population, such as "
-            f"LinasSampler(population_size={max(5, budget // 4)})."
+            f"A budget of {budget} points is less than the first round of the sampler, {first_round}: it would measure "
+            f"random points only. Give it several times that, or a sampler with a smaller one, such as "
+            f"LinasSampler(population_size=5)."
         )
         raise nncf.ValidationError(msg)
     first = objectives[0]

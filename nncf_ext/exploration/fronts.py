@@ -5,6 +5,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+_CANDIDATES = 200
+"""Points of a front that are compared by what they gain."""
+
 
 def unbeaten(losses: Floats) -> NDArray[np.bool_]:
     """
@@ -75,6 +78,31 @@ def best_first(losses: Floats, violations: Floats, enough: int) -> NDArray[np.in
     """
     rank = ranks(losses, violations, enough)
     return np.lexsort((-crowding(losses, rank), rank))
+
+
+def by_gain(losses: Floats, measured: Floats, enough: int) -> NDArray[np.int64]:
+    """
+    :param losses: ``[points, objectives]`` of candidates; where nothing is to be gained, earlier ones come first.
+    :param measured: ``[measured, objectives]``: what there is already.
+    :param enough: How many places matter.
+    :return: Numbers of the candidates. Each adds more hypervolume to what is measured and to those before it than any
+        other would; what counts is better than the worst that was measured.
+    """
+    left, chosen = np.arange(len(losses)), np.zeros(0, np.int64)
+    if not len(measured):
+        return left
+    reference, taken = measured.max(axis=0), measured[unbeaten(measured)]
+    while len(chosen) < enough and len(left):
+        volume = hypervolume(taken, reference)
+        # One that another candidate beats gains no more than that other.
+        front = left[unbeaten(losses[left])][:_CANDIDATES]
+        gains = [hypervolume(np.vstack([taken, losses[each]]), reference) - volume for each in front]
+        best = int(np.argmax(gains))
+        if gains[best] <= 0:
+            break
+        chosen = np.append(chosen, front[best])
+        taken, left = np.vstack([taken, losses[front[best]]]), left[left != front[best]]
+    return np.concatenate([chosen, left])
 
 
 def hypervolume(losses: Floats, reference: Floats) -> float:

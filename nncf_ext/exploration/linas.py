@@ -13,29 +13,40 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from nncf_ext.exploration.evolution import Integers, evolve
-from nncf_ext.exploration.fronts import Floats, best_first
-from nncf_ext.exploration.predictors import Predictor, one_hot
+from nncf_ext.exploration.fronts import Floats, best_first, by_gain
+from nncf_ext.exploration.predictors import Predictor, SmoothPredictor, one_hot
 from nncf_ext.exploration.samplers import asked
 
 Vector = tuple[int, ...]
 """For each parameter of a trial, in the order of their names, the place of its value in its domain."""
 
+_INNER_POPULATION = 50
 _LARGEST = 1000
 _TRIES = 1000
 
 
 class LinasSampler(BaseSampler):
     """
-    An Optuna sampler for few, expensive trials with any number of objectives. The first `population_size` trials are
+    An Optuna sampler for few, expensive trials with any number of objectives. The first `first_round` trials are
     uniform. Then, round by round, one predictor is fitted for each objective on all finished trials, NSGA-II runs on
     the predictors alone, and the best `population_size` points it came across that were not tried yet come next, best
     first. Nothing is proposed twice before everything was.
+
+    The defaults are the published algorithm. Fewer trials are needed with small rounds of the points that add most to
+    the front: ``LinasSampler(5, first_round=10, by_gain=True, smooth=True, resets=True)``, which is what
+    SearchSampler.LINAS means.
 
     Parameters are integers, categories, or floats with a step. What comes next depends on the seed and on the trials
     of the study alone, so that a study continues from storage as if it had never stopped. Several processes may share
     a study: each proposes the first point of the round that none has begun.
 
     :param population_size: Trials of a round, at least 5.
+    :param first_round: Uniform trials at the beginning, at least 5; None for `population_size`.
+    :param by_gain: The next points are those that add most hypervolume to what was measured, by prediction, one after
+        the other. Otherwise those of the best rank, and among these the least crowded.
+    :param smooth: Predict by a Gaussian process, for which neighbouring values are alike: it learns from ten trials.
+        Objectives with positive values only are predicted as logarithms. Otherwise by the published predictors, which
+        do not know the order of values.
     :param inner_evaluations: Predictions of an inner search, at least `population_size`.
     :param mutation: Chance of each parameter to mutate in the inner search; None for 0.02, or with `resets` for one
         divided by the number of parameters.
@@ -58,6 +69,9 @@ class LinasSampler(BaseSampler):
         self,
         population_size: int = 50,
         *,
+        first_round: int | None = None,
+        by_gain: bool = False,
+        smooth: bool = False,
         inner_evaluations: int = 5000,
         mutation: float | None = None,
         resets: bool = False,
@@ -66,16 +80,20 @@ class LinasSampler(BaseSampler):
         violation: Callable[[Floats], Floats] | None = None,
         seed: int = 0,
     ) -> None:
-        if population_size < 5 or inner_evaluations < population_size:
+        first_round = population_size if first_round is None else first_round
+        if min(population_size, first_round) < 5 or inner_evaluations < population_size:
             msg = (
-                f"LINAS takes a population of at least 5, and no fewer inner evaluations than that; got "
-                f"{population_size} and {inner_evaluations}."
+                f"LINAS takes a population and a first round of at least 5, and no fewer inner evaluations than the "
+                f"population; got {population_size}, {first_round} and {inner_evaluations}."
             )
             raise nncf.ValidationError(msg)
         if mutation is not None and not 0 <= mutation <= 1:
             msg = f"mutation is the chance of a parameter to mutate, 0 to 1; got {mutation}."
             raise nncf.ValidationError(msg)
         self.population_size = population_size
+        self.first_round = first_round
+        self._by_gain = by_gain
+        self._smooth = smooth
         self._inner_evaluations = inner_evaluations
         self._mutation = mutation
         self._resets = resets
@@ -104,8 +122,9 @@ class LinasSampler(BaseSampler):
                 vector = tuple(domain.place(each.params[domain.name]) for domain in domains)
                 if begun.setdefault(vector, each).state is not TrialState.COMPLETE:
                     begun[vector] = each
-        rounds = len(begun) // self.population_size
-        before = [*begun.items()][: rounds * self.population_size]
+        later = len(begun) - self.first_round
+        rounds = 0 if later < 0 else 1 + later // self.population_size
+        before = [*begun.items()][: self.first_round + (rounds - 1) * self.population_size if rounds else 0]
         measured = {vector: each for vector, each in before if each.state is TrialState.COMPLETE and _finite(each)}
         key = (study.study_name, tuple(names), *(vector for vector, _ in before))
         if rounds and len(measured) >= 5 and self._planned[0] != key:
@@ -130,11 +149,11 @@ class LinasSampler(BaseSampler):
         """The points of a round, best first: a few more than are needed, since some may be begun elsewhere."""
         signs = np.array([-1.0 if each is StudyDirection.MAXIMIZE else 1.0 for each in study.directions])
         counts = np.array([domain.count for domain in domains])
-        features = _Features(domains, counts, self._inactive)
+        features = _Features(domains, counts, self._inactive, self._smooth)
         points = np.array([*measured])
         values = np.array([each.values for each in measured.values()], dtype=np.float64)
         predictors = {
-            number: Predictor(features(points), values[:, number])
+            number: (SmoothPredictor if self._smooth else Predictor)(features(points), values[:, number])
             for number in range(len(signs))
             if number not in self._exact
         }
@@ -149,19 +168,26 @@ class LinasSampler(BaseSampler):
             violated = np.zeros(len(points)) if self._violation is None else self._violation(predicted)
             return predicted * signs, violated
 
+        # Small rounds do not make the inner search small.
+        inner = max(self.population_size, min(_INNER_POPULATION, self._inner_evaluations))
         found = evolve(
             judge,
             counts,
-            self.population_size,
-            self._inner_evaluations // self.population_size,
+            inner,
+            self._inner_evaluations // inner,
             np.random.default_rng([self._seed, rounds]),
             self._mutation if self._mutation is not None else (1 / len(domains) if self._resets else 0.02),
             self._resets,
         )
         fresh = np.array([tuple(point) not in measured for point in found.points.tolist()], dtype=bool)
-        enough = 2 * self.population_size
-        order = best_first(found.losses[fresh], found.violations[fresh], enough)[:enough]
-        return [tuple(point) for point in found.points[fresh][order].tolist()]
+        losses, violations, enough = found.losses[fresh], found.violations[fresh], 2 * self.population_size
+        order = best_first(losses, violations, len(losses) if self._by_gain else enough)
+        if self._by_gain:
+            sound = np.ones(len(values), bool) if self._violation is None else self._violation(values) <= 0
+            keeping = order[: int((violations <= 0).sum())]
+            chosen = keeping[by_gain(losses[keeping], (values * signs)[sound], enough)]
+            order = np.concatenate([chosen, order[len(keeping) :]])
+        return [tuple(point) for point in found.points[fresh][order[:enough]].tolist()]
 
 
 class _Domain:
@@ -170,6 +196,7 @@ class _Domain:
     def __init__(self, name: str, distribution: BaseDistribution) -> None:
         self.name = name
         self._distribution = distribution
+        self.ordered = not isinstance(distribution, CategoricalDistribution)
         self.count = 0
         if isinstance(distribution, CategoricalDistribution):
             self.count = len(distribution.choices)
@@ -194,23 +221,33 @@ class _Domain:
 
 
 class _Features:
-    """What predictors see of points: a column for each value of each parameter; none is set for an inactive one."""
+    """
+    What predictors see of points: a column for each value of each parameter, none of which is set for an inactive one.
+    Smooth ones see ordered parameters as one column from 0 to 1, and -0.5 for an inactive one.
+    """
 
     def __init__(
         self,
         domains: list[_Domain],
         counts: Integers,
         inactive: Callable[[dict[str, Any]], set[str]] | None,
+        smooth: bool,
     ) -> None:
         self._domains, self._counts, self._inactive = domains, counts, inactive
+        self._ordered = np.array([smooth and domain.ordered for domain in domains])
 
     def __call__(self, points: Integers) -> Floats:
-        columns = one_hot(points, self._counts)
-        if self._inactive is None:
-            return columns
-        silent = [self._inactive(params) for params in self._params(points)]
-        shown = np.array([[domain.name not in names for domain in self._domains] for names in silent])
-        return columns * np.repeat(shown, self._counts, axis=1)
+        shown = np.ones(points.shape, dtype=bool)
+        if self._inactive is not None:
+            silent = [self._inactive(params) for params in self._params(points)]
+            shown = np.array([[domain.name not in names for domain in self._domains] for names in silent])
+        ordered, others = self._ordered, ~self._ordered
+        places = points[:, ordered] / np.maximum(self._counts[ordered] - 1, 1)
+        columns = [np.where(shown[:, ordered], places, -0.5)]
+        if others.any():
+            hot = one_hot(points[:, others], self._counts[others])
+            columns.append(hot * np.repeat(shown[:, others], self._counts[others], axis=1))
+        return np.concatenate(columns, axis=1)
 
     def computed(self, points: Integers, function: Callable[[dict[str, Any]], float]) -> Floats:
         return np.array([float(function(params)) for params in self._params(points)])

@@ -29,20 +29,21 @@ _SIZES = "sizes"
 _SPREADS = "spreads"
 _REPEATS = 200
 """A sampler that proposes nothing new this many times in a row has nothing left."""
-_POPULATIONS = {SearchSampler.NSGA2: 20, SearchSampler.LINAS: 50}
+_FIRST_ROUNDS = {SearchSampler.NSGA2: 20, SearchSampler.LINAS: 10}
+_LINAS_ROUND = 5
 _PAUSE = 0.2
 """Seconds between two looks at what other processes do."""
 
 
-def population_of(sampler: SearchSampler | BaseSampler) -> int:
+def first_round_of(sampler: SearchSampler | BaseSampler) -> int:
     """
     :param sampler: A sampler.
     :return: How many points it draws at random before it learns from them; 1 where it has no population.
     """
     if isinstance(sampler, SearchSampler):
-        return _POPULATIONS.get(sampler, 1)
-    population = getattr(sampler, "population_size", None)
-    return population if isinstance(population, int) else 1
+        return _FIRST_ROUNDS.get(sampler, 1)
+    first_round = getattr(sampler, "first_round", getattr(sampler, "population_size", None))
+    return first_round if isinstance(first_round, int) else 1
 
 
 class Run:
@@ -227,7 +228,15 @@ class Run:
         if sampler is SearchSampler.HILL_CLIMBING:
             return HillClimbingSampler(seed=self._seed)
         if sampler is SearchSampler.LINAS:
-            return LinasSampler(population_of(sampler), violation=self._violation, seed=self._seed)
+            return LinasSampler(
+                _LINAS_ROUND,
+                first_round=first_round_of(sampler),
+                by_gain=True,
+                smooth=True,
+                resets=True,
+                violation=self._violation,
+                seed=self._seed,
+            )
         return sampler
 
     def _fresh(self) -> BaseSampler:
@@ -248,7 +257,7 @@ class Run:
     def _drawing(self, seed: int) -> BaseSampler:
         if self._sampler is SearchSampler.NSGA2:
             violation = self._violation if self._constraints else None
-            return OrderedNSGAIISampler(population_of(self._sampler), violation=violation, seed=seed)
+            return OrderedNSGAIISampler(first_round_of(self._sampler), violation=violation, seed=seed)
         return TPESampler(seed=seed) if self._sampler is SearchSampler.TPE else RandomSampler(seed=seed)
 
     def _violation(self, values: Floats) -> Floats:

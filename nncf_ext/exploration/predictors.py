@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.svm import SVR
 
 from nncf_ext.exploration.evolution import Integers
@@ -16,6 +18,8 @@ _FOLDS = 5
 _ALPHAS = np.arange(1, 101) / 10
 _COSTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 _ITERATIONS = 1_000_000
+_LARGEST = 700.0
+"""Of a logarithm that has a finite exponential."""
 
 
 def one_hot(points: Integers, counts: Integers) -> Floats:
@@ -65,6 +69,32 @@ class Predictor:
         :return: ``[points]``: predicted values.
         """
         return self._predict(features) * self._scale
+
+
+class SmoothPredictor:
+    """
+    A Gaussian process with a radial kernel and noise, whose parameters have the greatest likelihood; of the logarithm
+    where all labels are positive, as losses and costs are.
+
+    :param features: ``[points, features]``, about 0 to 1, at least 2 points.
+    :param labels: ``[points]``: values of one objective, finite.
+    """
+
+    def __init__(self, features: Floats, labels: Floats) -> None:
+        self._logarithm = bool(labels.min() > 0)
+        kernel = ConstantKernel(1.0, (0.01, 100)) * RBF(1.0, (0.2, 10)) + WhiteKernel(1e-3, (1e-6, 0.1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            process = GaussianProcessRegressor(kernel, normalize_y=True)
+            self._process = process.fit(features, np.log(labels) if self._logarithm else labels)
+
+    def __call__(self, features: Floats) -> Floats:
+        """
+        :param features: ``[points, features]``.
+        :return: ``[points]``: predicted values.
+        """
+        predicted: Floats = self._process.predict(features)
+        return np.exp(np.minimum(predicted, _LARGEST)) if self._logarithm else predicted
 
 
 def _folds(count: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -15,15 +15,16 @@ from tests.sanitized import ROOT, build
 pytestmark = pytest.mark.slow
 
 
-def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
-    """The same 3000 inputs in every run, half of them valid; `make fuzz` tries others for as long as wanted."""
-    program = build("ov_ext_fuzz") / "fuzz" / "ov_ext_fuzz"
+@pytest.mark.parametrize(("name", "runs"), [("ov_ext_fuzz", 3000), ("ov_ext_attention_fuzz", 150)])
+def test_the_fuzzer_finds_nothing(tmp_path: Path, name: str, runs: int) -> None:
+    """The same inputs in every run, a third or more of them valid; `make fuzz` tries others for as long as wanted."""
+    program = build(name) / "fuzz" / name
     done = subprocess.run(
-        [program, "--runs", "3000", "--seed", "1", "--save", tmp_path], capture_output=True, text=True
+        [program, "--runs", str(runs), "--seed", "1", "--save", tmp_path], capture_output=True, text=True
     )
     assert not done.returncode, done.stderr
-    assert done.stdout.startswith("3000 inputs, ")
-    assert int(done.stdout.split()[2]) > 1000  # valid ones, which reached the kernels
+    assert done.stdout.startswith(f"{runs} inputs, ")
+    assert int(done.stdout.split()[2]) > runs // 3  # valid ones, which reached the kernels
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,11 @@ native.library().ov_ext_validate(ctypes.c_void_p(short), ctypes.c_uint64(blob.nb
     assert done.stdout == "valid\n" and done.returncode and "heap-buffer-overflow" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("module", ["test_format", "test_kernels", "test_sparse_activation"])
+@pytest.mark.parametrize("module", ["test_format", "test_kernels", "test_sparse_activation", "test_sparse_attention"])
 def test_nothing_is_reported_while_the_tests_of_format_and_kernels_run(sanitized_tree: Path, module: str) -> None:
     # Left out: long ones that touch no memory in a way that the fuzzer and shorter ones do not.
-    fast = "not product and not a_language_model_layer and not any_number_of_threads and not large_sides"
+    long = ("product", "a_language_model_layer", "any_number_of_threads", "large_sides", "every_boundary")
+    fast = " and ".join(f"not {name}" for name in long)
     options = ("-q", "-x", "-p", "no:cacheprovider", "-k", fast)
     done = run_sanitized(sanitized_tree, "-m", "pytest", *options, f"tests/cpu_plugin/{module}.py")
     assert not done.returncode, done.stdout[-6000:] + done.stderr[-6000:]

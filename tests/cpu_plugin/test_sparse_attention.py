@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ov_ext.cpu_plugin.sparse_attention.native import Cache, CacheSettings, block_bytes, pack_block, unpack_block
 from ov_ext.cpu_plugin.support.native import cpu_info
+from tests.cpu_plugin.test_memory import between_forbidden_pages
 
 KERNELS = [name for name in ("avx512", "avx512_core", "avx2", "reference") if name in cpu_info()["kernels"]]
 
@@ -217,6 +223,60 @@ def test_results_have_the_same_bits_for_any_number_of_threads(count: int) -> Non
         cache.append(k, v, threads=threads)
         results.append(cache.attend(q, new, new, 0.125, threads=threads))
     assert all((each == results[0]).all() for each in results)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_shape_gives_the_same_bits_on_every_kernel(data: st.DataObject) -> None:
+    draw, some = data.draw, st.sampled_from((0.0, 0.25, 0.5, 0.7, 0.9))
+    head_dim, heads, group = 16 * draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    windows = {"sink": draw(st.integers(0, 5)), "recent": draw(st.integers(0, 70))}
+    s = CacheSettings(head_dim, heads, draw(some), draw(some), draw(st.sampled_from(("int8", "int4"))), **windows)
+    cache, oracle, rng = Cache(s), Oracle(s, 1), np.random.default_rng(draw(st.integers(0, 99)))
+    for count in (draw(st.integers(1, 260)), draw(st.integers(1, 9))):
+        k, v = tokens(rng, 1, heads, count, head_dim), tokens(rng, 1, heads, count, head_dim)
+        q = tokens(rng, 1, heads * group, count, head_dim)
+        if count < 10:
+            found = [cache.attend(q, k, v, head_dim**-0.5, isa=isa) for isa in KERNELS]
+            assert all((each == found[0]).all() for each in found)
+            close(found[0], oracle.attend(q, k, v, head_dim**-0.5, None, causal=True))
+        cache.append(k, v)
+        oracle.append(k, v)
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("at_the_end", [True, False], ids=["end", "start"])
+def test_nothing_outside_of_the_inputs_is_touched(isa: str, at_the_end: bool) -> None:
+    rng = np.random.default_rng(5)
+    for head_dim, group, count in ((16, 1, 1), (80, 3, 2), (64, 5, 7)):
+        cache = Cache(CacheSettings(head_dim, 2, sink=1, recent=3), 2)
+        cache.append(tokens(rng, 2, 2, 200, head_dim), tokens(rng, 2, 2, 200, head_dim))
+        inputs = [tokens(rng, 2, heads, count, head_dim) for heads in (2 * group, 2, 2)]
+        mask = rng.standard_normal((2, count, 200 + count)).astype(np.float32)
+        guards = [between_forbidden_pages(x, at_the_end) for x in (*inputs, mask)]
+        with guards[0] as q, guards[1] as k, guards[2] as v, guards[3] as m:
+            found = cache.attend(q, k, v, 0.2, m, isa=isa)
+            assert np.array_equal(found, cache.attend(*inputs, 0.2, mask, isa=isa))
+            cache.append(k, v)
+        assert np.isfinite(found).all() and cache.tokens == 200 + count
+
+
+def test_resident_memory_is_what_the_formula_says() -> None:
+    """16k tokens of 8 heads: masks, codes and scales, and dense tokens at both ends."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    rng = np.random.default_rng(6)
+    k, v = tokens(rng, 1, 8, 1024, 64), tokens(rng, 1, 8, 1024, 64)
+    Cache(CacheSettings(64, 8)).append(k[:, :, :70], v[:, :, :70])  # what threads keep
+    ctypes.CDLL(None).malloc_trim(0)  # else pages would lie in memory that was freed before
+    cache, before = Cache(CacheSettings(64, 8)), resident()
+    for _ in range(16):
+        cache.append(k, v)
+    expected = 8 * (64 * cache.pages * (2 * 64 / 8 + 2 * 32 + 2 * 4) + (4 + 64 + 64) * 2 * 64 * 4)
+    found = resident() - before
+    assert abs(found - expected) < 0.1 * expected and abs(cache.nbytes - expected) < 0.02 * expected, (found, expected)
 
 
 def test_wrong_arrays_are_refused() -> None:

@@ -14,9 +14,9 @@ from sklearn.model_selection import GridSearchCV
 
 from nncf_ext import LinasSampler, search
 from nncf_ext.exploration.evolution import evolve
-from nncf_ext.exploration.fronts import best_first, crowding, hypervolume, ranks, unbeaten
+from nncf_ext.exploration.fronts import best_first, by_gain, crowding, hypervolume, ranks, unbeaten
 from nncf_ext.exploration.linas import _Domain, _Features
-from nncf_ext.exploration.predictors import Predictor, one_hot
+from nncf_ext.exploration.predictors import Predictor, SmoothPredictor, one_hot
 from tests.nncf_ext.searches import ACCURACY, COST, accuracy, brute_front, cost, keys, network, pairs
 from tests.nncf_ext.searches import hypervolume as area
 
@@ -149,11 +149,54 @@ def test_labels_without_a_lesson(labels):
 def test_inactive_parameters_make_no_difference():
     domains = [_Domain(name, optuna.distributions.IntDistribution(0, 2)) for name in "abc"]
     counts = np.full(3, 3)
-    features = _Features(domains, counts, lambda params: {"b"} if params["a"] == 0 else set())
+    features = _Features(domains, counts, lambda params: {"b"} if params["a"] == 0 else set(), smooth=False)
     points = np.array([[0, 0, 1], [0, 2, 1], [1, 0, 1], [1, 2, 1]])
     seen = features(points)
     assert np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[2], seen[3])
     assert np.array_equal(seen[0], [1, 0, 0, 0, 0, 0, 0, 1, 0])
+
+
+def test_smooth_features_know_the_order_of_values():
+    kinds = optuna.distributions.CategoricalDistribution(["x", "y"])
+    domains = [_Domain("a", optuna.distributions.IntDistribution(0, 4)), _Domain("b", kinds)]
+    features = _Features(domains, np.array([5, 2]), lambda params: {"a"} if params["b"] == "y" else set(), smooth=True)
+    seen = features(np.array([[0, 0], [1, 0], [4, 0], [4, 1], [2, 1]]))
+    assert np.array_equal(seen, [[0, 1, 0], [0.25, 1, 0], [1, 1, 0], [-0.5, 0, 1], [-0.5, 0, 1]])
+
+
+def test_a_smooth_predictor_learns_a_product_from_few_points():
+    places = np.array([*itertools.product(range(5), repeat=4)])
+    labels = np.exp(-places @ [0.5, 0.3, 0.2, 0.1]) * (1 + 0.5 * places[:, 0])
+    chosen = np.random.default_rng(0).permutation(len(places))
+    train, held_out = chosen[:15], chosen[15:]
+    predictor = SmoothPredictor(places[train] / 4, labels[train])
+    errors = np.abs(np.log(predictor(places[held_out] / 4) / labels[held_out]))
+    spread = np.abs(np.log(labels[held_out]) - np.log(labels[train]).mean())
+    assert np.median(errors) < 0.2 * np.median(spread)
+    negative = SmoothPredictor(places[train] / 4, -labels[train])  # no logarithm: values as they are
+    assert np.corrcoef(negative(places[held_out] / 4), -labels[held_out])[0, 1] > 0.9
+
+
+@given(st.data())
+def test_points_by_gain_are_those_of_the_definition(data):
+    shapes = st.integers(1, 8), st.integers(1, 5)
+    candidates, measured = (
+        data.draw(arrays(np.float64, (data.draw(count), 2), elements=st.integers(0, 6).map(float))) for count in shapes
+    )
+    found = by_gain(candidates, measured, 3).tolist()
+    assert sorted(found) == [*range(len(candidates))]
+    worst, taken = measured.max(axis=0), [*measured]
+
+    def volume(points):  # unit squares, one by one
+        cells = itertools.product(range(int(worst[0])), range(int(worst[1])))
+        return sum(any(x <= cell[0] and y <= cell[1] for x, y in points) for cell in cells)
+
+    for place in found[:3]:
+        gains = [volume([*taken, candidates[each]]) for each in range(len(candidates))]
+        if max(gains) == volume(taken):
+            break
+        assert gains[place] == max(gains)
+        taken.append(candidates[place])
 
 
 # The sampler
@@ -213,12 +256,27 @@ def test_linas_needs_fewer_points_than_chance():
     assert min(ours) > 0.95 > max(chance)
 
 
+def test_the_search_in_small_rounds_needs_fewer_points_than_chance():
+    net = network(6, (32, 24, 16, 8))
+    values = pairs(net.space)
+    worst = (min(gain for gain, _ in values.values()), max(price for _, price in values.values()))
+    best = area(values.values(), worst)
+
+    def share(sampler, seed):
+        report = search(net, [ACCURACY, COST], sampler=sampler, budget=45, seed=seed)
+        measured = keys(report.evaluations)
+        assert len(set(measured)) == len(measured) == 45
+        return area([values[key] for key in measured], worst) / best
+
+    assert min(share("linas", seed) for seed in range(2)) > 0.9 > max(share("random", seed) for seed in range(2))
+
+
 @pytest.mark.parametrize("sampler", ["nsga2", "linas"])
 def test_constraints_lead_the_search(sampler, monkeypatch):
     """Where one point in four keeps them, most of what is measured after the first round does; without them, less."""
     from nncf_ext import SearchSampler
 
-    monkeypatch.setattr("nncf_ext.exploration.loop._POPULATIONS", {SearchSampler.NSGA2: 12, SearchSampler.LINAS: 12})
+    monkeypatch.setattr("nncf_ext.exploration.loop._FIRST_ROUNDS", {SearchSampler.NSGA2: 12, SearchSampler.LINAS: 12})
     net = network(4, (32, 24, 16, 8))
     report = search(net, [ACCURACY, COST], sampler=sampler, budget=60, constraints=["cost <= 50%"])
     free = search(net, [ACCURACY, COST], sampler=sampler, budget=60)
@@ -231,8 +289,9 @@ def test_constraints_lead_the_search(sampler, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: LinasSampler(4), nncf.ValidationError, "population of at least 5"),
-        (lambda: LinasSampler(50, inner_evaluations=49), nncf.ValidationError, "got 50 and 49"),
+        (lambda: LinasSampler(4), nncf.ValidationError, "population and a first round of at least 5"),
+        (lambda: LinasSampler(50, inner_evaluations=49), nncf.ValidationError, "got 50, 50 and 49"),
+        (lambda: LinasSampler(first_round=4), nncf.ValidationError, "got 50, 4 and 5000"),
         (lambda: LinasSampler(mutation=2), nncf.ValidationError, "0 to 1; got 2"),
         (
             lambda: sample(lambda trial: trial.suggest_float("x", 0, 1)),
@@ -245,16 +304,16 @@ def test_constraints_lead_the_search(sampler, monkeypatch):
             "at most 1000 values; x has Int",
         ),
         (
-            lambda: search(network(), [ACCURACY, COST], sampler="linas", budget=49),
+            lambda: search(network(), [ACCURACY, COST], sampler="linas", budget=9),
             nncf.ValidationError,
-            "49 points is less than the population of the sampler, 50.*population_size=12",
+            "9 points is less than the first round of the sampler, 10.*population_size=5",
         ),
         (
             lambda: search(
                 network(), [ACCURACY, COST], sampler=optuna.samplers.NSGAIISampler(population_size=30), budget=29
             ),
             nncf.ValidationError,
-            "less than the population",
+            "less than the first round",
         ),
     ],
 )

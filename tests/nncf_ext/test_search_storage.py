@@ -74,8 +74,8 @@ EVERY_SEARCH = [
 
 @pytest.fixture
 def small_generations(monkeypatch):
-    populations = {SearchSampler.NSGA2: 3, SearchSampler.LINAS: 5}
-    monkeypatch.setattr("nncf_ext.exploration.loop._POPULATIONS", populations)
+    first_rounds = {SearchSampler.NSGA2: 3, SearchSampler.LINAS: 5}
+    monkeypatch.setattr("nncf_ext.exploration.loop._FIRST_ROUNDS", first_rounds)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 

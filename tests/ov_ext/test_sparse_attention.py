@@ -155,6 +155,22 @@ def test_streams_run_it_too(core: ov.Core, ours: ov.CompiledModel) -> None:
     assert all(np.array_equal(result, expected) for result in results.values())
 
 
+def test_a_saved_ir_and_a_cached_model_give_the_same_bits(ours: ov.CompiledModel, tmp_path: Path) -> None:
+    ov_ext.save_model(ov_ext.sparsify_attention(attention(), EXACT)[0], tmp_path / "m.xml")
+    requests = [ours.create_infer_request()]
+    for _ in range(2):  # compiled, and from the cache
+        core = ov_ext.add_extension(ov.Core())
+        core.set_property({"CACHE_DIR": str(tmp_path / "cache")})
+        compiled = core.compile_model(tmp_path / "m.xml", "CPU", F32)
+        requests.append(compiled.create_infer_request())
+    assert compiled.get_property("LOADED_FROM_CACHE")
+    rng = np.random.default_rng(8)
+    for count, past in ((150, 0), (1, 150), (3, 151)):
+        inputs = feed(rng, count, past)
+        results = [request.infer(inputs)[0] for request in requests]
+        assert all(np.array_equal(each, results[0]) for each in results)
+
+
 def test_a_state_that_is_not_its_own_is_refused(ours: ov.CompiledModel) -> None:
     """Saved, foreign, old and damaged states: each is an error, none is followed, a reset makes the request well."""
     rng = np.random.default_rng(4)
@@ -366,3 +382,72 @@ def test_genai_and_optimum_generate_the_same_and_the_command_undoes_it(folder: P
     model = ov.Core().read_model(out / "openvino_model.xml")  # a Core that knows no extension
     assert Counter(node.get_type_name() for node in model.get_ops())["ReadValue"] == 12
     assert "Sparse attention" not in (out / "README.md").read_text()
+
+
+def kept_by_the_rule(x: Any, level: float) -> Any:
+    """What format.md makes of ``[1, heads, tokens, head_dim]``, with 4 first and 64 last tokens dense, in 8 bits."""
+    import torch
+
+    result = x.clone()
+    packed = slice(4, 4 + max(0, x.shape[2] - 68) // 64 * 64)
+    part = x[:, :, packed].numpy()
+    size = (part.view(np.uint32) >> 16 & 0x7FFF).astype(int)
+    order = np.argsort(-size, -1, kind="stable")[..., part.shape[-1] - int(part.shape[-1] * level) :]
+    step = np.abs(part).max(-1, keepdims=True) / 127
+    codes = np.round(part / step)
+    np.put_along_axis(codes, order, 0, -1)
+    result[:, :, packed] = torch.from_numpy(codes * step)
+    return result
+
+
+@pytest.mark.slow
+def test_64_tokens_equal_torch_with_the_same_rule(tokenizer: Any, core: ov.Core, tmp_path: Path) -> None:
+    import torch
+    from transformers import DynamicCache
+
+    import ov_ext.optimum
+    from tests.ov_ext.conftest import load_sparse_lm
+
+    lm, policy = load_sparse_lm(), ov_ext.SparseAttentionPolicy(k=0.7, v=0.7)
+    text = (Path(__file__).parents[2] / "samples" / "assets" / "heldout.txt").read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"][:150])[None]
+    layers = lm.config.num_hidden_layers
+    expected: list[int] = []
+    changed = 0
+    with torch.no_grad():
+        out = lm(input_ids=ids, past_key_values=DynamicCache(config=lm.config))
+        raw = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        dense = DynamicCache([*raw])
+        while len(expected) < 64:
+            expected.append(int(out.logits[0, -1].argmax()))
+            token = torch.tensor([[expected[-1]]])
+            cache = DynamicCache([tuple(kept_by_the_rule(x, 0.7) for x in pair) for pair in raw])
+            out = lm(input_ids=token, past_key_values=cache)
+            new = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]
+            raw = [
+                tuple(torch.cat(both, 2) for both in zip(old, one, strict=True))
+                for old, one in zip(raw, new, strict=True)
+            ]
+            changed += int(
+                lm(input_ids=token, past_key_values=dense).logits[0, -1].argmax() != out.logits[0, -1].argmax()
+            )
+    assert len(raw) == layers and changed  # pruning does something to what comes out
+
+    ov_ext.optimum.export(lm, tokenizer, tmp_path / "ir", rest=None)
+    model = core.read_model(tmp_path / "ir" / "openvino_model.xml")
+    assert len(ov_ext.sparsify_attention(model, policy)[1].replaced) == layers
+    request = core.compile_model(model, "CPU", F32).create_infer_request()
+    found: list[int] = []
+    step = ids.numpy()
+    while len(found) < 64:
+        past = ids.shape[1] + len(found) - 1 if found else 0
+        inputs = {
+            "input_ids": step,
+            "attention_mask": np.ones((1, past + step.shape[1]), np.int64),
+            "position_ids": np.arange(past, past + step.shape[1])[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        logits = request.infer(inputs)[0]
+        found.append(int(logits[0, -1].argmax()))
+        step = np.array([[found[-1]]])
+    assert found == expected

@@ -32,6 +32,8 @@ void DenseStore::drop(uint64_t count) {
 void DenseStore::append(const float* k, const float* v, uint64_t all, uint64_t first, uint64_t count) {
     if (m_tokens + count > m_room)
         throw std::logic_error("a dense store of " + std::to_string(m_room) + " tokens would overflow");
+    if (!count)  // a store without room has no memory
+        return;
     for (uint64_t head = 0; head < m_heads; head++)
         for (const float* from : {k, v})
             std::memcpy(m_floats.data() + (((from == v) * m_heads + head) * m_room + m_tokens) * m_dim, from + (head * all + first) * m_dim,

@@ -43,8 +43,9 @@ constexpr int width = 8;
 #else
 constexpr int width = 4;
 #endif
-typedef float Register __attribute__((vector_size(4 * width), aligned(4), may_alias));
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Register __attribute__((vector_size(4 * width)));
+typedef float Anywhere __attribute__((vector_size(4 * width), aligned(4), may_alias));  // the same in memory
+typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourIndices __attribute__((vector_size(16)));
 constexpr int registers = lanes / width;
 
@@ -60,13 +61,13 @@ struct Lanes {
         Lanes x;
 #pragma GCC unroll 4
         for (int i = 0; i < registers; i++)
-            x.of[i] = *reinterpret_cast<const Register*>(from + width * i);
+            x.of[i] = *reinterpret_cast<const Anywhere*>(from + width * i);
         return x;
     }
     INLINE void store(float* to) const {
 #pragma GCC unroll 4
         for (int i = 0; i < registers; i++)
-            *reinterpret_cast<Register*>(to + width * i) = of[i];
+            *reinterpret_cast<Anywhere*>(to + width * i) = of[i];
     }
     INLINE void add(const Lanes& x) {
 #pragma GCC unroll 4
@@ -137,8 +138,8 @@ INLINE void soften(Running& row, float* scores, uint64_t count, uint64_t head_di
     } else {
         if (m != row.m) {
             const float factor = exp_of(row.m - m);
-            for (Register& some : row.l.of)
-                some *= factor;
+            for (int i = 0; i < registers; i++)
+                row.l.of[i] *= factor;
             for (uint64_t d = 0; d < head_dim; d++)
                 row.o[d] *= factor;
         }
@@ -189,7 +190,8 @@ INLINE void dot_products(const float* q, const float* k, uint64_t dim, float sca
         for (uint64_t j = 0; j < 4; j++)
             sums[j].add_product(x, Lanes::load(k + j * dim + d));
     }
-    *reinterpret_cast<Four*>(scores) = sums_of(sums) * scale;
+    const Four products = sums_of(sums) * scale;
+    std::memcpy(scores, &products, sizeof(products));
 }
 INLINE float dot_product(const float* q, const float* k, uint64_t dim) {
     Lanes sum;

@@ -1,4 +1,4 @@
-"""A long run of the fuzzer, with libFuzzer or AFL++ where installed, else with its own driver: ``make fuzz``."""
+"""A long run of the fuzzers, with libFuzzer or AFL++ where installed, else with its own driver: ``make fuzz``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from pathlib import Path
 from tests.sanitized import ROOT, build
 
 HERE = Path(__file__).parent
+WEIGHTS, ATTENTION = "ov_ext_fuzz", "ov_ext_attention_fuzz"
 
 
-def libfuzzer(seconds: int, findings: Path) -> int:
-    program = build("ov_ext_fuzz", "fuzz-libfuzzer", "clang++", engine=True) / "fuzz" / "ov_ext_fuzz"
-    corpus = findings / "corpus-libfuzzer"
+def libfuzzer(seconds: int, findings: Path, name: str) -> int:
+    program = build(name, "fuzz-libfuzzer", "clang++", engine=True) / "fuzz" / name
+    corpus = findings / f"corpus-libfuzzer-{name}"
     corpus.mkdir(exist_ok=True)
     options = [f"-max_total_time={seconds}", "-max_len=1000000", "-len_control=0", "-timeout=60"]
     return subprocess.run([program, *options, f"-artifact_prefix={findings}/", corpus]).returncode
 
 
-def afl(seconds: int, findings: Path) -> int:
+def afl(seconds: int, findings: Path, name: str) -> int:
+    if name != WEIGHTS:  # its mutations are linked with the library
+        return own(seconds, findings, name)
     program = build("ov_ext_fuzz", "fuzz-afl", "afl-clang-fast++", engine=True) / "fuzz" / "ov_ext_fuzz"
     mutator, seeds, out = program.with_name("mutator.so"), findings / "seeds-afl", findings / "afl"
     sources = [HERE / name for name in ("engine.cpp", "mutate.cpp", "plain.cpp")]
@@ -42,11 +45,11 @@ def afl(seconds: int, findings: Path) -> int:
     return status or len([*out.glob("default/crashes/id*")])
 
 
-def own(seconds: int, findings: Path) -> int:
-    program = build("ov_ext_fuzz") / "fuzz" / "ov_ext_fuzz"
+def own(seconds: int, findings: Path, name: str) -> int:
+    program = build(name) / "fuzz" / name
     end, seed = time.monotonic() + seconds, int(time.time())
     while time.monotonic() < end:
-        options = ["--seed", str(seed), "--runs", "10000", "--save", findings]
+        options = ["--seed", str(seed), "--runs", "10000" if name == WEIGHTS else "500", "--save", findings]
         if status := subprocess.run([program, *options]).returncode:
             return status
         seed += 1
@@ -63,7 +66,8 @@ def main() -> int:
     findings = ROOT / "build" / "fuzz-findings"
     findings.mkdir(parents=True, exist_ok=True)
     print(f"Fuzzing for {arguments.seconds} s with {engine}; inputs that fail are kept in {findings}.", flush=True)
-    return {"libfuzzer": libfuzzer, "afl": afl, "own": own}[engine](arguments.seconds, findings)
+    run = {"libfuzzer": libfuzzer, "afl": afl, "own": own}[engine]
+    return run(arguments.seconds // 2, findings, WEIGHTS) or run(arguments.seconds // 2, findings, ATTENTION)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ using namespace ov_ext;
 using namespace ov_ext::sparse_attention;
 
 constexpr size_t header_bytes = 8, action_bytes = 4;
-constexpr uint64_t most_tokens = 700, most_sequences = 3;
+constexpr uint64_t most_tokens = 400, most_sequences = 3;
 constexpr double levels[] = {0.5, 0.0, 0.9, 0.3, 0.7};
 
 float some_float(Random& random, bool special) {
@@ -111,17 +111,20 @@ Naive naive(const Plan& plan, const Told& told, uint64_t b, uint64_t head, const
     std::vector<double> scores;
     std::vector<const float*> values;
     Naive result;
-    for (uint64_t t = 0; t < std::min(past + count, visible); t++) {
+    for (uint64_t t = 0; t < past + count; t++) {
         const bool pruned = t >= sink && t < sink + packed;
         const auto at = [&](const Tokens& of, const float* fresh) {
             return t < past ? (pruned ? of.kept : of.raw)[head].data() + t * dim : fresh + (t - past) * dim;
         };
         const float *key = at(told.k[b], new_k), *value = at(told.v[b], new_v);
+        for (uint64_t d = 0; d < dim; d++)  // what no row may see is NaN times 0 all the same
+            result.finite &= std::isfinite(value[d]) && std::isfinite(key[d]) && std::isfinite(q[d]);
+        if (t >= visible)
+            continue;
         double dot = 0, sum = 0;
         for (uint64_t d = 0; d < dim; d++) {
             dot += double(key[d]) * q[d];
             sum += std::fabs(key[d]);
-            result.finite &= std::isfinite(value[d]) && std::isfinite(key[d]) && std::isfinite(q[d]);
             result.most_v = std::max(result.most_v, double(std::fabs(value[d])));
         }
         result.score_error = std::max(result.score_error, std::fabs(scale) * sum * most_q * (1 / 65000.0 + double(dim) * 0x1p-23));
@@ -208,7 +211,8 @@ void check_attention(const Plan& plan, const Told& told, const Cache& cache, Inp
         const Naive expected = naive(plan, told, b, kv, q + at, k + from, v + from, in.count, visible, scale, mask);
         if (!expected.finite || expected.most_v > 1e30 || expected.score_error > 1)
             continue;
-        const double bound = expected.most_v * (2 * std::expm1(expected.score_error) + 0x1p-13) + 1e-35;
+        // Each of a block's 64 weights is off by half of a 2^-15 step of the largest, which is part of the sum that they are divided by.
+        const double bound = expected.most_v * (2 * std::expm1(expected.score_error) + 0x1p-10) + 1e-35;
         for (uint64_t d = 0; d < dim; d++)
             if (!(std::fabs(double(first[at + d]) - expected.y[d]) <= bound))
                 found("attention is " + std::to_string(first[at + d]) + ", not " + std::to_string(expected.y[d]) + " within " +
@@ -282,7 +286,7 @@ bool check(const uint8_t* input, size_t size) {
             told = Told();
             continue;
         }
-        constexpr uint64_t counts[] = {1, 1, 1, 2, 7, 63, 64, 65, 130, 300};
+        constexpr uint64_t counts[] = {1, 1, 1, 2, 7, 63, 64, 65, 130, 200};
         const uint64_t count = counts[action[1] % 10];
         if (told.tokens + count > most_tokens)
             continue;
@@ -315,7 +319,8 @@ bool check(const uint8_t* input, size_t size) {
         told = std::move(next);
         Inputs in(plan, batch, count, told.tokens, action[2], random);
         expect(cache.tokens() == told.tokens, "the cache has another number of tokens");
-        if (count < 100)
+        constexpr uint64_t work = 1 << 21;  // multiplications, so that an input takes milliseconds
+        if (batch * in.q_heads * count * (told.tokens + count) * plan.settings.shape.head_dim < work)
             check_attention(plan, told, cache, in, random);
         with_threads(1 + int(random.below(2)),
                      [&] { cache.append(reinterpret_cast<float*>(in.k.data), reinterpret_cast<float*>(in.v.data), count); });
@@ -327,7 +332,7 @@ bool check(const uint8_t* input, size_t size) {
 
 std::vector<std::vector<uint8_t>> seeds() {
     std::vector<std::vector<uint8_t>> result;
-    for (uint8_t i = 0; i < 40; i++) {
+    for (uint8_t i = 0; i < 20; i++) {
         Random random{i};
         std::vector<uint8_t> input{i, uint8_t(i / 2), i, uint8_t(i % 5), uint8_t(i / 5), uint8_t(i / 3), uint8_t(i % 7), uint8_t(11 * i)};
         for (const uint8_t count : {8, 0, 8, 4, 0, 9, 5, 0, 0, 6, 7, 0})
