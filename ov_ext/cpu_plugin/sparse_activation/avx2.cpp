@@ -11,7 +11,7 @@ namespace {
 
 // Entries whose rows are read together. 16-bit sums hold 16 products of int4: at most 16 * 15 * 127 = 30480.
 constexpr uint64_t batch = 16;
-static_assert(batch <= entries_ahead);
+static_assert(batch < entries_ahead);  // the row behind the next batch is looked up
 
 // A block's part of rows, which are whole cache lines but for the alignment of the blob.
 struct Rows {

@@ -45,7 +45,7 @@ struct Kept {
     bool integer;
 };
 
-constexpr uint64_t entries_ahead = 16;
+constexpr uint64_t entries_ahead = 17;
 
 struct Kernel {
     InstructionSet isa;
