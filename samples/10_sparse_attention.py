@@ -15,7 +15,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
