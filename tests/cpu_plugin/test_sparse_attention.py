@@ -133,6 +133,7 @@ def test_attention_equals_float64_over_every_boundary(
         if count < 100:
             found = cache.attend(q, k, v, head_dim**-0.5, isa=isa)
             close(found, oracle.attend(q, k, v, head_dim**-0.5, None, causal=True))
+            assert np.array_equal(found, cache.attend(q, k, v, head_dim**-0.5, isa="reference"))
         cache.append(k, v)
         oracle.append(k, v)
         assert cache.pages * 64 == oracle.packed_range().stop - 3

@@ -46,7 +46,6 @@ constexpr int width = 4;
 typedef float Register __attribute__((vector_size(4 * width)));
 typedef float Anywhere __attribute__((vector_size(4 * width), aligned(4), may_alias));  // the same in memory
 typedef float Four __attribute__((vector_size(16)));
-typedef int32_t FourIndices __attribute__((vector_size(16)));
 constexpr int registers = lanes / width;
 
 struct Lanes {
@@ -105,10 +104,12 @@ INLINE Four sums_of(const Lanes (&x)[4]) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         four[i] = to_four(x[i], plus);
-    const FourIndices front{0, 4, 1, 5}, back{2, 6, 3, 7};
-    const Four first = __builtin_shuffle(four[0], four[1], front) + __builtin_shuffle(four[0], four[1], back);
-    const Four second = __builtin_shuffle(four[2], four[3], front) + __builtin_shuffle(four[2], four[3], back);
-    return __builtin_shuffle(first, second, FourIndices{0, 1, 4, 5}) + __builtin_shuffle(first, second, FourIndices{2, 3, 6, 7});
+    Four halves[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        halves[i] = __builtin_shufflevector(four[2 * i], four[2 * i + 1], 0, 4, 1, 5) +
+                    __builtin_shufflevector(four[2 * i], four[2 * i + 1], 2, 6, 3, 7);
+    return __builtin_shufflevector(halves[0], halves[1], 0, 1, 4, 5) + __builtin_shufflevector(halves[0], halves[1], 2, 3, 6, 7);
 }
 
 // `count` is a multiple of 16: callers fill up.
