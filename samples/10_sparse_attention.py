@@ -15,7 +15,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,12 +28,7 @@ VALUES = ("int8", "int4")
 SINK, RECENT = 4, 64
 STOCK = ("u8", "u4")
 Arm = tuple[str, float, float]  # how it is stored, levels of keys and of values
-PLACES = [
-    f"{color} {place}"
-    for color, place in product(
-        ("red", "blue", "old", "small", "north"), ("house", "gate", "tower", "bridge", "garden", "mill", "harbour")
-    )
-]
+SYLLABLES = ("ka", "lo", "mi", "ru", "te", "vo", "xi", "za", "ne", "bu", "dar", "fel", "gon", "hul")
 
 
 def main(
@@ -43,9 +37,9 @@ def main(
     position: Annotated[list[int] | None, typer.Option(help="Tokens that are read before; repeatable.")] = None,
     documents: Annotated[int, typer.Option(help="Held-out documents.")] = 2,
     predicted: Annotated[int, typer.Option(help="Tokens that are predicted at each position.")] = 128,
-    planted: Annotated[int, typer.Option(help="Codes planted in each text.")] = 34,
-    texts: Annotated[int, typer.Option(help="Texts with codes.")] = 3,
-    filler: Annotated[int, typer.Option(help="Tokens of other text around the codes.")] = 2048,
+    planted: Annotated[int, typer.Option(help="Codes planted in each text.")] = 10,
+    texts: Annotated[int, typer.Option(help="Texts with codes.")] = 10,
+    filler: Annotated[int, typer.Option(help="Tokens of other text around the codes.")] = 600,
     grid: Annotated[int, typer.Option(help="Position at which all pairs of levels are measured.")] = 2048,
     quick: Annotated[bool, typer.Option(help="A few hundred tokens: shows that it works.")] = False,
 ) -> None:
@@ -212,13 +206,13 @@ def with_codes(tokenizer: Any, text: str, filler: int, planted: int, seed: int) 
     ids = tokenizer(text)["input_ids"]
     start = rng.randrange(max(1, len(ids) - filler))
     body = ids[start : start + filler]
-    places = rng.sample(PLACES, planted)
     made: list[int] = []
     questions, answers = [], []
-    for number, place in enumerate(places):
+    for number in range(planted):
+        name = "".join(rng.sample(SYLLABLES, 3)).capitalize()
         made += body[number * filler // planted : (number + 1) * filler // planted]
         code = f" {rng.randrange(1000, 10000)}"
-        said = tokenizer(f"\nThe code of the {place} is", add_special_tokens=False)["input_ids"]
+        said = tokenizer(f"\nThe code of {name} is", add_special_tokens=False)["input_ids"]
         digits = tokenizer(code, add_special_tokens=False)["input_ids"]
         made += [*said, *digits, *tokenizer(".\n", add_special_tokens=False)["input_ids"]]
         questions.append(torch.tensor(said + digits[:-1]))
