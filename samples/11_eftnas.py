@@ -51,9 +51,9 @@ def main(
     records = []
     for run in runs:
         file = run.folder / "record.json"
-        if not file.is_file():
+        if not file.is_file() or json.loads(file.read_text()).get("of") != run.of:
             file.parent.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(run.record())
+            content = json.dumps({"of": run.of, **run.record()})
             file.with_suffix(".part").write_text(content)
             file.with_suffix(".part").replace(file)
         records.append(json.loads(file.read_text()))
@@ -82,7 +82,8 @@ def compare(task: str, records: list[dict[str, Any]]) -> None:
 
     arms = {
         arm: {
-            key: np.concatenate([np.array(record["arms"][arm][key], float) for record in records])
+            # The seeds share their test texts: the mean over seeds of each text, or intervals would be too narrow.
+            key: np.mean([record["arms"][arm][key] for record in records], axis=0)
             for key in ("losses", "right")
         }
         for arm in records[0]["arms"]
@@ -94,14 +95,17 @@ def compare(task: str, records: list[dict[str, Any]]) -> None:
         row = [arm, f"{share:.1%}", f"{100 * found['right'].mean():.1f}", f"{found['losses'].mean():.3f}"]
         if arm != "dense" and not arm.startswith("EFTNAS"):
             ours = arms[f"EFTNAS {arm.split()[-1]}"]
+            each = [np.mean(record["arms"][f"EFTNAS {arm.split()[-1]}"]["right"]) for record in records]
+            each = [one - np.mean(record["arms"][arm]["right"]) for one, record in zip(each, records, strict=True)]
             row += [
+                ", ".join(f"{100 * one:+.1f}" for one in each),
                 in_words(interval(difference, 100 * ours["right"], 100 * found["right"]), "+.1f"),
                 in_words(interval(difference, ours["losses"], found["losses"]), "+.3f"),
             ]
-        rows.append([*row, "", ""][:6])
+        rows.append([*row, "", "", ""][:7])
     table(
         f"{task}: test texts of {len(records)} seed(s); differences: EFTNAS less the arm",
-        ["", "MACs", "right, %", "loss", "right, difference", "loss, difference"],
+        ["", "MACs", "right, %", "loss", "by seed", "right, difference", "loss, difference"],
         rows,
     )
 

@@ -92,11 +92,17 @@ def by_gain(losses: Floats, measured: Floats, enough: int) -> NDArray[np.int64]:
     if not len(measured):
         return left
     reference, taken = measured.max(axis=0), measured[unbeaten(measured)]
+
+    def gain(point: Floats) -> float:
+        # Of its own box, what the others have already. Seen from the point, few of them remain on a front.
+        if not (point < reference).all():
+            return 0.0
+        return float(np.prod(reference - point)) - hypervolume(np.maximum(taken, point), reference)
+
     while len(chosen) < enough and len(left):
-        volume = hypervolume(taken, reference)
         # One that another candidate beats gains no more than that other.
         front = left[unbeaten(losses[left])][:_CANDIDATES]
-        gains = [hypervolume(np.vstack([taken, losses[each]]), reference) - volume for each in front]
+        gains = [gain(losses[each]) for each in front]
         best = int(np.argmax(gains))
         if gains[best] <= 0:
             break

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from dataclasses import dataclass
+from typing import Any
 
 import openvino as ov
 from openvino import Node
@@ -11,14 +13,14 @@ from openvino.utils.node_factory import NodeFactory
 
 from ov_ext import runtime
 from ov_ext.cpu_plugin.sparse_activation import native
-from ov_ext.cpu_plugin.sparse_activation.pack import ALIGN, BLOCK, pack
+from ov_ext.cpu_plugin.sparse_activation.pack import ALIGN, BLOCK, Rule, pack
 from ov_ext.extension import extension_path, package_version
 from ov_ext.graphs import RecordError, detach, graphs_of, redirect, refuse_short_constants
 from ov_ext.sparse_activation.pattern import Replacing, find
 from ov_ext.sparse_activation.policy import SparseActivationPolicy
 from ov_ext.sparse_activation.report import ActivationLayer, ActivationReport
 from ov_ext.sparse_weights.subgraph import describe, read_record, restore
-from ov_ext.sparse_weights.survey import foldable_bias, read_weight, with_bias
+from ov_ext.sparse_weights.survey import foldable_bias, key_of, read_weight, with_bias
 from ov_ext.sparse_weights.weights import ConstantWeight, Unpackable, element_name
 from ov_ext.sparse_weights.weights import find as find_weight
 
@@ -55,12 +57,13 @@ def pack_sparse_activations(
     factory.add_extension(library)
     layers = []
     for graph in graphs:
+        blobs: dict[Any, _Blob] = {}
         pending = deque(node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul")
         while pending:  # pop, not iterate: a list would hold the replaced MatMuls, and so their weights, in memory
             matmul = pending.popleft()
             replacing, found = find(matmul), find_weight(matmul)
             if replacing is not None and found is not None:
-                layers.append(_pack(found, replacing, policy, factory))
+                layers.append(_pack(found, replacing, policy, factory, blobs))
                 logger.debug("%s", layers[-1])
     report = ActivationReport(tuple(layers), policy.skipped)
     if report.replaced:
@@ -84,10 +87,31 @@ def _is_ours(node: Node) -> bool:
     return node.get_type_name() == OPERATION and node.get_type_info().version_id == "ov_ext"
 
 
+@dataclass(frozen=True)
+class _Blob:
+    """A packed weight, kept for the other MatMuls that share it."""
+
+    constant: Node
+    kind: str
+    group: int
+    new_scales: str  # see describe
+
+
+def _rule_key(rule: Rule) -> tuple[bytes, float, bytes]:
+    return rule.threshold.tobytes(), rule.centre, rule.replacement.tobytes()
+
+
 def _pack(
-    found: ConstantWeight, replacing: Replacing, policy: SparseActivationPolicy, factory: NodeFactory
+    found: ConstantWeight,
+    replacing: Replacing,
+    policy: SparseActivationPolicy,
+    factory: NodeFactory,
+    blobs: dict[Any, _Blob],
 ) -> ActivationLayer:
-    """Replace one MatMul if it is expected to gain."""
+    """Replace one MatMul if it is expected to gain.
+
+    :param blobs: The weights of this graph that were packed before, by weight, bias and rule. A new one is added.
+    """
     name, before = found.matmul.get_friendly_name(), sum(found.nbytes.values())
     speedup = None
 
@@ -101,28 +125,35 @@ def _pack(
     (n, k), kind = found.shape, found.blob_kind
     if n * k < policy.min_weights:
         return stays(f"fewer than {policy.min_weights} weights")
-    speedup = policy.speedup(-(-n // BLOCK[kind]) * ALIGN)
+    speedup = policy.speedup(-(-n // BLOCK[kind]) * ALIGN, kind)
     if speedup < policy.min_speedup:
         return stays(f"not expected to gain at {policy.skipped:.0%} skipped inputs")
     bias = foldable_bias(found)
-    try:
-        weight, remark, new_scales = read_weight(found, policy.requantize)
-    except Unpackable as problem:
-        return stays(str(problem))
-    blob = ov.op.Constant(pack(with_bias(weight, bias), replacing.rule))
-    blob.set_friendly_name(f"{name}/blob")
-    group = 0 if policy.activation_group == 0 or weight.kind == "bf16" else weight.group or policy.activation_group
+    key = (key_of(found, bias), _rule_key(replacing.rule))
+    if key in blobs:
+        before, after, remark = 0, 0, "shares the blob of an earlier layer"
+    else:
+        try:
+            weight, remark, new_scales = read_weight(found, policy.requantize)
+        except Unpackable as problem:
+            return stays(str(problem))
+        constant = ov.op.Constant(pack(with_bias(weight, bias), replacing.rule))
+        constant.set_friendly_name(f"{name}/blob")
+        after = constant.get_byte_size()
+        blobs[key] = _Blob(constant, weight.kind, weight.group, new_scales)
+    blob = blobs[key]
+    group = 0 if policy.activation_group == 0 or blob.kind == "bf16" else blob.group or policy.activation_group
     attributes = {
-        **{"n": n, "k": k, "kind": weight.kind, "activation_group": group},
-        "source": describe(found, bias, new_scales, replacing.x),
+        **{"n": n, "k": k, "kind": blob.kind, "activation_group": group},
+        "source": describe(found, bias, blob.new_scales, replacing.x),
     }
-    ours = factory.create(OPERATION, [replacing.x, blob.output(0)], attributes)
+    ours = factory.create(OPERATION, [replacing.x, blob.constant.output(0)], attributes)
     ours.set_friendly_name(name)
     redirect((found.matmul if bias is None else bias).output(0), ours.output(0))
     for node in (bias, found.matmul):
         if node is not None:
             detach(node)
-    return ActivationLayer(name, found.shape, found.kind, True, speedup, before, blob.get_byte_size(), remark)
+    return ActivationLayer(name, found.shape, found.kind, True, speedup, before, after, remark)
 
 
 def unpack_sparse_activations(model: ov.Model) -> ov.Model:

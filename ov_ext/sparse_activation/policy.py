@@ -13,6 +13,9 @@ WASTE = 1800
 class SparseActivationPolicy:
     """What ``pack_sparse_activations`` makes of layers that replace small inputs.
 
+    One token at a time counts. Prompts do not: layers that skip multiply them more slowly than dense ones of ours
+    (benchmarks/RESULTS.md).
+
     :param skipped: Fraction 0..1 of inputs that a layer is expected to skip, as calibrated. It decides which layers
         gain; all that are packed skip what they can.
     :param min_speedup: Expected gain over the dense layer that a layer needs; 0 packs every layer that can be.
@@ -43,12 +46,16 @@ class SparseActivationPolicy:
         """:return: Whether a layer of this name stays."""
         return any(fnmatchcase(name, pattern) for pattern in self.ignored_patterns)
 
-    def speedup(self, row_bytes: int) -> float:
+    def speedup(self, row_bytes: int, kind: str) -> float:
         """
         Expected time of the dense layer / of the one that skips, one token at a time. Memory gives whole rows of the
-        weight, one for each input, and wastes some time wherever it jumps; where that is too much, all are read.
+        weight, one for each input, and wastes some time wherever it jumps. Where that is too much, 8-bit activations
+        meet all rows.
 
         :param row_bytes: Bytes of an input's weights.
+        :param kind: Of the values: ``"bf16"``, ``"int8"`` or ``"int4"``.
         """
         kept = 1.0 - self.skipped
-        return 1.0 / max(0.05, min(1.0, kept + kept * self.skipped * WASTE / row_bytes))
+        time = kept + kept * self.skipped * WASTE / row_bytes
+        reads_all = kind != "bf16" and self.activation_group != 0
+        return 1.0 / max(0.05, min(1.0, time) if reads_all else time)

@@ -65,7 +65,8 @@ def describe(found: ConstantWeight, bias: Node | None, scales: str = "", x: Outp
 
     def add(node: Node) -> int:
         key, kind = node.get_name(), node.get_type_name()
-        if scales and kind == "Subtract":
+        # Zero points; not a centre, which is taken from the activation.
+        if scales and kind == "Subtract" and _place(node.input_value(0)) != activation:
             return add(node.input_value(0).get_node())
         if key not in position:
             entry: dict[str, Any] = {"type": kind, "name": node.get_friendly_name()}

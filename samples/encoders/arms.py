@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,10 @@ class Run:
         self.task = task(plan.task, seed, plan.training, plan.validation, plan.test, cache)
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.example = {"input_ids": torch.full((1, plan.length), self.tokenizer.unk_token_id)}
+
+        weights = (source / "model.safetensors").read_bytes()
+        self.of = {**json.loads(json.dumps(asdict(plan))), "model": hashlib.sha256(weights).hexdigest()}
+        """What results depend on: they are not kept for another plan, nor for another model."""
 
     def record(self) -> dict[str, Any]:
         """:return: Of this seed, by arm: what each test text costs, nats; which are named rightly; multiplications."""

@@ -393,6 +393,14 @@ def test_other_bad_input() -> None:
         importance.add_dataset([])
     with pytest.raises(nncf.ValidationError, match="over after one pass"):
         importance.add_dataset(iter(batches()))
+    with pytest.raises(nncf.ValidationError, match="block is a number"):
+        FirstOrderImportance(model, EXAMPLE, block=0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.bert.encoder.layer[1].intermediate.dense.weight.grad = None
+    with pytest.raises(nncf.ValidationError, match="1 of 30 .*layer.1.intermediate.dense.weight: .*Unfreeze"):
+        importance.add()
+    model.bert.encoder.layer[1].intermediate.dense.weight.grad = torch.ones(CHANNELS, HIDDEN)
     model.bert.encoder.layer[0].output.dense.weight.grad = torch.full((HIDDEN, CHANNELS), torch.nan)
     with pytest.raises(nncf.ValidationError, match="layer.0.output.dense.weight are not finite"):
         importance.add()

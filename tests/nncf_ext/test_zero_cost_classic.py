@@ -111,6 +111,27 @@ def test_fisher_sums_over_positions() -> None:
     close(proxy("fisher", head, x), total)
 
 
+@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 2, 3, 4)])
+def test_channels_of_linear_layers_stand_last(shape) -> None:
+    model = linear()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    outputs = x.flatten(1, -2) @ model.weight.detach().T  # [6, positions, 3]
+    error = (outputs.mean(1).softmax(1) - torch.eye(CLASSES, dtype=torch.float64)[LABELS]) / 6 / outputs.shape[1]
+    wanted = sum(float((outputs[n, :, c] * error[n, c]).sum()) ** 2 / 6 for n in range(6) for c in range(CLASSES))
+    close(proxy("fisher", nn.Sequential(model, Middle()), x), wanted)
+
+
+class Middle(nn.Module):
+    """The mean over positions, whose channels stand last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1, -2).mean(1)
+
+
+def test_a_sample_that_does_not_matter_has_no_score() -> None:
+    assert proxy("jacob_cov", nn.Sequential(linear(), nn.ReLU()), -torch.zeros_like(VECTORS)) == -math.inf
+
+
 class Mean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(-1)

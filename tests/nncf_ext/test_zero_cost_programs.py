@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import nncf_ext
 from nncf_ext import AdvancedEznasParameters, ProxyTask, StatisticsCache
-from nncf_ext.algorithms.zero_cost.evolution import INVALID
+from nncf_ext.algorithms.zero_cost.evolution import INVALID, _Breeding
 from nncf_ext.algorithms.zero_cost.primitives import BINARY, PRIMITIVES, UNARY
 from nncf_ext.algorithms.zero_cost.programs import PUBLISHED, Program
 from nncf_ext.algorithms.zero_cost.statistics import STATISTICS, fresh_copy, layer_statistics, read_statistics
@@ -113,6 +113,31 @@ def test_the_22_statistics(fresh) -> None:
             torch.testing.assert_close(layer[name], wanted, rtol=1e-4, atol=1e-5)
 
 
+class Shortcut(nn.Module):
+    """A block whose sum is made in place, or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.in_place = in_place
+        self.stem, self.conv, self.norm = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.stem(x)
+        after = self.norm(self.conv(torch.relu(before)))
+        if self.in_place:
+            after += before
+        else:
+            after = after + before
+        return after.square().mean((2, 3))
+
+
+def test_what_is_changed_in_place_later_does_not_count() -> None:
+    one, other = (layer_statistics(Shortcut(each), IMAGES)[0] for each in (True, False))
+    for name in STATISTICS:
+        torch.testing.assert_close(one[name], other[name])
+
+
 def test_networks_without_such_layers_are_refused() -> None:
     for model in (
         nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()),
@@ -135,6 +160,11 @@ def test_the_cache_is_of_one_network(tmp_path) -> None:
     trained = network()
     cache.add("trained", trained, IMAGES, fresh=False)
     trained.stem.weight.data[0, 0, 0, 0] += 1
+    cache.add("forward", Shortcut(True), IMAGES)
+    other = Shortcut(True)
+    other.forward = lambda x: nn.Module.__call__(Shortcut(True), x) * 2  # type: ignore[method-assign]
+    with pytest.raises(nncf.ValidationError, match="of another network"):
+        cache.add("forward", other, IMAGES)
     with pytest.raises(nncf.ValidationError, match="of another network"):
         cache.add("trained", trained, IMAGES, fresh=False)
     for damage in (file.read_bytes()[:-30], b"", b"nonsense"):
@@ -396,9 +426,35 @@ def test_workers_change_nothing(tasks) -> None:
     assert nncf_ext.evolve_proxy(tasks, seed=1, advanced_parameters=few) != alone
 
 
+def test_children_are_not_too_deep_and_parents_stay() -> None:
+    few = AdvancedEznasParameters(children=20, smallest=2, deepest=4)
+    state = random.getstate()
+    random.seed(0)
+    try:
+        breeding = _Breeding(few)
+        parents = [breeding.new() for _ in range(25)]
+        before = [str(each) for each in parents]
+        assert max(breeding._child(parents, few).height for _ in range(500)) == 4
+        assert [str(each) for each in parents] == before
+    finally:
+        random.setstate(state)
+
+
+def test_programs_that_are_invalid_do_not_live(tasks, monkeypatch) -> None:
+    """Nothing comes back where nothing is valid, however long it evolves."""
+    monkeypatch.setattr("nncf_ext.algorithms.zero_cost.evolution._scores", lambda job: [None] * len(job[1]))
+    few = AdvancedEznasParameters(generations=3, parents=5, children=10, networks=4, smallest=1, deepest=3)
+    assert nncf_ext.evolve_proxy(tasks, advanced_parameters=few) == []
+
+
 def test_bad_tasks_and_parameters(tasks) -> None:
     files = tasks[0].statistics
-    for statistics, accuracies in ((files, [1.0]), (files[:2], [1.0, 2.0]), (files[:3], [1.0] * 3)):
+    for statistics, accuracies in (
+        (files, [1.0]),
+        (files[:2], [1.0, 2.0]),
+        (files[:3], [1.0] * 3),
+        (files[:3], [1.0, 2.0, math.nan]),
+    ):
         with pytest.raises(nncf.ValidationError, match="at least three networks that differ"):
             ProxyTask("one", statistics, accuracies)
     for given in ([], [tasks[0], tasks[0]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import ov_ext
 from ov_ext.cli import app
 from ov_ext.sparse_activation.pattern import find
+from ov_ext.sparse_activation.policy import WASTE
 from tests.ov_ext.ir_forms import INT4, INT8, Form, build, infer, operations, signature
 
 ANY = ov_ext.SparseActivationPolicy(min_speedup=0, min_weights=0, activation_group=0)
@@ -120,6 +122,27 @@ def test_layers_behind_one_pattern_share_it_again_when_restored(core: ov.Core) -
                 assert not (bits & 0xFFFF).any() or node.get_friendly_name() not in ("w0", "w1")[: 2 - len(ignored)]
 
 
+def test_a_weight_of_several_layers_is_packed_once(core: ov.Core) -> None:
+    rng = np.random.default_rng(0)
+    x = opset1.parameter([-1, K], ov.Type.f32, name="x")
+    weight = opset1.constant(np.round(rng.standard_normal((64, K))).astype(np.float32), name="w")
+    nodes = []
+    for i, threshold in enumerate((0.5, 0.5, 0.7)):  # another rule is another blob
+        near = opset1.less_equal(opset1.absolute(x), number(threshold, f"t{i}"))
+        nodes.append(opset1.matmul(opset1.select(near, number(0.0, f"z{i}"), x), weight, False, True, name=f"l{i}"))
+    stock = ov.Model([opset1.result(node) for node in nodes], [x], "m")
+    values = rng.standard_normal((2, K)).astype(np.float32)
+    expected = core.compile_model(stock, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(values)
+    expected = [expected[i].copy() for i in range(3)]
+    model, report = ov_ext.pack_sparse_activations(stock, ANY)
+    assert sorted(layer.bytes_after > 0 for layer in report.replaced) == [False, True, True]
+    assert len([node for node in model.get_ops() if node.get_friendly_name().endswith("/blob")]) == 2
+    found = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(values)
+    assert all(np.allclose(found[i], each, rtol=1e-4, atol=1e-4) for i, each in enumerate(expected))
+    restored = ov_ext.unpack_sparse_activations(model)
+    assert [node.get_friendly_name() for node in restored.get_ops()].count("w") == 1
+
+
 def test_it_composes_with_sparse_weights_in_both_orders() -> None:
     every = ov_ext.SparsePolicy(min_sparsity=0, min_weights=0, calibrate=False)
     model = ov_ext.pack_sparse_activations(shared(), ANY)[0]
@@ -170,18 +193,29 @@ def test_what_stays_says_why() -> None:
     assert "ignored" in note(INT4, ignored_patterns=("lay*",))
     assert "asymmetric" in note(Form("u4", group=128, zero="wide"))
     model, report = ov_ext.pack_sparse_activations(
-        with_pattern(build(Form("u4", group=128, zero="wide")).model),
+        with_pattern(build(Form("u4", group=128, zero="wide")).model, centre=0.25),
         ov_ext.SparseActivationPolicy(min_speedup=0, min_weights=0, requantize=True),
     )
     assert "relative error" in report.layers[0].note and "SparseActivationMatMul" in operations(model)
+    restored = operations(ov_ext.unpack_sparse_activations(model.clone()))
+    assert restored.count("Subtract") == 1  # the centre; the zero points are gone
     assert "1 of 1 layers" in str(report) and json.loads(json.dumps(report.to_dict()))["activations"][0]["replaced"]
 
 
 def test_the_expected_gain() -> None:
     """Half of the rows stay, in as many runs as there are jumps: a quarter of the number of rows."""
     policy = ov_ext.SparseActivationPolicy(skipped=0.5)
-    assert policy.speedup(7200) == pytest.approx(1 / (0.5 + 0.25 * 0.25))
-    assert policy.speedup(128) == ov_ext.SparseActivationPolicy(skipped=0.0).speedup(7200) == 1
+    assert policy.speedup(7200, "int4") == pytest.approx(1 / (0.5 + 0.25 * 0.25))
+    assert policy.speedup(128, "int4") == ov_ext.SparseActivationPolicy(skipped=0.0).speedup(7200, "bf16") == 1
+    # Only 8-bit activations fall back to reading all rows.
+    exact = ov_ext.SparseActivationPolicy(activation_group=0)
+    assert policy.speedup(128, "bf16") == exact.speedup(128, "int4") == pytest.approx(1 / (0.5 + 0.25 * 1800 / 128))
+
+
+def test_the_pass_and_the_operation_reckon_with_the_same_waste() -> None:
+    source = Path(ov_ext.__file__).parent / "cpu_plugin" / "sparse_activation" / "dispatch.cpp"
+    (waste,) = re.findall(r"constexpr uint64_t waste = (\d+);", source.read_text())
+    assert int(waste) == WASTE
 
 
 @pytest.mark.parametrize("options", [{"skipped": 1.5}, {"activation_group": 64}, {"min_speedup": -1}])

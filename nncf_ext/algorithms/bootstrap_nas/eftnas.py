@@ -52,11 +52,14 @@ class FirstOrderImportance:
         ``sum |w * dL/dw|`` (what the loss would lose, to first order).
     :param block: Attention is judged in squares of so many weights a side.
     :raises nncf.UnsupportedModelError: The architecture has no record, or nothing of it can be cut.
-    :raises nncf.ValidationError: The model does not run with the example.
+    :raises nncf.ValidationError: The model does not run with the example, or `block` is below 1.
     Source: EFTNAS, LREC-COLING 2024; movement pruning, arXiv 2005.07683, section 3.
     """
 
     def __init__(self, model: nn.Module, example_input: Any, *, movement: bool = False, block: int = 32) -> None:
+        if block < 1:
+            msg = f"block is a number of weights, at least 1; got {block}."
+            raise nncf.ValidationError(msg)
         dimensions_of(model)  # an architecture without a record is refused here, with those that have one
         every = AdvancedBootstrapNasParameters(min_width=1, width_step=1)
         net = SuperNetwork(model, ElasticMode.WIDTH, example_input, parameters=every)
@@ -85,12 +88,18 @@ class FirstOrderImportance:
         Adds what the gradients in the model's parameters say; to be called between backward and the optimizer's step.
 
         :param weight: Factor of this step; the learning rate, where the sum shall be that of movement pruning.
-        :raises nncf.ValidationError: No parameter that can be cut has a gradient, or one is not finite.
+        :raises nncf.ValidationError: A parameter that can be cut has no gradient, or one that is not finite.
         """
         found = {path: tensor_at(self._model, path) for path in self._scores}
-        found = {path: each for path, each in found.items() if each.grad is not None}
-        if not found:
+        missing = [path for path, each in found.items() if each.grad is None]
+        if len(missing) == len(found):
             msg = "No attention and no MLP has a gradient. Call add() behind backward() and before zero_grad()."
+            raise nncf.ValidationError(msg)
+        if missing:
+            msg = (
+                f"{len(missing)} of {len(found)} weights and biases have no gradient, such as {missing[0]}: they would "
+                "seem to be worth nothing. Unfreeze them while scores are added up."
+            )
             raise nncf.ValidationError(msg)
         if wrong := [path for path, each in found.items() if not torch.isfinite(each.grad).all()]:
             msg = f"The gradients of {', '.join(wrong[:3])} are not finite; lower the learning rate."

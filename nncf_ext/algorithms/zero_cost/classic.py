@@ -61,16 +61,21 @@ def fisher(model: nn.Module, inputs: Any, labels: Tensor | None) -> float:
         positions, the mean over samples. Source: arXiv 1801.05787.
     """
     seen: list[Tensor] = []
+    axes: list[int] = []  # where channels stand: last in linear layers, before the window in convolutions
+
+    def note(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        seen.append(output)
+        axes.append(-1 if isinstance(module, nn.Linear) else -3)
+
     layers = [each for each in model.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
-    hooks = [each.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for each in layers]
+    hooks = [each.register_forward_hook(note) for each in layers]
     loss = _loss(model, inputs, labels)
     for hook in hooks:
         hook.remove()
     found = []
-    for each, gradient in zip(seen, torch.autograd.grad(loss, seen, allow_unused=True), strict=True):
+    for each, axis, gradient in zip(seen, axes, torch.autograd.grad(loss, seen, allow_unused=True), strict=True):
         if gradient is not None:
-            # Channels of a linear layer stand last, its positions between.
-            product = (each * gradient).movedim(-1, 1) if each.ndim == 3 else each * gradient
+            product = (each * gradient).movedim(axis, 1)
             found.append(product.flatten(2).sum(2) if product.ndim > 2 else product)
     return _total(each.square().mean(0).sum() for each in found)
 
@@ -101,7 +106,10 @@ def jacob_cov(model: nn.Module, inputs: Any, labels: Tensor | None) -> float:
     """
     images = _images(inputs, "jacob_cov").detach().requires_grad_(True)
     (jacobian,) = torch.autograd.grad(logits_of(model, images).sum(), images)
-    values = torch.linalg.eigvalsh(torch.corrcoef(jacobian.flatten(1).double())) + _SMALL
+    correlations = torch.corrcoef(jacobian.flatten(1).double())
+    if not correlations.isfinite().all():  # a sample that the outputs do not depend on
+        return math.nan
+    values = torch.linalg.eigvalsh(correlations) + _SMALL
     return -float((values.log() + 1 / values).sum())
 
 

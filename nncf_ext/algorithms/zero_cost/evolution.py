@@ -3,6 +3,7 @@ Genetic programming of proxies: programs are judged by how well they rank networ
 of several tasks, so that a program which fits one of them alone does not live.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -19,7 +20,7 @@ from scipy.stats import kendalltau
 from nncf_ext.algorithms.zero_cost.parameters import AdvancedEznasParameters
 from nncf_ext.algorithms.zero_cost.primitives import PRIMITIVES
 from nncf_ext.algorithms.zero_cost.programs import Program
-from nncf_ext.algorithms.zero_cost.statistics import STATISTICS, read_statistics
+from nncf_ext.algorithms.zero_cost.statistics import STATISTICS, check_statistics, read_statistics
 from nncf_ext.progress import Progress
 
 INVALID = -2.0
@@ -37,7 +38,8 @@ class ProxyTask:
     :param name: Its name.
     :param statistics: A file for each network, from :meth:`nncf_ext.StatisticsCache.add`.
     :param accuracies: What each network reached.
-    :raises nncf.ValidationError: There are not as many of both, fewer than three, or all accuracies are equal.
+    :raises nncf.ValidationError: There are not as many of both, or fewer than three; accuracies are all equal, or one
+        is not finite.
     """
 
     name: str
@@ -46,10 +48,11 @@ class ProxyTask:
 
     def __post_init__(self) -> None:
         count = len(self.statistics)
-        if len(self.accuracies) != count or count < 3 or len({*self.accuracies}) < 2:
+        finite = all(math.isfinite(each) for each in self.accuracies)
+        if len(self.accuracies) != count or count < 3 or len({*self.accuracies}) < 2 or not finite:
             msg = (
-                f"A task needs statistics and an accuracy of at least three networks that differ; {self.name} has "
-                f"{count} and {len(self.accuracies)}, {len({*self.accuracies})} different ones."
+                f"A task needs statistics and finite accuracies of at least three networks that differ; {self.name} "
+                f"has {count} and {len(self.accuracies)}, {len({*self.accuracies})} different ones."
             )
             raise nncf.ValidationError(msg)
 
@@ -85,7 +88,7 @@ def evolve_proxy(
     :param seed: Of all draws. The result does not depend on the number of workers, unless time limits strike.
     :param workers: Processes. With several, a script that calls this does so under ``if __name__ == "__main__"``.
     :param advanced_parameters: Sizes and chances.
-    :return: The best programs of all rounds, the best first.
+    :return: The best programs of all rounds that are valid for all networks, the best first; there may be none.
     :raises nncf.ValidationError: There are no tasks, two have one name, or a file of statistics is damaged.
     :raises ModuleNotFoundError: DEAP is not installed (extra ``search``).
     Source: EZNAS, arXiv 2209.07413, sections 3 and 4.
@@ -94,6 +97,8 @@ def evolve_proxy(
     if not tasks or len({each.name for each in tasks}) < len(tasks) or workers < 1:
         msg = f"Programs are judged by tasks with names of their own, with at least one worker; got {len(tasks)} tasks."
         raise nncf.ValidationError(msg)
+    for file in dict.fromkeys(file for task in tasks for file in task.statistics):
+        check_statistics(file)
     with _own_random(seed) as draw, _pool(workers) as pool, Progress() as progress:
         breeding = _Breeding(parameters)
         judge = _Judge(tasks, parameters.seconds, pool)
@@ -106,13 +111,15 @@ def evolve_proxy(
             taus = judge(list(texts), sample)
             fitness = {text: min(taus[text].values()) for text in texts}
             ranked = sorted(texts, key=lambda text: (-fitness[text], len(text), text))
-            parents = [breeding.valued(texts[text], fitness[text]) for text in ranked[: parameters.parents]]
+            valid = [text for text in ranked if fitness[text] > INVALID]
+            parents = [breeding.valued(texts[text], fitness[text]) for text in valid[: parameters.parents]]
             # Rounds judge by other networks: of a program that lives on, the last value counts.
-            best |= {text: fitness[text] for text in ranked[: parameters.hall] if fitness[text] > INVALID}
+            best |= {text: fitness[text] for text in valid[: parameters.hall]}
             progress.update(bar, advance=1, description=f"Evolving; best tau {fitness[ranked[0]]:.3f}")
         hall = sorted(best, key=lambda text: (-best[text], len(text), text))[: 4 * parameters.hall]
         final = judge(hall, [range(len(task.accuracies)) for task in tasks])
     found = [EvolvedProxy(text, min(final[text].values()), final[text]) for text in hall]
+    found = [each for each in found if each.fitness > INVALID]
     return sorted(found, key=lambda each: (-each.fitness, len(each.program)))[: parameters.hall]
 
 
@@ -168,6 +175,7 @@ class _Breeding:
             return self._gp.PrimitiveTree(chosen)
 
         kind, one = random.random(), parent()
+        before = self._gp.PrimitiveTree(one)  # DEAP changes trees in place
         if kind < parameters.crossover:
             child, _ = self._gp.cxOnePoint(one, parent())
         elif kind < parameters.crossover + parameters.mutation:
@@ -175,7 +183,7 @@ class _Breeding:
         else:
             child = one
         fits = child.height <= parameters.deepest and len(child) <= _LONGEST
-        return self.valued(child if fits else self._gp.PrimitiveTree(one), INVALID)
+        return self.valued(child if fits else before, INVALID)
 
 
 class _Judge:

@@ -60,6 +60,9 @@ class Proxy:
         if labels is not None and (rows is None or labels.shape != rows.shape[:1]):
             msg = f"labels must be one class for each input; got shape {tuple(labels.shape)}."
             raise nncf.ValidationError(msg)
+        if name in ("jacob_cov", "naswot", "zico") and (rows is None or len(rows) < 2):
+            msg = f"{name} compares samples with each other: give inputs of at least two samples."
+            raise nncf.ValidationError(msg)
         if self._program is not None and not (isinstance(inputs, Tensor) and inputs.ndim == 4):
             msg = "Programs of EZNAS are about images [batch, channels, height, width]."
             raise nncf.ValidationError(msg)
@@ -91,7 +94,8 @@ class Proxy:
     def bind(self, net: Elastic) -> Callable[[Point], float]:
         """
         :param net: An elastic network.
-        :return: The score of a point of it, as extracted; what is known of a point is not computed again.
+        :return: The score of a point of it, as extracted; minus infinity where it has none. What is known of a point is
+            not computed again.
         """
         known: dict[tuple[int, ...], float] = {}
 
@@ -106,7 +110,12 @@ class Proxy:
     def _count(self, net: Any, point: Point) -> float:
         """Of some numbers an elastic network knows itself, without an extraction."""
         own = {"params": "parameter_count", "macs": "macs"}.get(self.name, "")
-        return float(getattr(net, own)(point)) if hasattr(net, own) else self(net.extract(point))
+        if hasattr(net, own):
+            return float(getattr(net, own)(point))
+        try:
+            return self(net.extract(point))
+        except nncf.UnsupportedModelError:  # this point has nothing that the proxy looks at; others may
+            return -math.inf
 
     def _check_labels(self, model: nn.Module) -> None:
         if self._labels is None or self.name not in NEED_LABELS:

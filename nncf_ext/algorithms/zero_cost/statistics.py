@@ -105,6 +105,7 @@ class _Watch(TorchFunctionMode):
         self._inputs: dict[int, Tensor] = {}  # of a ReLU, by its output
         self._convolved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # ReLU's input, own input and weight, by output
         self.found: list[dict[str, Tensor]] = []
+        self.values: dict[int, Tensor] = {}  # as they were when they were seen
         self._alive: list[Tensor] = []  # or numbers of tensors would be used twice
 
     def __torch_function__(
@@ -117,15 +118,23 @@ class _Watch(TorchFunctionMode):
         output = func(*args, **named)
         if name == "relu":
             self._inputs[id(output)] = args[0]
-            self._alive.append(output)
+            self._note(args[0], output)
         elif name == "conv2d" and id(args[0]) in self._inputs:
             weight = args[1] if len(args) > 1 else named["weight"]
             self._convolved[id(output)] = (self._inputs[id(args[0])], args[0], weight)
-            self._alive.append(output)
+            self._note(output, weight)
         elif name == "batch_norm" and id(args[0]) in self._convolved:
             t1, t2, weight = self._convolved[id(args[0])]
-            self.found.append({"t1": t1, "t2": t2, "weight": weight, "t4": output})
+            # What follows may change it in place (``+=`` of a shortcut): gradients are of what stands before that.
+            before, output = output, output.clone()
+            self._note(before, output)
+            self.found.append({"t1": t1, "t2": t2, "weight": weight, "t4": before})
         return output
+
+    def _note(self, *tensors: Tensor) -> None:
+        for each in tensors:
+            self._alive.append(each)
+            self.values.setdefault(id(each), each.detach().clone())
 
 
 def _pass(model: nn.Module, images: Tensor) -> list[dict[str, Tensor]]:
@@ -142,7 +151,7 @@ def _pass(model: nn.Module, images: Tensor) -> list[dict[str, Tensor]]:
         layer = {}
         for name in ("weight", "t1", "t2", "t4"):
             gradient = by_tensor[id(each[name])]
-            layer[name] = each[name].detach().float()
+            layer[name] = watch.values[id(each[name])].float()
             layer[f"{name}_grad"] = torch.zeros_like(layer[name]) if gradient is None else gradient.detach().float()
         found.append(layer)
     return found
@@ -201,6 +210,14 @@ def read_statistics(file: str | os.PathLike[str]) -> Iterator[LayerStatistics]:
             yield {name: torch.from_numpy(arrays[f"{at}.{name}"]) for name in STATISTICS}
 
 
+def check_statistics(file: str | os.PathLike[str]) -> None:
+    """
+    :param file: From :meth:`StatisticsCache.add`.
+    :raises nncf.ValidationError: It is no such file, or not all of one.
+    """
+    _source_of(file)
+
+
 def _write(file: Path, arrays: Mapping[str, Any]) -> None:
     with file.open("wb") as stream:
         np.savez(stream, **arrays)
@@ -223,7 +240,9 @@ def _source_of(file: str | os.PathLike[str]) -> str:
 
 
 def _fingerprint(model: nn.Module, images: Tensor, fresh: bool, seed: int) -> str:
-    """Of what statistics depend on: modules, weights where they are used, images, seed."""
-    state = model.state_dict()
-    weights = {name: tuple(each.shape) for name, each in state.items()} if fresh else state
-    return digest([str(model), weights, images, fresh, seed])
+    """Of what statistics depend on: modules, weights, what they compute, images, seed."""
+    own = fresh_copy(model, seed) if fresh else copy.deepcopy(model)
+    with torch.no_grad():
+        output = own.eval()(images)
+    # Two networks may have the same modules and another forward: what they give tells.
+    return digest([str(model), own.state_dict(), getattr(output, "logits", output), images, fresh, seed])

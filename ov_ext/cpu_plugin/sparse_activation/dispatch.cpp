@@ -61,8 +61,9 @@ class Lists {
 };
 
 // Whether one row of x had better read all inputs than `kept` of them. Where they stay at random, one run in k / (kept * skipped) begins.
-bool all_is_faster(const View& w, double kept) {
-    const double share = kept / double(w.k), row = double(w.blocks * block_bytes);
+// row: bytes of an input's weights that are read at once.
+bool all_is_faster(const View& w, double kept, double row) {
+    const double share = kept / double(w.k);
     return share + share * (1 - share) * double(waste) / row > 1;
 }
 
@@ -152,11 +153,12 @@ void matmul(const View& w, const Kernel& kernel, const void* x, bool is_bf16, ui
         else
             parallel_ranges(some, keep);
 
+        const Cut cut(w, some);
         // Zeros among integers leave all sums as they are; floating point would meet weights that are not finite.
-        if (const Kept kept = lists.row(0); some == 1 && kept.integer && all_is_faster(w, kept.starts[w.segments]))
+        if (const Kept kept = lists.row(0);
+            some == 1 && kept.integer && all_is_faster(w, kept.starts[w.segments], double(cut.blocks_each * block_bytes)))
             kernel.keep(w, static_cast<const uint8_t*>(x) + first * w.k * element, is_bf16, true, kept);
 
-        const Cut cut(w, some);
         Scratch scratch(cut.chunks * some * w.n_pad * 4);
         auto* sums = reinterpret_cast<float*>(scratch.data());
         multiply(w, kernel, lists, some, cut, sums);

@@ -30,7 +30,7 @@ struct View {
     const uint8_t *threshold, *replacement, *offset, *scales, *bias, *values;  // null: absent
 };
 
-// The inputs of one row of x that stay, in lists that have room for list_room(K) entries. Those of segment s are the entries [starts[s],
+// The inputs of one row of x that stay, in lists with room for all inputs and entries_ahead more. Those of segment s are the entries [starts[s],
 // starts[s + 1]), in ascending order. With integers every segment begins and ends at an even place: an odd number of inputs is followed by
 // the last one once more, with code 0.
 //

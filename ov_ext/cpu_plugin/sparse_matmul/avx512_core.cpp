@@ -402,7 +402,7 @@ uint64_t row_bytes(const BlobView& w, int64_t activation_group) {
 }  // namespace
 
 #if defined(__AVX512VNNI__)
-const Kernel avx512_core_vnni_kernel = {InstructionSet::avx512_core_vnni, max_rows, true, row_bytes, prepare, multiply};
+const Kernel avx512_core_vnni_kernel = {InstructionSet::avx512_core_vnni, max_rows, false, row_bytes, prepare, multiply};
 #else
 const Kernel avx512_core_kernel = {InstructionSet::avx512_core, max_rows, false, row_bytes, prepare, multiply};
 #endif

@@ -95,7 +95,7 @@ OV_EXT_API int ov_ext_matmul(const void* x, int x_is_bf16, uint64_t rows, const 
             wanted = instruction_set_by_name(isa);
         const Kernel& kernel = select_kernel(w, activation_group, rows, wanted);
         with_threads(threads, [&] {
-            const bool compensate = kernel.reads_compensation && activation_group && !w.compensation;
+            const bool compensate = w.segment && kernel.reads_compensation && activation_group && !w.compensation;
             std::vector<int16_t> sums(compensate ? number_of_sums(w) : 0);
             if (!checked || compensate)
                 validate_content(w, compensate ? sums.data() : nullptr);

@@ -116,7 +116,7 @@ BlobView DenseCopies::instead_of(const BlobView& w, int64_t activation_group, co
                                  size_t bytes) {
     if (w.dense)
         return w;
-    const auto copy = m_copies.of(owner, blob, bytes, [&]() -> std::unique_ptr<const DenseCopy> {
+    const auto make = [&]() -> std::unique_ptr<const DenseCopy> {
         if (!dense_form_is_faster(w, activation_group))
             return nullptr;
         std::unique_ptr<const DenseCopy> made;
@@ -125,7 +125,8 @@ BlobView DenseCopies::instead_of(const BlobView& w, int64_t activation_group, co
         } catch (const std::bad_alloc&) {}
         say(name_of(select_kernel(w, activation_group, 1).isa), made != nullptr);
         return made;
-    });
+    };
+    const auto copy = m_copies.of(owner, blob, bytes, make, [](const DenseCopy&) { return true; });
     return copy ? parse(copy->blob.get(), copy->bytes) : w;
 }
 

@@ -21,17 +21,18 @@ class MadeFromBlobs {
   public:
     using Owner = std::shared_ptr<const void>;
 
-    // What make() gave for this blob, a unique_ptr. Null is remembered by this operation alone.
+    // What make() gave for this blob, a unique_ptr. Null is remembered by this operation alone. What another operation made is taken if
+    // it fits.
     // The owner of the blob's memory stays alive with it: an address alone proves nothing.
-    template <class Make>
-    std::shared_ptr<const Made> of(const Owner& owner, const uint8_t* blob, size_t bytes, const Make& make) {
+    template <class Make, class Fits>
+    std::shared_ptr<const Made> of(const Owner& owner, const uint8_t* blob, size_t bytes, const Make& make, const Fits& fits) {
         {
             std::lock_guard<std::mutex> lock(m_mutex);
             for (const Entry& entry : m_entries)
                 if (entry.owner == owner && entry.blob == blob && entry.bytes == bytes)
                     return entry.made;
         }
-        std::shared_ptr<const Made> made = shared(owner, blob, bytes, make);
+        std::shared_ptr<const Made> made = shared(owner, blob, bytes, make, fits);
         std::lock_guard<std::mutex> lock(m_mutex);
         m_entries.push_back({blob, bytes, owner, made});
         return made;
@@ -52,13 +53,13 @@ class MadeFromBlobs {
 
     // Nothing is made under the lock: a thread that waits for others may be given work that needs it. So two threads may make the same
     // thing; one stays.
-    template <class Make>
-    static std::shared_ptr<const Made> shared(const Owner& owner, const uint8_t* blob, size_t bytes, const Make& make) {
+    template <class Make, class Fits>
+    static std::shared_ptr<const Made> shared(const Owner& owner, const uint8_t* blob, size_t bytes, const Make& make, const Fits& fits) {
         static std::mutex mutex;
         static std::map<std::pair<const uint8_t*, size_t>, std::weak_ptr<const Shared>> all;
         const auto known = [&]() {
             const auto found = all[{blob, bytes}].lock();
-            return found && std::memcmp(&found->of, blob, sizeof(Header)) == 0 ? found : nullptr;
+            return found && std::memcmp(&found->of, blob, sizeof(Header)) == 0 && fits(*found->made) ? found : nullptr;
         };
         const auto inside = [](const std::shared_ptr<const Shared>& found) {
             return std::shared_ptr<const Made>(found, found->made.get());

@@ -159,7 +159,8 @@ def matmul(
     :param activation_group: 0 = full-precision activations, -1 = 8 bits per row, 64 or 128 = 8 bits per row and group.
     :param isa: Kernel by name (``support.native.cpu_info()["kernels"]``); None = the one OpenVINO would use.
     :param threads: 0 = all of the calling arena.
-    :param checked: The blob was validated before: skip it, as the operation does from its second call on.
+    :param checked: The blob was validated before: skip it, as the operation does from its second call on. Kernels that
+        need sums of the weights, which the operation keeps, get them from another check all the same.
     :return: ``[M, N]`` of x's dtype.
     :raises ValueError: The blob is malformed, or does not fit x or the activation group.
     """

@@ -136,11 +136,14 @@ BlobView SparseMatMul::weight(size_t i, const uint8_t* blob, size_t bytes, int64
         of_data = std::move(sums);
         compensation = reinterpret_cast<const uint8_t*>(of_data.data());
     } else if (compensate) {
-        const auto kept = m_compensation.of(get_input_node_shared_ptr(i), blob, bytes, [&] {
+        const auto make = [&] {
             if (sums.empty())
                 check();
             return std::make_unique<const Compensation>(std::move(sums));
-        });
+        };
+        // Of memory that was written anew the header may be the same, the sums are not.
+        const auto fits = [&](const Compensation& known) { return sums.empty() || known == sums; };
+        const auto kept = m_compensation.of(get_input_node_shared_ptr(i), blob, bytes, make, fits);
         compensation = reinterpret_cast<const uint8_t*>(kept->data());
     }
     if (is_constant)

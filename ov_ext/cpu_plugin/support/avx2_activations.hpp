@@ -14,7 +14,8 @@ INLINE __m256 load_x(const void* x, bool x_is_bf16, uint64_t i, uint64_t end) {
                          : _mm256_loadu_ps(static_cast<const float*>(x) + i);
     alignas(32) float tail[8] = {};
     for (uint64_t j = i; j < end; j++)
-        tail[j - i] = x_is_bf16 ? bf16_to_float(static_cast<const uint16_t*>(x)[j]) : static_cast<const float*>(x)[j];
+        tail[j - i] = x_is_bf16 ? bf16_to_float(static_cast<const uint16_t*>(x)[j])
+                                : load<float>(static_cast<const uint8_t*>(x) + 4 * j);  // at any address
     return _mm256_load_ps(tail);
 }
 
