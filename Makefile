@@ -70,9 +70,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $@ && touch $(VENV)/.built
 
-# The installation above has built the extension too: this is for changed sources.
+# For changed sources. The installation above has just built the extension, and make would do it again.
 $(VENV)/.built: $(VENV)/.installed $(CPP)
-	$(BIN)/pip install --quiet --no-deps -e .
+	test -f $@ && test -z "$$(find $(CPP) -newer $@)" || $(BIN)/pip install --quiet --no-deps -e .
 	touch $@
 
 # llama.cpp is optional: without it the table says so. GCC 12 sees only 8 of the 64 bytes that `ldtilecfg` reads and drops stores to
