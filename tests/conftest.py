@@ -16,6 +16,8 @@ import pytest
 os.environ.setdefault("NNCF_EXT_NO_TELEMETRY", "1")
 # What is packed must not depend on how fast this machine is today.
 os.environ.setdefault("OV_EXT_CALIBRATE", "0")
+# NNCF compiles functions of its own once, for which a busy machine may need longer than a minute.
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
 import ov_ext  # noqa: E402, F401  before openvino
 
 _HARDWARE = re.compile(
