@@ -70,9 +70,14 @@ def test_chance_by_shuffling(tau, count) -> None:
 
 
 @pytest.mark.parametrize(
-    "sampler", [SearchSampler.RANDOM, pytest.param(SearchSampler.TPE, marks=pytest.mark.slow), SearchSampler.NSGA2]
+    ("sampler", "gain"),
+    [
+        (SearchSampler.RANDOM, 1),
+        (SearchSampler.NSGA2, 1),
+        pytest.param(SearchSampler.TPE, 0.5, marks=pytest.mark.slow),  # learns by itself where good points are
+    ],
 )
-def test_a_score_that_knows_finds_more(sampler) -> None:
+def test_a_score_that_knows_finds_more(sampler, gain) -> None:
     objective = Objective("accuracy", accuracy)
     plain = search(network(8), [objective], sampler=sampler, budget=40, seed=3)
     score = Score("knows", lambda point: accuracy(point) + 0.5 * noise(point))
@@ -81,7 +86,7 @@ def test_a_score_that_knows_finds_more(sampler) -> None:
     best = [max(each.values["accuracy"] for each in report.evaluations) for report in (plain, ranked)]
     assert best[1] >= best[0]
     means = [np.mean([each.values["accuracy"] for each in report.evaluations]) for report in (plain, ranked)]
-    assert means[1] > means[0] + 1
+    assert means[1] > means[0] + gain
     assert ranked.notes[-1].startswith("Score knows: Kendall's tau 0.") and ranked.notes[-1].endswith(
         "used to the end."
     )
