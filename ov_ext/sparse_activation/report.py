@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,10 +59,7 @@ class ActivationReport:
         """:return: One sentence, and a line for each reason why layers stay."""
         ours = self.replaced
         lines = [f"Activations: {len(ours)} of {len(self.layers)} layers with thresholds skip inputs."]
-        reasons: dict[str, int] = {}
-        for layer in self.layers:
-            if not layer.replaced:
-                reasons[layer.note] = reasons.get(layer.note, 0) + 1
+        reasons = Counter(layer.note for layer in self.layers if not layer.replaced)
         return "\n".join([*lines, *(f"{count} stay: {reason}" for reason, count in reasons.items())])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -73,10 +74,7 @@ class AttentionReport:
         ours, stock = (sum(each) for each in zip((0.0, 0.0), *self._bytes(), strict=True))
         saved = f": {ours / 1024:.1f} KiB a token where stock OpenVINO (u8) has {stock / 1024:.1f}" if stock else ""
         lines = [f"Attention: {len(self.replaced)} of {len(self.layers)} layers keep pruned keys and values{saved}."]
-        reasons: dict[str, int] = {}
-        for layer in self.layers:
-            if not layer.replaced:
-                reasons[layer.note] = reasons.get(layer.note, 0) + 1
+        reasons = Counter(layer.note for layer in self.layers if not layer.replaced)
         return "\n".join([*lines, *(f"{count} stay stock: {reason}" for reason, count in reasons.items())])
 
     def _bytes(self) -> list[tuple[float, float]]:

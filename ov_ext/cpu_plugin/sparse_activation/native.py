@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 
 from ov_ext.cpu_plugin.sparse_activation import pack
-from ov_ext.cpu_plugin.support.native import blob_arguments, call, pointer
+from ov_ext.cpu_plugin.support.native import blob_arguments, call, pointer, rows_of
 from ov_ext.cpu_plugin.support.weight import Weight
 
 
@@ -55,9 +55,7 @@ def matmul(
     blob, data, size = blob_arguments(blob)
     n, k = ctypes.c_uint64(), ctypes.c_uint64()
     call("ov_ext_activation_describe", data, size, ctypes.byref(n), ctypes.byref(k))
-    if x.ndim != 2 or x.shape[1] != k.value or x.dtype not in (np.float32, np.uint16):
-        raise ValueError(f"x must be [M, {k.value}] float32 or uint16 (bf16), got {list(x.shape)} {x.dtype}.")
-    x = np.require(x, requirements=["C", "ALIGNED"])
+    x = rows_of(x, k.value)
     y = np.empty((x.shape[0], n.value), x.dtype)
     call(
         "ov_ext_activation_matmul",

@@ -59,15 +59,7 @@ std::shared_ptr<ov::Node> SparseActivationMatMul::clone_with_new_inputs(const ov
     auto clone = std::make_shared<SparseActivationMatMul>();
     clone->m_n = m_n, clone->m_k = m_k, clone->m_activation_group = m_activation_group;
     clone->m_kind = m_kind, clone->m_source = m_source;
-    // Plug-ins clone an operation with dynamic shapes at every inference, for the shapes of its inputs, and show it their data as Constants.
-    // An error there could be lost (see StreamThreads).
-    const auto width = [](const ov::Output<ov::Node>& x) {
-        const ov::PartialShape& shape = x.get_partial_shape();
-        return shape.rank().is_static() && shape.size() ? shape[shape.size() - 1] : ov::Dimension::dynamic();
-    };
-    clone->m_of_one_inference =
-        m_of_one_inference || (width(input_value(0)).is_dynamic() && width(inputs[0]).is_static()) ||
-        (!ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(1)) && ov::is_type<ov::op::v0::Constant>(inputs[1].get_node()));
+    clone->m_of_one_inference = m_of_one_inference || are_of_one_inference(*this, inputs);
     clone->set_arguments(inputs);
     clone->validate_and_infer_types();
     return clone;
@@ -98,10 +90,6 @@ View SparseActivationMatMul::weight(const uint8_t* blob, size_t bytes) const {
     return w;
 }
 
-std::string SparseActivationMatMul::named(const std::exception& error) const {
-    return "SparseActivationMatMul '" + get_friendly_name() + "': " + error.what();
-}
-
 bool SparseActivationMatMul::has_evaluate() const {
     m_stream_threads.add_this();
     try {
@@ -109,7 +97,7 @@ bool SparseActivationMatMul::has_evaluate() const {
             weight(static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size());
         select_kernel();
     } catch (const std::runtime_error& error) {
-        OPENVINO_THROW(named(error));
+        OPENVINO_THROW(named(*this, error));
     }
     return true;
 }
@@ -118,7 +106,7 @@ bool SparseActivationMatMul::has_evaluate() const {
 bool SparseActivationMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     run_or_spoil(
         m_stream_threads, [&] { multiply(outputs, inputs); }, [&] { fill_with_nan(outputs); },
-        [&](const std::exception& error) { return named(error); });
+        [&](const std::exception& error) { return named(*this, error); });
     return true;
 }
 
@@ -127,11 +115,7 @@ void SparseActivationMatMul::multiply(ov::TensorVector& outputs, const ov::Tenso
         throw std::invalid_argument("x, a blob and one output needed");
     const ov::Tensor x = contiguous(inputs[0]);
     ov::Shape shape = x.get_shape();
-    const bool is_bf16 = x.get_element_type() == ov::element::bf16;
-    if (!is_bf16 && x.get_element_type() != ov::element::f32)
-        throw std::invalid_argument("f32 or bf16 activations needed, got " + x.get_element_type().get_type_name());
-    if (shape.empty() || shape.back() != size_t(m_k))
-        throw std::invalid_argument("the last axis of x must be " + std::to_string(m_k) + ", got x of shape " + shape.to_string());
+    const bool is_bf16 = are_bf16(x, m_k);
     if (!inputs[1].is_continuous())
         throw std::invalid_argument("the blob must be contiguous");
     const size_t rows = x.get_size() / shape.back();

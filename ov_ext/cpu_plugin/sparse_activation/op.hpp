@@ -33,7 +33,6 @@ class SparseActivationMatMul : public ov::op::Op {
   private:
     View weight(const uint8_t* blob, size_t bytes) const;
     void multiply(ov::TensorVector& outputs, const ov::TensorVector& inputs) const;
-    std::string named(const std::exception& error) const;
 
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
     std::string m_kind, m_source;

@@ -118,16 +118,12 @@ bool SparseKVAttention::visit_attributes(ov::AttributeVisitor& visitor) {
     return true;
 }
 
-std::string SparseKVAttention::named(const std::exception& error) const {
-    return "SparseKVAttention '" + get_friendly_name() + "': " + error.what();
-}
-
 bool SparseKVAttention::has_evaluate() const {
     m_stream_threads.add_this();
     try {
         select_kernel();
     } catch (const std::runtime_error& error) {
-        OPENVINO_THROW(named(error));
+        OPENVINO_THROW(named(*this, error));
     }
     return true;
 }
@@ -140,7 +136,7 @@ bool SparseKVAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVect
         if (outputs.size() == 2 && outputs[1] && outputs[1].is_continuous())
             std::fill_n(static_cast<int32_t*>(outputs[1].data()), outputs[1].get_size(), -1);
     };
-    run_or_spoil(m_stream_threads, [&] { run(outputs, inputs); }, spoil, [&](const std::exception& error) { return named(error); });
+    run_or_spoil(m_stream_threads, [&] { run(outputs, inputs); }, spoil, [&](const std::exception& error) { return named(*this, error); });
     return true;
 }
 

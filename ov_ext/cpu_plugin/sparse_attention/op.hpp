@@ -34,7 +34,6 @@ class SparseKVAttention : public ov::op::Op {
   private:
     Settings settings() const;
     void run(ov::TensorVector& outputs, const ov::TensorVector& inputs) const;
-    std::string named(const std::exception& error) const;
 
     double m_k_level = 0.5, m_v_level = 0.5;
     std::string m_values = "int8", m_source;

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ov_ext.cpu_plugin.support.native import blob_arguments, call, library, pointer, read_json
+from ov_ext.cpu_plugin.support.native import blob_arguments, call, library, pointer, read_json, rows_of
 from ov_ext.cpu_plugin.support.weight import KINDS, Weight
 
 
@@ -167,9 +167,7 @@ def matmul(
     blob, data, size = blob_arguments(blob)
     about = _BlobDescription()
     call("ov_ext_describe", data, size, ctypes.byref(about))
-    if x.ndim != 2 or x.shape[1] != about.k or x.dtype not in (np.float32, np.uint16):
-        raise ValueError(f"x must be [M, {about.k}] float32 or uint16 (bf16), got {list(x.shape)} {x.dtype}.")
-    x = np.require(x, requirements=["C", "ALIGNED"])
+    x = rows_of(x, about.k)
     y = np.empty((x.shape[0], about.n), x.dtype)
     call(
         "ov_ext_matmul",

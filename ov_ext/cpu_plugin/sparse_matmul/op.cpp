@@ -85,16 +85,7 @@ std::shared_ptr<ov::Node> SparseMatMul::clone_with_new_inputs(const ov::OutputVe
     clone->m_n = m_n, clone->m_k = m_k, clone->m_activation_group = m_activation_group;
     clone->m_outputs = m_outputs;
     clone->m_kind = m_kind, clone->m_epilogue = m_epilogue, clone->m_source = m_source;
-    // Plug-ins clone an operation with dynamic shapes at every inference, for the shapes of its inputs, and show it their data as Constants.
-    // An error there could be lost (see StreamThreads).
-    const auto width = [](const ov::Output<ov::Node>& x) {
-        const ov::PartialShape& shape = x.get_partial_shape();
-        return shape.rank().is_static() && shape.size() ? shape[shape.size() - 1] : ov::Dimension::dynamic();
-    };
-    bool of_data = m_of_one_inference || (width(input_value(0)).is_dynamic() && width(inputs[0]).is_static());
-    for (size_t i = 1; i < inputs.size(); i++)
-        of_data |= !ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(i)) && ov::is_type<ov::op::v0::Constant>(inputs[i].get_node());
-    clone->m_of_one_inference = of_data;
+    clone->m_of_one_inference = m_of_one_inference || are_of_one_inference(*this, inputs);
     clone->set_arguments(inputs);
     clone->validate_and_infer_types();
     return clone;
@@ -152,8 +143,6 @@ BlobView SparseMatMul::weight(size_t i, const uint8_t* blob, size_t bytes, int64
     return w;
 }
 
-std::string SparseMatMul::named(const std::exception& error) const { return "SparseMatMul '" + get_friendly_name() + "': " + error.what(); }
-
 bool SparseMatMul::has_evaluate() const {
     m_stream_threads.add_this();
     try {
@@ -170,7 +159,7 @@ bool SparseMatMul::has_evaluate() const {
             }
         requested_instruction_set();
     } catch (const std::runtime_error& error) {
-        OPENVINO_THROW(named(error));
+        OPENVINO_THROW(named(*this, error));
     }
     return true;
 }
@@ -180,18 +169,14 @@ bool SparseMatMul::has_evaluate() const {
 bool SparseMatMul::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     run_or_spoil(
         m_stream_threads, [&] { multiply(outputs, inputs); }, [&] { fill_with_nan(outputs); },
-        [&](const std::exception& error) { return named(error); });
+        [&](const std::exception& error) { return named(*this, error); });
     return true;
 }
 
 void SparseMatMul::multiply(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     const ov::Tensor x = contiguous(inputs[0]);
     ov::Shape shape = x.get_shape();
-    const bool is_bf16 = x.get_element_type() == ov::element::bf16;
-    if (!is_bf16 && x.get_element_type() != ov::element::f32)
-        throw std::invalid_argument("f32 or bf16 activations needed, got " + x.get_element_type().get_type_name());
-    if (shape.empty() || shape.back() != size_t(m_k))
-        throw std::invalid_argument("the last axis of x must be " + std::to_string(m_k) + ", got x of shape " + shape.to_string());
+    const bool is_bf16 = are_bf16(x, m_k);
     const size_t rows = x.get_size() / shape.back();
     const auto n = widths();
     if (inputs.size() != 1 + n.size() || outputs.size() != n.size())

@@ -39,7 +39,6 @@ class SparseMatMul : public ov::op::Op {
     using Compensation = std::vector<int16_t>;
     BlobView weight(size_t input, const uint8_t* blob, size_t bytes, int64_t n, Compensation& of_data) const;
     void multiply(ov::TensorVector& outputs, const ov::TensorVector& inputs) const;
-    std::string named(const std::exception& error) const;
 
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
     std::vector<int64_t> m_outputs;

@@ -48,6 +48,19 @@ def blob_arguments(blob: np.ndarray) -> tuple[np.ndarray, ctypes.c_void_p, ctype
     return blob, pointer(blob), ctypes.c_uint64(blob.nbytes)
 
 
+def rows_of(x: np.ndarray, k: int) -> np.ndarray:
+    """Activations as an operation takes them.
+
+    :param x: ``[M, k]`` float32, or uint16 holding bf16 bits.
+    :param k: Inputs of the weight.
+    :return: The same, contiguous.
+    :raises ValueError: Another shape or dtype.
+    """
+    if x.ndim != 2 or x.shape[1] != k or x.dtype not in (np.float32, np.uint16):
+        raise ValueError(f"x must be [M, {k}] float32 or uint16 (bf16), got {list(x.shape)} {x.dtype}.")
+    return np.require(x, requirements=["C", "ALIGNED"])
+
+
 def read_json(function: str) -> Any:
     """:return: What a function of the C interface writes as JSON text into a buffer."""
     text = ctypes.create_string_buffer(4096)
