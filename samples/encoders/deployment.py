@@ -28,8 +28,8 @@ def ir_of(run: Run, name: str, int8: bool) -> Path:
     import ov_ext
 
     file = run.folder / f"{name}{'-int8' if int8 else ''}.xml"
-    weights = run.folder / name / "model.safetensors"
-    if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
+    weights = (run.folder / name).glob("*.safetensors")  # nncf_model.safetensors where layers differ in size
+    if not file.is_file() or file.stat().st_mtime < max(each.stat().st_mtime for each in weights):
         if int8:
             ir = openvino.Core().read_model(ir_of(run, name, False))
             items = batches(run.task.training[:64], run.tokenizer, run.plan.length, 1)
