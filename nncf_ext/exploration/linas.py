@@ -6,23 +6,19 @@ from typing import Any
 
 import nncf
 import numpy as np
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from nncf_ext.exploration.domains import Domain, Domains, Inactive, Vector, finite
 from nncf_ext.exploration.evolution import Integers, evolve
 from nncf_ext.exploration.fronts import Floats, best_first, by_gain
 from nncf_ext.exploration.predictors import Predictor, SmoothPredictor, one_hot
 from nncf_ext.exploration.samplers import asked
 
-Vector = tuple[int, ...]
-"""For each parameter of a trial, in the order of their names, the place of its value in its domain."""
-
 _INNER_POPULATION = 50
-_LARGEST = 1000
-_TRIES = 1000
 
 
 class LinasSampler(BaseSampler):
@@ -55,7 +51,8 @@ class LinasSampler(BaseSampler):
     :param exact: Objectives that need no predictor, by their number in the study: their value as a function of the
         parameters of a trial.
     :param inactive: Names of the parameters that make no difference at some parameters, such as widths of a block that
-        is skipped: predictors see all their values as one.
+        is skipped: predictors see all their values as one, and trials that differ in nothing else are one, that with
+        the first value of each.
     :param violation: Of values ``[points, objectives]``, how far each point is from keeping constraints, 0 where it
         keeps them: ``[points]``. Points that keep them come first.
     :param seed: Seed of all draws.
@@ -76,7 +73,7 @@ class LinasSampler(BaseSampler):
         mutation: float | None = None,
         resets: bool = False,
         exact: Mapping[int, Callable[[dict[str, Any]], float]] | None = None,
-        inactive: Callable[[dict[str, Any]], set[str]] | None = None,
+        inactive: Inactive | None = None,
         violation: Callable[[Floats], Floats] | None = None,
         seed: int = 0,
     ) -> None:
@@ -113,43 +110,35 @@ class LinasSampler(BaseSampler):
         """Optuna's interface: the next point of the round."""
         if not search_space:
             return {}
-        names = sorted(search_space)
-        domains = [_Domain(name, search_space[name]) for name in names]
-        others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
-        begun: dict[Vector, FrozenTrial] = {}
-        for each in others:
-            if each.params.keys() >= search_space.keys():
-                vector = tuple(domain.place(each.params[domain.name]) for domain in domains)
-                if begun.setdefault(vector, each).state is not TrialState.COMPLETE:
-                    begun[vector] = each
+        domains = Domains(search_space, self._inactive)
+        begun = domains.begun(each for each in study.get_trials(deepcopy=False) if each.number != trial.number)
         later = len(begun) - self.first_round
         rounds = 0 if later < 0 else 1 + later // self.population_size
         before = [*begun.items()][: self.first_round + (rounds - 1) * self.population_size if rounds else 0]
-        measured = {vector: each for vector, each in before if each.state is TrialState.COMPLETE and _finite(each)}
-        key = (study.study_name, tuple(names), *(vector for vector, _ in before))
+        measured = {vector: each for vector, each in before if each.state is TrialState.COMPLETE and finite(each)}
+        key = (study.study_name, tuple(domains.names), *(vector for vector, _ in before))
         if rounds and len(measured) >= 5 and self._planned[0] != key:
             self._planned = key, self._plan(study, rounds, domains, measured)
         plan = self._planned[1] if self._planned[0] == key else []
         chosen = next((vector for vector in plan if vector not in begun), None)
         if chosen is None:
-            chosen = _unseen(domains, begun, Random(f"{self._seed} {len(begun)}"))
-        return {domain.name: domain.value(place) for domain, place in zip(domains, chosen, strict=True)}
+            chosen = domains.unseen(begun, Random(f"{self._seed} {len(begun)}"))
+        return domains.params(chosen)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Optuna's interface: a uniform value; for the first trial, and for parameters that not all trials have."""
-        domain = _Domain(param_name, param_distribution)
+        domain = Domain(param_name, param_distribution)
         count = asked(study, [param_name])
         return domain.value(Random(f"{self._seed} {count} {param_name}").randrange(domain.count))
 
     def _plan(
-        self, study: Study, rounds: int, domains: "list[_Domain]", measured: Mapping[Vector, FrozenTrial]
+        self, study: Study, rounds: int, domains: Domains, measured: Mapping[Vector, FrozenTrial]
     ) -> list[Vector]:
         """The points of a round, best first: a few more than are needed, since some may be begun elsewhere."""
         signs = np.array([-1.0 if each is StudyDirection.MAXIMIZE else 1.0 for each in study.directions])
-        counts = np.array([domain.count for domain in domains])
-        features = _Features(domains, counts, self._inactive, self._smooth)
+        features = _Features(domains, self._smooth)
         points = np.array([*measured])
         values = np.array([each.values for each in measured.values()], dtype=np.float64)
         predictors = {
@@ -172,14 +161,16 @@ class LinasSampler(BaseSampler):
         inner = max(self.population_size, min(_INNER_POPULATION, self._inner_evaluations))
         found = evolve(
             judge,
-            counts,
+            domains.counts,
             inner,
             self._inner_evaluations // inner,
             np.random.default_rng([self._seed, rounds]),
-            self._mutation if self._mutation is not None else (1 / len(domains) if self._resets else 0.02),
+            self._mutation if self._mutation is not None else (1 / len(domains.each) if self._resets else 0.02),
             self._resets,
         )
-        fresh = np.array([tuple(point) not in measured for point in found.points.tolist()], dtype=bool)
+        vectors = [domains.canonical(point) for point in found.points.tolist()]
+        first = {vector: place for place, vector in reversed([*enumerate(vectors)])}
+        fresh = np.array(sorted(place for vector, place in first.items() if vector not in measured), dtype=np.int64)
         losses, violations, enough = found.losses[fresh], found.violations[fresh], 2 * self.population_size
         order = best_first(losses, violations, len(losses) if self._by_gain else enough)
         if self._by_gain:
@@ -187,37 +178,7 @@ class LinasSampler(BaseSampler):
             keeping = order[: int((violations <= 0).sum())]
             chosen = keeping[by_gain(losses[keeping], (values * signs)[sound], enough)]
             order = np.concatenate([chosen, order[len(keeping) :]])
-        return [tuple(point) for point in found.points[fresh][order[:enough]].tolist()]
-
-
-class _Domain:
-    """The values of one parameter, in order."""
-
-    def __init__(self, name: str, distribution: BaseDistribution) -> None:
-        self.name = name
-        self._distribution = distribution
-        self.ordered = not isinstance(distribution, CategoricalDistribution)
-        self.count = 0
-        if isinstance(distribution, CategoricalDistribution):
-            self.count = len(distribution.choices)
-        elif isinstance(distribution, IntDistribution | FloatDistribution) and distribution.step is not None:
-            self.count = round((distribution.high - distribution.low) / distribution.step) + 1
-        if not 1 <= self.count <= _LARGEST:
-            msg = (
-                f"LINAS takes integers, categories and floats with a step, of at most {_LARGEST} values; {name} has "
-                f"{distribution}."
-            )
-            raise nncf.ParameterNotSupportedError(msg)
-
-    def value(self, place: int) -> Any:
-        if isinstance(self._distribution, IntDistribution | FloatDistribution):
-            return self._distribution.low + place * (self._distribution.step or 1)
-        return self._distribution.to_external_repr(place)
-
-    def place(self, value: Any) -> int:
-        if isinstance(self._distribution, IntDistribution | FloatDistribution):
-            return round((value - self._distribution.low) / (self._distribution.step or 1))
-        return int(self._distribution.to_internal_repr(value))
+        return [vectors[place] for place in fresh[order[:enough]]]
 
 
 class _Features:
@@ -226,21 +187,12 @@ class _Features:
     Smooth ones see ordered parameters as one column from 0 to 1, and -0.5 for an inactive one.
     """
 
-    def __init__(
-        self,
-        domains: list[_Domain],
-        counts: Integers,
-        inactive: Callable[[dict[str, Any]], set[str]] | None,
-        smooth: bool,
-    ) -> None:
-        self._domains, self._counts, self._inactive = domains, counts, inactive
-        self._ordered = np.array([smooth and domain.ordered for domain in domains])
+    def __init__(self, domains: Domains, smooth: bool) -> None:
+        self._domains, self._counts = domains, domains.counts
+        self._ordered = np.array([smooth and domain.ordered for domain in domains.each])
 
     def __call__(self, points: Integers) -> Floats:
-        shown = np.ones(points.shape, dtype=bool)
-        if self._inactive is not None:
-            silent = [self._inactive(params) for params in self._params(points)]
-            shown = np.array([[domain.name not in names for domain in self._domains] for names in silent])
+        shown = np.array([self._domains.active(point) for point in points.tolist()])
         ordered, others = self._ordered, ~self._ordered
         places = points[:, ordered] / np.maximum(self._counts[ordered] - 1, 1)
         columns = [np.where(shown[:, ordered], places, -0.5)]
@@ -250,24 +202,4 @@ class _Features:
         return np.concatenate(columns, axis=1)
 
     def computed(self, points: Integers, function: Callable[[dict[str, Any]], float]) -> Floats:
-        return np.array([float(function(params)) for params in self._params(points)])
-
-    def _params(self, points: Integers) -> list[dict[str, Any]]:
-        return [
-            {domain.name: domain.value(place) for domain, place in zip(self._domains, point, strict=True)}
-            for point in points.tolist()
-        ]
-
-
-def _finite(trial: FrozenTrial) -> bool:
-    return bool(np.isfinite(trial.values).all())
-
-
-def _unseen(domains: list[_Domain], begun: Mapping[Vector, Any], random: Random) -> Vector:
-    """A uniform point that is not begun; any point where there seems to be none."""
-    vector: Vector = ()
-    for _ in range(_TRIES):
-        vector = tuple(random.randrange(domain.count) for domain in domains)
-        if vector not in begun:
-            break
-    return vector
+        return np.array([float(function(self._domains.params(point))) for point in points.tolist()])

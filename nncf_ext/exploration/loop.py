@@ -1,6 +1,7 @@
 """Ask, activate, measure, tell: until the budget is used up, alone or with other processes on the same study."""
 
 import time
+from collections.abc import Collection
 from random import Random
 from typing import Any
 
@@ -22,7 +23,7 @@ from nncf_ext.parameters import SearchSampler
 from nncf_ext.progress import Progress
 
 Places = tuple[int, ...]
-"""For each dimension of a space, the place of a size in its list."""
+"""For each dimension of a space, the place of a size in its list; of points that are one, those of the canonical."""
 
 _SIZES = "sizes"
 """Attribute of a trial: the size of every dimension, for people. Its parameters are places, for samplers."""
@@ -167,7 +168,7 @@ class Run:
         Where every search begins: the full network, where it is needed to compare with, then the heuristic point. One
         at a time, so that a kill in between does not change their order.
         """
-        starts = [self.space.heuristic()]
+        starts = [self.space.canonical(self.space.heuristic())]
         percentages = any(each.percent for each in self._constraints)
         if self._sampler is not SearchSampler.HEURISTIC and (percentages or len(self.objectives) > 1):
             starts.insert(0, self.space.maximal())
@@ -210,7 +211,10 @@ class Run:
         return trial.params.keys() >= self._distributions.keys()
 
     def _places(self, trial: optuna.Trial | FrozenTrial) -> Places:
-        return tuple(trial.params[name] for name in self.space.dimensions)
+        places = tuple(trial.params[name] for name in self.space.dimensions)
+        if self.space.inactive is None:
+            return places
+        return self.space.encode(self.space.canonical(self.space.decode(places)))
 
     def _best(self) -> str:
         """The best of every objective so far."""
@@ -225,8 +229,9 @@ class Run:
 
     def _lasting(self, sampler: SearchSampler | BaseSampler) -> SearchSampler | BaseSampler:
         """Those of our samplers that need not be made anew: they remember nothing that the study does not say."""
+        inactive = None if self.space.inactive is None else self._inactive
         if sampler is SearchSampler.HILL_CLIMBING:
-            return HillClimbingSampler(seed=self._seed)
+            return HillClimbingSampler(seed=self._seed, inactive=inactive)
         if sampler is SearchSampler.LINAS:
             return LinasSampler(
                 _LINAS_ROUND,
@@ -234,6 +239,7 @@ class Run:
                 by_gain=True,
                 smooth=True,
                 resets=True,
+                inactive=inactive,
                 violation=self._violation,
                 seed=self._seed,
             )
@@ -259,6 +265,10 @@ class Run:
             violation = self._violation if self._constraints else None
             return OrderedNSGAIISampler(first_round_of(self._sampler), violation=violation, seed=seed)
         return TPESampler(seed=seed) if self._sampler is SearchSampler.TPE else RandomSampler(seed=seed)
+
+    def _inactive(self, params: dict[str, Any]) -> Collection[str]:
+        point = self.space.decode([params[name] for name in self.space.dimensions])
+        return () if self.space.inactive is None else self.space.inactive(point)
 
     def _violation(self, values: Floats) -> Floats:
         """Of values ``[points, objectives]``: ``[points]``."""

@@ -100,6 +100,13 @@ class Preranking:
         """
         self._known = known
 
+    def knows(self, point: Point) -> bool:
+        """
+        :param point: A point, the canonical one of those that are one.
+        :return: Whether it is measured.
+        """
+        return self.space.encode(point) in self._known
+
     @property
     def tau(self) -> float:
         """Agreement between scores and the first objective, over all points measured."""
@@ -179,11 +186,9 @@ class PrerankingSampler(BaseSampler):
         first = self._draw(self._first, study, trial)
         if "fixed_params" in trial.system_attrs:  # where every search begins
             return first
-        names, trials = self._distributions, study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        known = {tuple(each.params.get(name) for name in names) for each in trials}
         drawn = [first, *(self._draw(self._fresh(number), study, trial) for number in range(1, CANDIDATES))]
-        new = [each for each in drawn if tuple(each.values()) not in known] or drawn
-        points = [self._preranking.space.decode(tuple(each.values())) for each in new]
+        new = [each for each in drawn if not self._preranking.knows(self._point(each))] or drawn
+        points = [self._point(each) for each in new]
         return new[points.index(self._preranking.choose(points, self._random))]
 
     def sample_independent(
@@ -199,6 +204,10 @@ class PrerankingSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Optuna's interface."""
         self._first.after_trial(study, trial, state, values)
+
+    def _point(self, params: dict[str, Any]) -> Point:
+        space = self._preranking.space
+        return space.canonical(space.decode(tuple(params.values())))
 
     def _draw(self, sampler: BaseSampler, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         relative = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))

@@ -12,6 +12,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from nncf_ext.exploration.domains import Inactive
 from nncf_ext.exploration.fronts import Floats, best_first
 
 _TRIES = 100
@@ -28,14 +29,19 @@ class HillClimbingSampler(BaseSampler):
     :param neighbours: After how many trials without a gain :meth:`converged` is true.
     :param distance: Greatest number of parameters to change at once.
     :param seed: Seed of the choice of neighbours.
+    :param inactive: Names of the parameters that make no difference at some parameters: trials that differ in nothing
+        else are one.
     """
 
-    def __init__(self, neighbours: int = 30, distance: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self, neighbours: int = 30, distance: int = 2, seed: int = 0, *, inactive: Inactive | None = None
+    ) -> None:
         if neighbours < 1 or distance < 1:
             msg = f"neighbours and distance must be at least 1; got {neighbours} and {distance}."
             raise nncf.ValidationError(msg)
         self._neighbours = neighbours
         self._distance = distance
+        self._inactive = inactive
         self._seed = seed
 
     def converged(self, study: Study) -> bool:
@@ -59,7 +65,7 @@ class HillClimbingSampler(BaseSampler):
             return {}
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
         done = [each for each in trials if each.state is TrialState.COMPLETE]
-        tried = [each.params for each in trials if each.number != trial.number]
+        tried = [self._active(each.params) for each in trials if each.number != trial.number]
         best = _best(study, done).params
         random = Random(f"{self._seed} {asked(study, search_space)}")
         neighbour = {}
@@ -67,7 +73,7 @@ class HillClimbingSampler(BaseSampler):
             neighbour = {**best}
             for name in random.sample(sorted(ranges), random.randint(1, min(self._distance, len(ranges)))):
                 neighbour[name] = _step(best[name], ranges[name], random)
-            if neighbour not in tried:
+            if self._active(neighbour) not in tried:
                 break
         return {name: neighbour[name] for name in ranges}
 
@@ -77,6 +83,10 @@ class HillClimbingSampler(BaseSampler):
         """Optuna's interface: the middle of a range; for the first trial."""
         range_ = _integers(param_name, param_distribution)
         return range_.low + (range_.high - range_.low) // (2 * range_.step) * range_.step
+
+    def _active(self, params: dict[str, Any]) -> dict[str, Any]:
+        silent = () if self._inactive is None else self._inactive(params)
+        return {name: value for name, value in params.items() if name not in silent}
 
 
 class OrderedNSGAIISampler(NSGAIISampler):

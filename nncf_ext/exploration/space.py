@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, Protocol
 
@@ -42,11 +42,20 @@ class SearchSpace:
 
     :param dimensions: Sizes by name, each list from the largest to the smallest, distinct; 0 where something can be
         left out as a whole.
+    :param inactive: Names of the dimensions that make no difference at a point, such as widths of a block that the
+        point skips. It may ask only dimensions that it does not name. A search measures points that differ in nothing
+        else once. None: every dimension always makes a difference.
     :raises nncf.ValidationError: There is no dimension, or a list is empty, unsorted, or has what is no integer from 0.
     """
 
-    def __init__(self, dimensions: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        dimensions: Mapping[str, Sequence[int]],
+        *,
+        inactive: Callable[[Point], Collection[str]] | None = None,
+    ) -> None:
         self._dimensions = {name: tuple(sizes) for name, sizes in dimensions.items()}
+        self._inactive = inactive
         if not self._dimensions:
             msg = "A search space needs at least one dimension; got none."
             raise nncf.ValidationError(msg)
@@ -62,8 +71,13 @@ class SearchSpace:
         return dict(self._dimensions)
 
     @property
+    def inactive(self) -> Callable[[Point], Collection[str]] | None:
+        """What names the dimensions that make no difference at a point; None where there are none."""
+        return self._inactive
+
+    @property
     def size(self) -> int:
-        """The number of points."""
+        """The number of points, those included that differ only in inactive dimensions."""
         return math.prod(len(sizes) for sizes in self._dimensions.values())
 
     def maximal(self) -> Point:
@@ -127,6 +141,30 @@ class SearchSpace:
                 raise nncf.ValidationError(msg)
         return {name: int(point[name]) for name in self._dimensions}
 
+    def canonical(self, point: Mapping[str, int]) -> Point:
+        """
+        :param point: A point.
+        :return: The same network with the largest size of every inactive dimension: one point for all that differ in
+            nothing else.
+        :raises nncf.ValidationError: It is not a point of the space, or what names inactive dimensions names an unknown
+            one or others at the returned point.
+        """
+        point = self.check(point)
+        if self._inactive is None:
+            return point
+        silent = set(self._inactive(dict(point)))
+        if unknown := sorted(silent - self._dimensions.keys()):
+            msg = f"inactive names {unknown[:4]}; the {len(point)} dimensions are {list(point)[:8]}."
+            raise nncf.ValidationError(msg)
+        same = {name: self._dimensions[name][0] if name in silent else size for name, size in point.items()}
+        if same != point and (after := set(self._inactive(dict(same)))) != silent:
+            msg = (
+                f"inactive names {sorted(silent)} at {point}, but {sorted(after)} at {same}, which differs in them "
+                "alone. What is inactive may depend on active dimensions only."
+            )
+            raise nncf.ValidationError(msg)
+        return same
+
     def encode(self, point: Mapping[str, int]) -> tuple[int, ...]:
         """
         :param point: A point.
@@ -163,7 +201,9 @@ class SearchSpace:
         return {name: list(sizes) for name, sizes in self._dimensions.items()}
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, SearchSpace) and list(self._dimensions.items()) == list(other._dimensions.items())
+        if not isinstance(other, SearchSpace) or self._inactive != other._inactive:
+            return False
+        return list(self._dimensions.items()) == list(other._dimensions.items())
 
     def __hash__(self) -> int:
         return hash(tuple(self._dimensions.items()))

@@ -13,9 +13,10 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV
 
 from nncf_ext import LinasSampler, search
+from nncf_ext.exploration.domains import Domains
 from nncf_ext.exploration.evolution import evolve
 from nncf_ext.exploration.fronts import best_first, by_gain, crowding, hypervolume, ranks, unbeaten
-from nncf_ext.exploration.linas import _Domain, _Features
+from nncf_ext.exploration.linas import _Features
 from nncf_ext.exploration.predictors import Predictor, SmoothPredictor, one_hot
 from tests.nncf_ext.searches import ACCURACY, COST, accuracy, brute_front, cost, keys, network, pairs
 from tests.nncf_ext.searches import hypervolume as area
@@ -147,9 +148,9 @@ def test_labels_without_a_lesson(labels):
 
 
 def test_inactive_parameters_make_no_difference():
-    domains = [_Domain(name, optuna.distributions.IntDistribution(0, 2)) for name in "abc"]
-    counts = np.full(3, 3)
-    features = _Features(domains, counts, lambda params: {"b"} if params["a"] == 0 else set(), smooth=False)
+    ranges = dict.fromkeys("abc", optuna.distributions.IntDistribution(0, 2))
+    domains = Domains(ranges, lambda params: {"b"} if params["a"] == 0 else set())
+    features = _Features(domains, smooth=False)
     points = np.array([[0, 0, 1], [0, 2, 1], [1, 0, 1], [1, 2, 1]])
     seen = features(points)
     assert np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[2], seen[3])
@@ -158,8 +159,8 @@ def test_inactive_parameters_make_no_difference():
 
 def test_smooth_features_know_the_order_of_values():
     kinds = optuna.distributions.CategoricalDistribution(["x", "y"])
-    domains = [_Domain("a", optuna.distributions.IntDistribution(0, 4)), _Domain("b", kinds)]
-    features = _Features(domains, np.array([5, 2]), lambda params: {"a"} if params["b"] == "y" else set(), smooth=True)
+    ranges = {"a": optuna.distributions.IntDistribution(0, 4), "b": kinds}
+    features = _Features(Domains(ranges, lambda params: {"a"} if params["b"] == "y" else set()), smooth=True)
     seen = features(np.array([[0, 0], [1, 0], [4, 0], [4, 1], [2, 1]]))
     assert np.array_equal(seen, [[0, 1, 0], [0.25, 1, 0], [1, 1, 0], [-0.5, 0, 1], [-0.5, 0, 1]])
 
