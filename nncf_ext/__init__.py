@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from nncf_ext.compression import compress as compress
     from nncf_ext.compression import structure_plan as structure_plan
     from nncf_ext.elastic import make_elastic as make_elastic
+    from nncf_ext.exploration.additive import additive_front as additive_front
+    from nncf_ext.exploration.additive import best_additive as best_additive
     from nncf_ext.exploration.engine import search as search
     from nncf_ext.exploration.linas import LinasSampler as LinasSampler
     from nncf_ext.exploration.objectives import Measured as Measured
