@@ -7,7 +7,7 @@ Checked against NNCF 3.4.0. What each is for:
 * ``StatefulModuleInterface``: lets ``nncf.torch.get_config`` and ``load_from_config`` carry our hook modules;
 * PyTorch's own questions to oneDNN, whether this CPU multiplies half-precision matrices by instructions of its own;
 * ``INT4SymmetricWeightsDecompressor`` and ``unpack_int4``: the module and the byte order that
-  ``nncf.compress_weights`` uses for INT4_SYM;
+  ``nncf.compress_weights`` uses for INT4_SYM; ``INT8SymmetricWeightsDecompressor``: the module for INT8_SYM;
 * PyTorch's ``TorchDispatchMode``: its manual on extending torch explains it, under this path. To follow a forward.
 """
 
@@ -21,6 +21,7 @@ from nncf.torch.function_hook.hook_storage import decode_hook_name as decode_hoo
 from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE
 from nncf.torch.layer_utils import StatefulModuleInterface as StatefulModuleInterface
 from nncf.torch.quantization.layers import INT4SymmetricWeightsDecompressor as INT4SymmetricWeightsDecompressor
+from nncf.torch.quantization.layers import INT8SymmetricWeightsDecompressor as INT8SymmetricWeightsDecompressor
 from nncf.torch.quantization.quantize_functions import unpack_int4 as unpack_int4
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -29,9 +30,9 @@ HOOKS_PREFIX = f"{ATR_HOOK_STORAGE}."
 """Begins the names of the hooks' own tensors in a state dict."""
 
 
-def scale_of(decompressor: INT4SymmetricWeightsDecompressor) -> Tensor:
+def scale_of(decompressor: INT4SymmetricWeightsDecompressor | INT8SymmetricWeightsDecompressor) -> Tensor:
     """
-    :param decompressor: An INT4 symmetric decompressor.
+    :param decompressor: A symmetric decompressor.
     :return: Its scales, float16: ``[out_features, groups, 1]``, or ``[out_features, 1]`` with one group a row.
     """
     return decompressor._scale

@@ -51,7 +51,7 @@ def _refuse_misfits(model: nn.Module, missing: list[str], unexpected: list[str])
 
 def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> TModel:
     """
-    Puts a model on the INT4 grid together again from what NNCF's own functions gave.
+    Puts a model with INT4 or INT8 codes together again from what NNCF's own functions gave.
 
     ``nncf.torch.load_from_config(model, config, allowed_modules=("nncf.*", "nncf_ext.*"))`` places the decompressors,
     but leaves parameters in their floating shape, into which packed codes cannot be loaded. This gives them the packed
@@ -66,8 +66,8 @@ def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mappin
     commands = config["compression_state"]
     behind = {decode_hook_name(hook)[1] for command in commands for hook in command["hook_names_in_model"]}
     for name in behind:
-        if name in state_dict and state_dict[name].dtype is torch.uint8:
-            make_room(model, name, state_dict[name].shape)
+        if name in state_dict and state_dict[name].dtype in (torch.uint8, torch.int8):
+            make_room(model, name, state_dict[name].shape, state_dict[name].dtype)
     hook_state = {name: value for name, value in state_dict.items() if name.startswith(HOOKS_PREFIX)}
     own_state = {name: value for name, value in state_dict.items() if name not in hook_state}
     try:
@@ -84,14 +84,15 @@ def load_compressed(model: TModel, config: Mapping[str, Any], state_dict: Mappin
     return model
 
 
-def make_room(model: nn.Module, name: str, shape: Sequence[int]) -> None:
+def make_room(model: nn.Module, name: str, shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> None:
     """
-    Gives a parameter the shape and type of packed codes.
+    Gives a parameter the shape and type of codes.
 
     :param model: The model, changed in place.
     :param name: Path of the parameter.
-    :param shape: Shape of the codes, two in a byte.
+    :param shape: Shape of the codes.
+    :param dtype: uint8 of INT4, two in a byte; int8 of INT8.
     """
     module, _, own_name = name.rpartition(".")
-    empty = torch.empty(*shape, dtype=torch.uint8, device=model.get_parameter(name).device)
+    empty = torch.empty(*shape, dtype=dtype, device=model.get_parameter(name).device)
     setattr(model.get_submodule(module), own_name, nn.Parameter(empty, requires_grad=False))

@@ -1,5 +1,5 @@
 """
-The INT4 grid in a folder: which weights are packed, in which groups, and where their decompressors stand.
+The INT4 grid, and INT8, in a folder: which weights are packed, in which groups, and where their decompressors stand.
 
 The description is what ``nncf.torch.get_config`` returns. It stands in ``config.json`` as ``quantization_config``; in
 folders of earlier releases it is a file of its own, ``nncf_config.json``, beside ``nncf_model.safetensors``.
@@ -25,8 +25,12 @@ from nncf_ext.saving.folder import (
     read_object,
 )
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name, is_wrapped, scale_of
-from nncf_ext.weights.int4 import PackedInt4Weight, decompressors
+from nncf_ext.weights.int4 import PackedInt4Weight, weight_hooks
+from nncf_ext.weights.int8 import PackedInt8Weight
 from nncf_ext.weights.sharing import place_of
+
+CODES = {"U8": torch.uint8, "I8": torch.int8}
+"""Types of codes in files: of INT4, two in a byte, and of INT8."""
 
 
 def grid_of(model: nn.Module) -> dict[str, Any] | None:
@@ -106,12 +110,22 @@ def check_grid(path: Path, grid: Mapping[str, Any], stored: Mapping[str, Stored]
     for command in grid["compression_state"]:
         for hook in command["hook_names_in_model"]:
             name = decode_hook_name(hook)[1]
-            if command["module_cls_name"] != PackedInt4Weight.__name__ or name not in expected:
+            kind = command["module_cls_name"]
+            if kind not in (PackedInt4Weight.__name__, PackedInt8Weight.__name__) or name not in expected:
                 continue
             if name not in stored:
                 msg = f"{path} puts {name} on the grid; no file of the folder holds its codes."
                 raise nncf.ValidationError(msg)
             config, each, shape = command["module_config"], stored[name], tuple(expected[name].shape)
+            if kind == PackedInt8Weight.__name__:
+                if config["rows"] != shape[0] or each.dtype != "I8" or tuple(each.shape) != shape:
+                    msg = (
+                        f"{path} and {each.file.name} do not fit {name}: {config['rows']} rows, {each.dtype} "
+                        f"{list(each.shape)}; the configuration describes {list(shape)}, so as many INT8 codes."
+                    )
+                    raise nncf.ValidationError(msg)
+                packed.add(name)
+                continue
             grouped = tuple(config["compressed_weight_shape"])
             fits = tuple(config["result_shape"]) == shape and grouped[0] == shape[0] and prod(grouped) == prod(shape)
             if not fits or each.dtype != "U8" or 2 * prod(each.shape) != prod(shape):
@@ -123,7 +137,7 @@ def check_grid(path: Path, grid: Mapping[str, Any], stored: Mapping[str, Stored]
                 raise nncf.ValidationError(msg)
             packed.add(name)
     for name, each in stored.items():
-        if each.dtype == "U8" and name in expected and expected[name].is_floating_point() and name not in packed:
+        if each.dtype in CODES and name in expected and expected[name].is_floating_point() and name not in packed:
             msg = f"{each.file}: {name} holds codes, and {path.name} says nothing about them."
             raise nncf.ValidationError(msg)
 
@@ -134,8 +148,10 @@ def check_scales(weights: Path, model: nn.Module) -> None:
     :param model: A model on the grid.
     :raises nncf.ValidationError: A scale is no finite float16 number.
     """
-    for name, decompressor in decompressors(model).items():
-        scales = scale_of(decompressor)
+    for name, hook in weight_hooks(model).items():
+        if not isinstance(hook, PackedInt4Weight | PackedInt8Weight):
+            continue
+        scales = scale_of(hook)
         if scales.dtype is not torch.float16 or not bool(scales.isfinite().all()):
             msg = f"{weights}: scales of {name} are {scales.dtype}, or not finite. Finite float16 numbers are needed."
             raise nncf.ValidationError(msg)

@@ -40,7 +40,7 @@ from nncf_ext.saving.folder import (
     shared_names,
     stored_tensors,
 )
-from nncf_ext.saving.grid import check_grid, check_scales, grid_in
+from nncf_ext.saving.grid import CODES, check_grid, check_scales, grid_in
 from nncf_ext.saving.layers import apply_overrides
 from nncf_ext.saving.report_file import restore_records
 from nncf_ext.saving.thresholds import THRESHOLDS, load_thresholds
@@ -335,7 +335,7 @@ def _check_tensors(stored: Mapping[str, Stored], outline: nn.Module, on_grid: bo
     expected, passing = outline.state_dict(), passing_buffers(outline)
     weights = {name: each for name, each in own.items() if each.floating}
     for name, each in own.items():
-        if on_grid and each.dtype == "U8" and name in expected and expected[name].is_floating_point():
+        if on_grid and each.dtype in CODES and name in expected and expected[name].is_floating_point():
             continue
         if name in expected:
             check_tensor(name, each, expected[name])

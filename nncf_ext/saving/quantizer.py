@@ -32,7 +32,7 @@ from nncf_ext.saving.folder import (
     shared_names,
     stored_tensors,
 )
-from nncf_ext.saving.grid import check_grid, check_scales, check_version, each_once, grid_of
+from nncf_ext.saving.grid import CODES, check_grid, check_scales, check_version, each_once, grid_of
 from nncf_ext.saving.report_file import restore_records
 from nncf_ext.upstream import HOOKS_PREFIX, decode_hook_name
 from nncf_ext.weights.sharing import tie
@@ -110,8 +110,8 @@ class GridQuantizer(HfQuantizer):
         self._types = {}
         buffers = passing_buffers(model)
         for name, each in model.state_dict().items():
-            if name in found and found[name].dtype == "U8" and each.is_floating_point():
-                make_room(model, name, found[name].shape)
+            if name in found and found[name].dtype in CODES and each.is_floating_point():
+                make_room(model, name, found[name].shape, CODES[found[name].dtype])
             elif name in found:
                 check_tensor(name, found[name], each)  # transformers does not look at shapes where there is a quantizer
                 self._types[name] = each.dtype
