@@ -140,10 +140,6 @@ class CalibrationStream:
         self._model = model
         self._trainable = trainable
         self._items = items
-        self._device = next(model.parameters()).device
-        # A key/value cache would make a block remember the previous run.
-        no_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if no_cache else {}
         self._segments = self._plan(block_lists, layers)
 
     def __len__(self) -> int:
@@ -166,12 +162,7 @@ class CalibrationStream:
         :param item: An item of the calibration data.
         :return: What the model gives for it.
         """
-        item = _copied(item, self._device)
-        if isinstance(item, Mapping):
-            return self._model(**{**item, **self._options})
-        if isinstance(item, Tensor):
-            return self._model(item, **self._options)
-        return self._model(*item, **self._options)
+        return call_model(self._model, item)
 
     def _run_model(self, after_sample: Callable[[], None] = _nothing) -> None:
         for item in self._items:
@@ -372,6 +363,20 @@ class CalibrationStream:
                 except Enough:
                     pass
         return hidden, further
+
+
+def call_model(model: nn.Module, item: Any) -> Any:
+    """
+    :param model: A model.
+    :param item: An item of calibration data; the model gets a copy of it, on its device.
+    :return: What the model gives for it, without a cache of keys and values.
+    """
+    # A cache would make a block remember the previous run.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    item = _copied(item, next(model.parameters()).device)
+    if isinstance(item, Mapping):
+        return model(**{**item, **options})
+    return model(item, **options) if isinstance(item, Tensor) else model(*item, **options)
 
 
 @contextmanager

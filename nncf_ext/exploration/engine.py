@@ -36,6 +36,7 @@ def search(
     constraints: Sequence[str] = (),
     sampler: SearchSampler | BaseSampler = SearchSampler.HILL_CLIMBING,
     budget: int = 100,
+    starts: Sequence[Point] = (),
     prerank: Prerank | None = None,
     test: Callable[[Point], float] | None = None,
     storage: str | os.PathLike[str] | None = None,
@@ -61,6 +62,7 @@ def search(
         sizes). HEURISTIC needs no search, HILL_CLIMBING one objective.
     :param budget: Number of points to measure, those found in the storage included; at least the population of a
         sampler that has one.
+    :param starts: Points to measure first, such as what another method found.
     :param prerank: A cheap score of points, such as ``nncf_ext.Proxy("params")``: the sampler draws ten points for each
         that is measured, and of four in five the one with the highest score is taken (with several objectives, among
         those of about its cost). Kendall's tau between score and first objective is logged and stands in the report;
@@ -87,13 +89,14 @@ def search(
         sampler = parse_choice(sampler, SearchSampler, "sampler", " or an Optuna sampler")
     _check(named, sampler, budget, test, net.space)
     _check_prerank(prerank, sampler)
+    checked = tuple(net.space.check(point) for point in starts)
     bound = tuple(objective.bind(net) for objective in named)
     limits = parse_constraints(constraints, bound)
     study = _open(net.space, bound, storage, study_name)
     before = net.active
     result, complete = None, False
     preranking = None if prerank is None else Preranking(prerank, net, len(bound) > 1, bound[0].maximize)
-    run = Run(study, net, bound, limits, sampler, seed, storage is not None, preranking)
+    run = Run(study, net, bound, limits, sampler, seed, storage is not None, preranking, checked)
     try:
         run.measure(budget)
         chosen = _report(run, limits).chosen

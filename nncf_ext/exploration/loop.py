@@ -1,7 +1,7 @@
 """Ask, activate, measure, tell: until the budget is used up, alone or with other processes on the same study."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import Any
 
@@ -17,7 +17,7 @@ from nncf_ext.exploration.linas import LinasSampler
 from nncf_ext.exploration.objectives import Measured, Objective
 from nncf_ext.exploration.preranking import Preranking, PrerankingSampler
 from nncf_ext.exploration.samplers import HillClimbingSampler, OrderedNSGAIISampler, asked
-from nncf_ext.exploration.space import Elastic
+from nncf_ext.exploration.space import Elastic, Point
 from nncf_ext.exploration.workers import Workers
 from nncf_ext.parameters import SearchSampler
 from nncf_ext.progress import Progress
@@ -59,6 +59,7 @@ class Run:
     :param seed: Of the members of SearchSampler.
     :param shared: Whether other processes can take part.
     :param preranking: What chooses among several points that the sampler draws; None: each that it draws is measured.
+    :param starts: Points to measure first.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class Run:
         seed: int,
         shared: bool,
         preranking: Preranking | None = None,
+        starts: Sequence[Point] = (),
     ) -> None:
         self.objectives, self.space = objectives, net.space
         self._study, self._net, self._constraints, self._seed = study, net, constraints, seed
+        self._starts = starts
         self._sampler, self.preranking = self._lasting(sampler), preranking
         self._distributions: dict[str, BaseDistribution] = {
             name: IntDistribution(0, len(sizes) - 1) for name, sizes in self.space.dimensions.items()
@@ -165,10 +168,10 @@ class Run:
 
     def _enqueue(self, busy: list[FrozenTrial]) -> None:
         """
-        Where every search begins: the full network, where it is needed to compare with, then the heuristic point. One
-        at a time, so that a kill in between does not change their order.
+        Where every search begins: the full network, where it is needed to compare with, what the user starts from, then
+        the heuristic point. One at a time, so that a kill in between does not change their order.
         """
-        starts = [self.space.canonical(self.space.heuristic())]
+        starts = [self.space.canonical(point) for point in (*self._starts, self.space.heuristic())]
         percentages = any(each.percent for each in self._constraints)
         if self._sampler is not SearchSampler.HEURISTIC and (percentages or len(self.objectives) > 1):
             starts.insert(0, self.space.maximal())

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from nncf_ext.calibration.statistics import InputStatistics
 from nncf_ext.calibration.stream import CalibrationStream
+from nncf_ext.importance.outputs import difference, few_items, read_output
 from nncf_ext.importance.weights import smallest_mask, wanda_score
 from nncf_ext.parameters import SparsityAllocation
 from nncf_ext.structure.blocks import BlockList
 
-_TOKENS = 512  # seen for each measurement: two to eight items
-_POSITIONS = 64  # of an item, whose outputs are compared
+_TOKENS = 512  # seen for each measurement
 _TRIED = 0.25  # of the weights of a part go at least, so that the output changes measurably
 _OUTLIER = 5.0  # times the mean score: OWL's M for language models
 _STEPS = 1024  # of the shares at which the error of a layer is known
@@ -92,7 +92,7 @@ def allocate(
 
     Source of OUTLIERS: Yin et al., OWL, arXiv 2310.05175, section 3.2.
     """
-    few = _few(items)
+    few = few_items(items, _TOKENS)
     layers = {name: layer for part in parts for name, layer in part.layers.items()}
     statistics = _observed(stream, few, layers)
     scores = {name: wanda_score(layer.weight.detach(), statistics[name].mean_square) for name, layer in layers.items()}
@@ -104,11 +104,11 @@ def allocate(
     if allocation is SparsityAllocation.OUTLIERS:
         return uniform | _by_outliers(parts, curves, ratio, spread)
     prices: dict[str, float] = {}
-    dense = [_output(stream.call(item)) for item in few]
+    dense = [read_output(stream.call(item)) for item in few]
     for done, part in enumerate(parts):
         known = [name for name in part.layers if name in curves]
         with _pruned(part, {name: scores[name] for name in known}, tried):
-            harm = sum(_difference(_output(stream.call(item)), *pair) for item, pair in zip(few, dense, strict=True))
+            harm = sum(difference(read_output(stream.call(item)), pair) for item, pair in zip(few, dense, strict=True))
         lost = sum(curves[name].lost for name in known)
         prices |= dict.fromkeys(known, harm / lost if lost > 0 else 0.0)
         advance(done + 1)
@@ -134,15 +134,6 @@ def parts_of(block_lists: Sequence[BlockList], layers: Mapping[str, nn.Linear]) 
         child = name[len(block) + 1 :].split(".")[0]
         found.setdefault((block, child), {})[name] = layer
     return [Part(block, own) for (block, _), own in found.items()]
-
-
-def _few(items: Sequence[Any]) -> list[Any]:
-    """Items spread over the data: two, and up to eight where they are short."""
-    first = items[0]
-    values = first.values() if isinstance(first, Mapping) else [first] if isinstance(first, Tensor) else first
-    tokens = max((each.shape[:2].numel() for each in values if isinstance(each, Tensor)), default=1)
-    count = min(len(items), max(2, min(8, _TOKENS // max(tokens, 1))))
-    return [items[index] for index in torch.linspace(0, len(items) - 1, count).long().tolist()]
 
 
 def _observed(
@@ -188,26 +179,6 @@ def _pruned(part: Part, scores: Mapping[str, Tensor], ratio: float) -> Any:
 
 def _wanda(scores: Tensor, ratio: float) -> Tensor:
     return smallest_mask(scores, int(scores.shape[1] * ratio))
-
-
-def _output(given: Any) -> tuple[Tensor, bool]:
-    """The model's first output at a few positions ``[items, positions, features]``, float32, and if it is logits."""
-    logits = getattr(given, "logits", None)
-    values = list(given.values()) if isinstance(given, Mapping) else [given] if isinstance(given, Tensor) else [*given]
-    tensor = logits if logits is not None else next(each for each in values if isinstance(each, Tensor))
-    if tensor.dim() > 2:
-        rows = tensor.flatten(1, -2)
-        places = torch.linspace(0, rows.shape[1] - 1, min(_POSITIONS, rows.shape[1])).long()
-        tensor = rows[:, places.to(rows.device)]
-    return tensor.detach().float(), logits is not None
-
-
-def _difference(found: tuple[Tensor, bool], dense: Tensor, logits: bool) -> float:
-    """Divergence of the predicted distributions, nats; of other outputs, the squared error relative to their size."""
-    if logits:
-        expected = dense.log_softmax(dim=-1)
-        return float((expected.exp() * (expected - found[0].log_softmax(dim=-1))).sum(dim=-1).mean())
-    return float((found[0] - dense).square().sum() / dense.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _by_outliers(parts: Sequence[Part], curves: Mapping[str, Curve], ratio: float, spread: float) -> dict[str, float]:
