@@ -16,6 +16,16 @@ from nncf_ext.saving.registration import register as _register
 
 # The public names, one statement each. Type checkers see imports; at run time they are read as text, by _homes().
 if TYPE_CHECKING:
+    from nncf_ext.algorithms.accuracy_control.control import (
+        compress_with_accuracy_control as compress_with_accuracy_control,
+    )
+    from nncf_ext.algorithms.accuracy_control.forms import WeightForm as WeightForm
+    from nncf_ext.algorithms.accuracy_control.objectives import packed_bytes as packed_bytes
+    from nncf_ext.algorithms.accuracy_control.parameters import (
+        AdvancedAccuracyControlParameters as AdvancedAccuracyControlParameters,
+    )
+    from nncf_ext.algorithms.accuracy_control.report import AccuracyControlResult as AccuracyControlResult
+    from nncf_ext.algorithms.accuracy_control.report import FormPlan as FormPlan
     from nncf_ext.algorithms.activation_sparsity.parameters import (
         AdvancedActivationSparsityParameters as AdvancedActivationSparsityParameters,
     )

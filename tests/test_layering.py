@@ -64,6 +64,7 @@ LAYERS = (
     "algorithms.*",
     "algorithms.lonas",  # ranks and widths together
     "algorithms.sqft",  # adapters that merge build on elastic ones
+    "algorithms.accuracy_control",  # chooses among what other methods make of a layer
     "compression",
     "input_scopes",
     "elastic",

@@ -13,6 +13,7 @@ from nncf_ext.cli.compress import compress_folder
 from nncf_ext.cli.export import export_folder
 from nncf_ext.cli.extract import extract_folder
 from nncf_ext.cli.merge import merge_folder
+from nncf_ext.cli.optimize import optimize_folder
 from nncf_ext.cli.search import search_folder
 from nncf_ext.noise import own_lines
 
@@ -25,6 +26,7 @@ app.command("search")(search_folder)
 app.command("extract")(extract_folder)
 app.command("merge")(merge_folder)
 app.command("export")(export_folder)
+app.command("optimize")(optimize_folder)
 
 
 def _show_version(wanted: bool) -> None:
