@@ -23,7 +23,7 @@ from evidence.show import quiet, table
 SAMPLES = Path(__file__).parent
 sys.path.append(str(SAMPLES.parent))
 GROUP = 64  # columns of INT4: 576 are no multiple of 128
-SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)  # of the weights on INT4, the others on INT8
+SHARES = (1.0, 0.8, 0.5)  # of the weights on INT4, the others on INT8
 
 
 def main(
@@ -31,8 +31,8 @@ def main(
         SAMPLES / "assets" / "tiny_lm"
     ),
     quick: Annotated[bool, typer.Option(help="Two mixtures, little text: two minutes.")] = False,
-    budget: Annotated[int, typer.Option(help="Combinations tried for each loss.")] = 40,
-    windows: Annotated[int, typer.Option(help="Of text; the last quarter is held out.")] = 48,
+    budget: Annotated[int, typer.Option(help="Combinations tried for each loss.")] = 30,
+    windows: Annotated[int, typer.Option(help="Of text; the last quarter is held out.")] = 32,
     out: Annotated[Path, typer.Option(help="Folder of what is finished.")] = SAMPLES / "out" / "13",
 ) -> None:
     """Compresses in both ways, then prints."""
