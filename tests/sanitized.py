@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 def build(target: str, folder: str = "sanitized", compiler: str = "g++", engine: bool = False) -> Path:
     """Build one target, or what has changed of it since the last time.
 
-    :param target: ``ov_ext_cpu``, ``ov_ext_fuzz`` or ``ov_ext_attention_fuzz``.
+    :param target: ``ov_ext_cpu``, or a fuzzer: ``ov_ext_fuzz``, ``ov_ext_activation_fuzz``, ``ov_ext_attention_fuzz``.
     :param folder: Where in build/.
     :param compiler: C++ compiler.
     :param engine: Build the fuzzer for the fuzzing engine of the compiler instead of its own driver.

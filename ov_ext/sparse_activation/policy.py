@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-# Bytes that memory reads in vain for each run of rows that stay, as in cpu_plugin/sparse_activation/dispatch.cpp.
-WASTE = 1800
+# Bytes that memory reads in vain for each run of rows that stay: measured on Zen 4 (benchmarks/RESULTS.md).
+WASTE = 900
 
 
 @dataclass(frozen=True)
 class SparseActivationPolicy:
     """What ``pack_sparse_activations`` makes of layers that replace small inputs.
 
-    One token at a time counts. Prompts do not: layers that skip multiply them more slowly than dense ones of ours
-    (benchmarks/RESULTS.md).
+    One token at a time counts. Prompts do not: layers that skip multiply most of them more slowly than dense ones of
+    ours (benchmarks/RESULTS.md).
 
     :param skipped: Fraction 0..1 of inputs that a layer is expected to skip, as calibrated. It decides which layers
         gain; all that are packed skip what they can.

@@ -145,3 +145,19 @@ def test_words_of_sparse_attention_meet_all_rows_in_registers() -> None:
     assert {4 * rows for rows in range(1, FEW_ROWS + 1)} <= set(products)
     for loop in words:
         assert not [text for text in loop if "ymm" in text and STACK.search(text)]
+
+
+@pytest.mark.parametrize("product", ["vpdpbusd zmm", "vpmaddubsw zmm"])
+def test_weights_of_inputs_that_stay_meet_their_products_in_registers(product: str) -> None:
+    """Four rows of int4 and int8 weights, interleaved. Taken apart, for 3 or 4 rows of x: four products each."""
+    loops = [loop for code in _functions() for loop in _innermost_loops(code) if any(product in text for text in loop)]
+    interleaved = [loop for loop in loops if any("vpunpckhwd zmm" in text for text in loop)]
+    assert {4, 8} <= {sum(product in text for text in loop) for loop in interleaved}
+    shared = [loop for loop in loops if _loads(loop) == 4 and sum(product in text for text in loop) in (4 * 3, 4 * 4)]
+    assert {4 * 3, 4 * 4} == {sum(product in text for text in loop) for loop in shared}
+    for loop in interleaved + shared:
+        assert not [text for text in loop if "zmm" in text and STACK.search(text)]
+
+
+def _loads(loop: list[str]) -> int:
+    return sum("vmovdqa64 zmm" in text and "[" in text for text in loop)

@@ -15,7 +15,9 @@ from tests.sanitized import ROOT, build
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("name", "runs"), [("ov_ext_fuzz", 3000), ("ov_ext_attention_fuzz", 50)])
+@pytest.mark.parametrize(
+    ("name", "runs"), [("ov_ext_fuzz", 3000), ("ov_ext_activation_fuzz", 3000), ("ov_ext_attention_fuzz", 50)]
+)
 def test_the_fuzzer_finds_nothing(tmp_path: Path, name: str, runs: int) -> None:
     """The same inputs in every run, a third or more of them valid; `make fuzz` tries others for as long as wanted."""
     program = build(name) / "fuzz" / name

@@ -20,7 +20,7 @@ from tests.cpu_plugin.test_memory import between_forbidden_pages
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = [("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 0), ("int4", 64), ("int4", 128)]
-OWN = [name for name in ("avx2", "reference") if name in KERNELS]
+OWN = [name for name in ("avx512_core_vnni", "avx512_core", "avx2", "reference") if name in KERNELS]
 SIDES = (1, 31, 128, 129)
 NEVER, ALWAYS = np.float32(-1), np.float32(np.inf)  # replaced
 
@@ -178,11 +178,11 @@ def test_every_number_of_kept_inputs(isa: str, kind: str, group: int) -> None:
 
 @pytest.mark.parametrize("isa", OWN)
 @pytest.mark.parametrize("kind, group", [("int8", 0), ("int4", 64), ("int4", 128)])
-def test_short_rows_and_long_ones_give_the_same_bits(isa: str, kind: str, group: int) -> None:
-    """Of one token, short rows are read with those that are left out, which are zeros; of two tokens they are not."""
+def test_reading_all_inputs_gives_the_same_bits(isa: str, kind: str, group: int) -> None:
+    """Where few inputs are left out, their rows are read with the others, and they are zeros."""
     x = np.random.default_rng(1).standard_normal((2, 700)).astype(np.float32)
     x[:, 256:384] = 0.1  # a segment in which nothing stays
-    for skipped in (0.1, 0.7, 1.5):
+    for skipped in (0.05, 0.1, 0.7, 1.5):
         weight = make_weight(kind, 300, 700, group=group)
         blob = pack(weight, rule(skipped, 0.05, 0.05))
         together = native.matmul(x, blob, segment_of(weight), isa=isa)
@@ -195,12 +195,30 @@ def test_short_rows_and_long_ones_give_the_same_bits(isa: str, kind: str, group:
 @pytest.mark.parametrize("n", [64, 200, 2000])
 def test_any_number_of_threads_gives_the_same_bits(kind: str, group: int, n: int) -> None:
     weight = make_weight(kind, n, 1100, group=group, bias=True)
-    blob = pack(weight, rule(0.6))
-    for rows in (1, 3, 40):
+    for rows, skipped in ((1, 0.1), (1, 0.6), (3, 0.1), (3, 1.2), (40, 0.1), (40, 1.2)):
+        blob = pack(weight, rule(skipped))
         x = np.random.default_rng(rows).standard_normal((rows, 1100)).astype(np.float32)
         group_of_x = 0 if kind == "bf16" else segment_of(weight)
         results = [native.matmul(x, blob, group_of_x, threads=threads) for threads in (1, 2, 3, 7, 16)]
         assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("isa", OWN)
+@pytest.mark.parametrize("kind, group", KINDS)
+@pytest.mark.parametrize("skipped", [0.05, 1.2])
+def test_many_rows_and_chunks(isa: str, kind: str, group: int, skipped: float) -> None:
+    """Few inputs are skipped, and all are multiplied, or most. Rows by fours and not, spans of chunks full and not."""
+    weight = make_weight(kind, 300, 2700, group=group)
+    blob, rng = pack(weight, rule(skipped, 0.05, 0.05)), np.random.default_rng(9)
+    for rows in (2, 3, 5, 9, 35):
+        x = rng.standard_normal((rows, 2700)).astype(np.float32)
+        x[-1, 256:384] = 0.05  # a segment in which nothing stays
+        activation_group = 0 if kind == "bf16" else segment_of(weight)
+        y = native.matmul(x, blob, activation_group, isa=isa)
+        expected, bound = oracle(x, weight, rule(skipped, 0.05, 0.05), kind != "bf16")
+        assert (np.abs(y - expected) <= bound).all()
+        few = slice(rows - 2, rows)  # the reference kernel is slow
+        assert np.array_equal(y[few], native.matmul(x[few], blob, activation_group, isa="reference"))
 
 
 @pytest.mark.parametrize("kind, group", KINDS)

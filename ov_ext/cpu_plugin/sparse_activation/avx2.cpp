@@ -11,37 +11,7 @@ namespace {
 
 // Entries whose rows are read together. 16-bit sums hold 16 products of int4: at most 16 * 15 * 127 = 30480.
 constexpr uint64_t batch = 16;
-static_assert(batch < entries_ahead);  // the row behind the next batch is looked up
-
-// A block's part of rows, which are whole cache lines but for the alignment of the blob.
-struct Rows {
-    const uint8_t* first;  // of input 0
-    uint64_t stride, bytes;
-
-    INLINE const uint8_t* of(uint32_t channel) const { return first + channel * stride; }
-};
-
-// Walks along the rows of a list, two lines a step. A prefetch never faults.
-class Ahead {
-  public:
-    INLINE Ahead(const Rows& rows, const uint32_t* next) : m_rows(rows), m_next(next) { begin(); }
-    INLINE void step() {
-        _mm_prefetch(reinterpret_cast<const char*>(m_at), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(m_at + 64), _MM_HINT_T0);
-        m_at += 128;
-        if (m_at == m_end)
-            begin();
-    }
-
-  private:
-    INLINE void begin() {
-        m_at = m_rows.of(*m_next++);
-        m_end = m_at + m_rows.bytes;
-    }
-    const Rows& m_rows;
-    const uint32_t* m_next;
-    const uint8_t *m_at, *m_end;
-};
+static_assert(batch < entries_ahead);
 
 INLINE void add_to(int32_t* sums, __m256i v) {
     auto* at = reinterpret_cast<__m256i*>(sums);
@@ -56,7 +26,7 @@ INLINE void add_widened(int32_t* sums, __m256i words) {
 
 // The pairs of a batch with a strip of their rows, a line of 64 bytes: sums[128] of int4, offset by 8, which the caller takes off.
 template <Kind kind>
-INLINE void add_strip(const Rows& rows, const uint32_t* channels, const uint32_t* codes, uint64_t pairs, uint64_t at, Ahead& ahead,
+INLINE void add_strip(const Rows& rows, const uint32_t* channels, const int8_t* codes, uint64_t pairs, uint64_t at, Ahead& ahead,
                       int32_t* sums) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i words[8] = {};  // int4: 16 bits
@@ -66,7 +36,7 @@ INLINE void add_strip(const Rows& rows, const uint32_t* channels, const uint32_t
             wide[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(sums + 8 * i));
     const auto multiply_pair = [&](uint64_t pair) INLINED {
         const uint8_t *first = rows.of(channels[2 * pair]) + at, *second = rows.of(channels[2 * pair + 1]) + at;
-        const __m256i x = _mm256_set1_epi32(int32_t(codes[pair]));
+        const __m256i x = _mm256_set1_epi16(load<int16_t>(codes + 2 * pair));
         for (int half = 0; half < 2; half++) {
             const __m256i a = load256(first + 32 * half), b = load256(second + 32 * half);
             const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
@@ -155,8 +125,7 @@ INLINE void add_integers(const View& w, const Rows& rows, const Kept& kept, uint
     for (uint64_t from = kept.starts[segment], end = kept.starts[segment + 1], to; from < end; from = to) {
         to = from + batch < end ? from + batch : end;
         for (uint64_t at = 0; at < rows.bytes; at += strip)
-            add_strip<kind>(rows, kept.channels + from, kept.codes + from / 2, (to - from) / 2, at, ahead,
-                            sums + at / strip * strip_outputs);
+            add_strip<kind>(rows, kept.channels + from, kept.codes + from, (to - from) / 2, at, ahead, sums + at / strip * strip_outputs);
     }
     const uint8_t* scales = scales_of(w, block, segment);
     const __m256i added = _mm256_set1_epi32(kind == Kind::int4 ? 8 * kept.sums[segment] : 0);
@@ -201,7 +170,7 @@ INLINE void add_floats(const View& w, const Rows& rows, const Kept& kept, uint64
 
 template <Kind kind>
 void multiply_chunk(const View& w, const Kept& kept, uint64_t first, uint64_t last, uint64_t chunk, float* out) {
-    const Rows rows = {w.values + first * block_bytes, w.blocks * block_bytes, (last - first) * block_bytes};
+    const Rows rows(w, first, last);
     const Segments segments(w, chunk);
     const uint64_t outputs = (last - first) * w.block_n;
     alignas(32) float sums[most_outputs];
@@ -249,46 +218,49 @@ INLINE __m256 rule_at(const uint8_t* rule, uint64_t step, uint64_t k, uint64_t e
     return step ? load_x(rule, false, k, end) : _mm256_set1_ps(load<float>(rule));
 }
 
-void keep(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept) {
-    uint64_t end = 0;
+uint64_t keep(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept) {
+    uint64_t end = 0, total = 0;
     for (uint64_t s = 0; s < w.segments; s++) {
         kept.starts[s] = uint32_t(end);
         const uint64_t first = s * w.segment, last = first + w.segment < w.k ? first + w.segment : w.k;
+        alignas(32) float of_segment[default_segment + 8];
+        float* const values = kept.integer ? of_segment : kept.values + end;
         uint64_t count = 0;
-        int any = 0;
         for (uint64_t k = first; k < last; k += 8) {
             __m256 value = load_x(x, x_is_bf16, k, last);
             const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(value, _mm256_set1_ps(w.centre)));
             const __m256 near = _mm256_cmp_ps(distance, rule_at(w.threshold, w.threshold_step, k, last), _CMP_LE_OQ);
             const int valid = last - k >= 8 ? 255 : (1 << (last - k)) - 1, stay = ~_mm256_movemask_ps(near) & valid;
             const int mask = all ? valid : stay;
-            any |= stay;
             if (w.replacement)
                 value = _mm256_sub_ps(value, rule_at(w.replacement, w.replacement_step, k, last));
             value = _mm256_andnot_ps(near, value);
             const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(compressions.lanes[mask])));
-            _mm256_storeu_ps(kept.values + end + count, _mm256_permutevar8x32_ps(value, lanes));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept.channels + end + count),
-                                _mm256_add_epi32(lanes, _mm256_set1_epi32(int32_t(k))));
+            _mm256_storeu_ps(values + count, _mm256_permutevar8x32_ps(value, lanes));
+            if (!all)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept.channels + end + count),
+                                    _mm256_add_epi32(lanes, _mm256_set1_epi32(int32_t(k))));
             count += uint64_t(__builtin_popcount(unsigned(mask)));
+            total += uint64_t(__builtin_popcount(unsigned(stay)));
         }
-        if (!any)
+        if (!count)
             continue;
         if (kept.integer) {
             const uint64_t padded = (count + 7) / 8 * 8;
-            alignas(32) int8_t codes[default_segment + 8];
-            quantize({count, padded, padded, padded}, kept.values + end, false, false, reinterpret_cast<uint8_t*>(codes), kept.factors + s);
-            end = write_pairs(kept, s, end, count, codes);
+            quantize({count, padded, padded, padded}, values, false, false, reinterpret_cast<uint8_t*>(kept.codes + end), kept.factors + s);
+            end = end_segment(kept, s, all, end, count);
         } else {
             end += count;
         }
     }
     kept.starts[w.segments] = uint32_t(end);
-    end_list(kept, end);
+    if (!all)
+        end_list(kept, end);
+    return total;
 }
 
 }  // namespace
 
-const Kernel avx2_kernel = {InstructionSet::avx2, keep, multiply};
+const Kernel avx2_kernel = {InstructionSet::avx2, keep, multiply, nullptr};
 
 }  // namespace ov_ext::sparse_activation

@@ -16,6 +16,7 @@ constexpr uint64_t chunk_k = 512;          // inputs of a chunk
 constexpr uint64_t default_segment = 128;  // inputs
 
 constexpr uint64_t most_outputs = 8192;  // of the blocks that a kernel takes at a time
+constexpr uint64_t most_sums = 1 << 15;  // of rows of x with those of multiply_all
 
 // A validated blob: sizes and section addresses (any alignment).
 struct View {
@@ -31,36 +32,42 @@ struct View {
 };
 
 // The inputs of one row of x that stay, in lists with room for all inputs and entries_ahead more. Those of segment s are the entries [starts[s],
-// starts[s + 1]), in ascending order. With integers every segment begins and ends at an even place: an odd number of inputs is followed by
-// the last one once more, with code 0.
+// starts[s + 1]), in ascending order. With integers every segment begins and ends at a multiple of `together`: the last input of a segment
+// is repeated with code 0.
 //
 // Behind the last entry are entries_ahead more, for prefetching.
 struct Kept {
     uint32_t* starts;    // [segments + 1]
     uint32_t* channels;  // numbers of inputs
     float* values;       // floating point: x - replacement
-    uint32_t* codes;     // integers: those of two entries, c0 | c1 << 8, twice. Entry 2p is the first one of pair p.
+    int8_t* codes;       // integers
     float* factors;      // integers: [segments]
     int32_t* sums;       // integers: of the codes of a segment, [segments]
     bool integer;
 };
 
-constexpr uint64_t entries_ahead = 17;
+constexpr uint64_t together = 4;        // entries
+constexpr uint64_t entries_ahead = 33;  // the row behind the next batch is looked up
 
 struct Kernel {
     InstructionSet isa;
 
-    // Finds the inputs of a row of x (f32 or bf16 bits) that stay. all: of a segment in which any stays, the others are listed, too, as
-    // zeros.
-    void (*keep)(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept);
+    // Finds the inputs of a row of x (f32 or bf16 bits) that stay, and returns how many they are. all: every input is listed, in every
+    // segment, those that do not stay as zeros; channels, which are 0, 1, 2 ... then, are not written.
+    uint64_t (*keep)(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept);
 
     // out[(last - first) * block_n] += the sum of one chunk for the blocks [first, last), at most most_outputs outputs.
     void (*multiply)(const View& w, const Kept& kept, uint64_t first, uint64_t last, uint64_t chunk, float* out);
+
+    // The same for rows of x whose lists hold all inputs as integers: each weight is taken apart once for all of them. Row i is added to
+    // out[i * stride]. Null: there is no code for it, and no list of several rows need hold all inputs.
+    void (*multiply_all)(const View& w, const Kept* rows, uint64_t count, uint64_t first, uint64_t last, uint64_t chunk, float* out,
+                         uint64_t stride);
 };
 
 extern const Kernel reference_kernel;
 #if defined(__x86_64__)
-extern const Kernel avx2_kernel;
+extern const Kernel avx2_kernel, avx512_core_kernel, avx512_core_vnni_kernel;
 #endif
 
 }  // namespace ov_ext::sparse_activation

@@ -8,18 +8,17 @@
 namespace ov_ext::sparse_activation {
 namespace {
 
-// The codes of a segment, which lie at codes[0..count), to pairs. `from` is the segment's first entry. Returns its end, an even place.
-INLINE uint64_t write_pairs(const Kept& kept, uint64_t segment, uint64_t from, uint64_t count, int8_t* codes) {
+// Ends a segment of integers, whose `count` codes and channels begin at entry `from`. Returns its end, a multiple of `together`.
+INLINE uint64_t end_segment(const Kept& kept, uint64_t segment, bool all, uint64_t from, uint64_t count) {
     int32_t sum = 0;
-    for (uint64_t i = 0; i < count; i++)
-        sum += codes[i];
+    for (uint64_t i = from; i < from + count; i++)
+        sum += kept.codes[i];
     kept.sums[segment] = sum;
-    if (count % 2) {
-        kept.channels[from + count] = kept.channels[from + count - 1];
-        codes[count++] = 0;
+    for (; count % together; count++) {
+        kept.codes[from + count] = 0;
+        if (!all)
+            kept.channels[from + count] = kept.channels[from + count - 1];
     }
-    for (uint64_t i = 0; i < count; i += 2)
-        kept.codes[(from + i) / 2] = uint32_t(load<uint16_t>(codes + i)) * 0x10001u;
     return from + count;
 }
 
@@ -28,6 +27,40 @@ INLINE void end_list(const Kept& kept, uint64_t end) {
     for (uint64_t i = 0; i < entries_ahead; i++)
         kept.channels[end + i] = end ? kept.channels[end - 1] : 0;
 }
+
+// A block's part of rows, which are whole cache lines but for the alignment of the blob.
+struct Rows {
+    const uint8_t* first;  // of input 0
+    uint64_t stride, bytes;
+
+    INLINE Rows(const View& w, uint64_t begin, uint64_t end)
+        : first(w.values + begin * block_bytes),
+          stride(w.blocks * block_bytes),
+          bytes((end - begin) * block_bytes) {}
+    INLINE const uint8_t* of(uint32_t channel) const { return first + channel * stride; }
+};
+
+// Walks along the rows of a list, two lines a step, and brings them nearer. A prefetch never faults.
+class Ahead {
+  public:
+    INLINE Ahead(const Rows& rows, const uint32_t* next) : m_rows(rows), m_next(next) { begin(); }
+    INLINE void step() {
+        __builtin_prefetch(m_at, 0, 2);
+        __builtin_prefetch(m_at + 64, 0, 2);
+        m_at += 128;
+        if (m_at == m_end)
+            begin();
+    }
+
+  private:
+    INLINE void begin() {
+        m_at = m_rows.of(*m_next++);
+        m_end = m_at + m_rows.bytes;
+    }
+    const Rows& m_rows;
+    const uint32_t* m_next;
+    const uint8_t *m_at, *m_end;
+};
 
 // Segments of a chunk.
 struct Segments {

@@ -8,37 +8,40 @@
 namespace ov_ext::sparse_activation {
 namespace {
 
-void keep(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept) {
-    uint64_t end = 0;
+uint64_t keep(const View& w, const void* x, bool x_is_bf16, bool all, const Kept& kept) {
+    uint64_t end = 0, total = 0;
     for (uint64_t s = 0; s < w.segments; s++) {
         kept.starts[s] = uint32_t(end);
+        float of_segment[default_segment];
+        float* const values = kept.integer ? of_segment : kept.values + end;
         uint64_t count = 0;
-        bool any = false;
         for (uint64_t k = s * w.segment; k < (s + 1) * w.segment && k < w.k; k++) {
             const float value = load_x(x, x_is_bf16, k);
             const bool stays = !(std::fabs(value - w.centre) <= load<float>(w.threshold + 4 * k * w.threshold_step));
+            total += stays;
             if (!stays && !all)
                 continue;
             const float rest = w.replacement ? value - load<float>(w.replacement + 4 * k * w.replacement_step) : value;
-            kept.channels[end + count] = uint32_t(k);
-            kept.values[end + count++] = stays ? rest : 0.0f;
-            any |= stays;
+            if (!all)
+                kept.channels[end + count] = uint32_t(k);
+            values[count++] = stays ? rest : 0.0f;
         }
-        if (!any)
+        if (!count)
             continue;
         if (kept.integer) {
             int32_t wide[default_segment];
-            int8_t codes[default_segment + 1];
-            quantize({count, count, count, count}, kept.values + end, false, wide, kept.factors + s);
+            quantize({count, count, count, count}, values, false, wide, kept.factors + s);
             for (uint64_t i = 0; i < count; i++)
-                codes[i] = int8_t(wide[i]);
-            end = write_pairs(kept, s, end, count, codes);
+                kept.codes[end + i] = int8_t(wide[i]);
+            end = end_segment(kept, s, all, end, count);
         } else {
             end += count;
         }
     }
     kept.starts[w.segments] = uint32_t(end);
-    end_list(kept, end);
+    if (!all)
+        end_list(kept, end);
+    return total;
 }
 
 void multiply(const View& w, const Kept& kept, uint64_t first, uint64_t last, uint64_t chunk, float* out) {
@@ -55,7 +58,7 @@ void multiply(const View& w, const Kept& kept, uint64_t first, uint64_t last, ui
             for (uint64_t i = begin; i < end; i++) {
                 const int32_t weight = weight_at(w.kind, w.values + (kept.channels[i] * w.blocks + block) * block_bytes, c);
                 if (kept.integer)
-                    integer += weight * int8_t(kept.codes[i / 2] >> (i % 2 ? 8 : 0));
+                    integer += weight * kept.codes[i];
                 else
                     real = std::fma(kept.values[i], w.kind == Kind::bf16 ? bf16_to_float(uint16_t(weight)) : float(weight), real);
             }
@@ -72,6 +75,6 @@ void multiply(const View& w, const Kept& kept, uint64_t first, uint64_t last, ui
 
 }  // namespace
 
-const Kernel reference_kernel = {InstructionSet::reference, keep, multiply};
+const Kernel reference_kernel = {InstructionSet::reference, keep, multiply, nullptr};
 
 }  // namespace ov_ext::sparse_activation

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.sanitized import ROOT, build
 
 HERE = Path(__file__).parent
-WEIGHTS, ATTENTION = "ov_ext_fuzz", "ov_ext_attention_fuzz"
+WEIGHTS, ACTIVATION, ATTENTION = "ov_ext_fuzz", "ov_ext_activation_fuzz", "ov_ext_attention_fuzz"
 
 
 def libfuzzer(seconds: int, findings: Path, name: str) -> int:
@@ -49,7 +49,7 @@ def own(seconds: int, findings: Path, name: str) -> int:
     program = build(name) / "fuzz" / name
     end, seed = time.monotonic() + seconds, int(time.time())
     while time.monotonic() < end:
-        options = ["--seed", str(seed), "--runs", "10000" if name == WEIGHTS else "500", "--save", findings]
+        options = ["--seed", str(seed), "--runs", "500" if name == ATTENTION else "10000", "--save", findings]
         if status := subprocess.run([program, *options]).returncode:
             return status
         seed += 1
@@ -67,7 +67,9 @@ def main() -> int:
     findings.mkdir(parents=True, exist_ok=True)
     print(f"Fuzzing for {arguments.seconds} s with {engine}; inputs that fail are kept in {findings}.", flush=True)
     run = {"libfuzzer": libfuzzer, "afl": afl, "own": own}[engine]
-    return run(arguments.seconds // 2, findings, WEIGHTS) or run(arguments.seconds // 2, findings, ATTENTION)
+    return next(
+        filter(None, (run(arguments.seconds // 3, findings, name) for name in (WEIGHTS, ACTIVATION, ATTENTION))), 0
+    )
 
 
 if __name__ == "__main__":
