@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from nncf_ext.exploration.additive import best_additive as best_additive
     from nncf_ext.exploration.engine import search as search
     from nncf_ext.exploration.linas import LinasSampler as LinasSampler
+    from nncf_ext.exploration.nemo import NemoSampler as NemoSampler
     from nncf_ext.exploration.objectives import Measured as Measured
     from nncf_ext.exploration.objectives import Objective as Objective
     from nncf_ext.exploration.objectives import macs as macs

@@ -139,6 +139,8 @@ class SearchSampler(StrEnum):
     :param NSGA2: Optuna's NSGA-II; any number of objectives.
     :param LINAS: NSGA-II on predictors that learn from the points measured so far: the fewest measurements for several
         objectives. https://arxiv.org/abs/2202.12954
+    :param NEMO: Populations of several kinds of genomes, one of them small graph networks, that grow by what they add
+        to the front; for many dimensions of which neighbours want alike sizes. https://arxiv.org/abs/2106.07611
     """
 
     HEURISTIC = "heuristic"
@@ -147,6 +149,7 @@ class SearchSampler(StrEnum):
     TPE = "tpe"
     NSGA2 = "nsga2"
     LINAS = "linas"
+    NEMO = "nemo"
 
 
 class SparsityAllocation(StrEnum):

@@ -56,8 +56,9 @@ def search(
         ``weight_bytes()``. The first one, a measure on validation data, decides which point is chosen. With several
         objectives the report holds the front: the points that no other point dominates.
     :param constraints: What the chosen point has to keep to: an objective's name, ``<=`` or ``>=``, and a number, with
-        a percent sign percent of the full network's value: ``("macs <= 60%", "accuracy >= 0.9")``. NSGA2 and LINAS
-        prefer points that keep them. If no point measured does, none is chosen, and ``report.best`` names the nearest.
+        a percent sign percent of the full network's value: ``("macs <= 60%", "accuracy >= 0.9")``. NSGA2, LINAS and
+        NEMO prefer points that keep them. If no point measured does, none is chosen, and ``report.best`` names the
+        nearest.
     :param sampler: A member of SearchSampler, or any Optuna sampler over integer parameters (places in the lists of
         sizes). HEURISTIC needs no search, HILL_CLIMBING one objective.
     :param budget: Number of points to measure, those found in the storage included; at least the population of a
@@ -126,7 +127,7 @@ def _check(
         msg = f"A search needs at least one Objective, each with a name of its own; got {list(objectives)}."
         raise nncf.ValidationError(msg)
     if len(objectives) > 1 and (sampler is SearchSampler.HILL_CLIMBING or isinstance(sampler, HillClimbingSampler)):
-        msg = f"Hill climbing needs one objective; got {names}. Use SearchSampler.LINAS or NSGA2."
+        msg = f"Hill climbing needs one objective; got {names}. Use SearchSampler.LINAS, NEMO or NSGA2."
         raise nncf.ParameterNotSupportedError(msg)
     if budget < 1:
         msg = f"budget is a number of points to measure, at least 1; got {budget}."

@@ -128,3 +128,18 @@ def hypervolume(losses: Floats, reference: Floats) -> float:
     thickness = np.diff(np.append(front[:, -1], reference[-1]))
     areas = (hypervolume(front[: count + 1, :-1], reference[:-1]) for count in range(len(front)))
     return float(sum(area * thick for area, thick in zip(areas, thickness, strict=True) if thick > 0))
+
+
+def exclusive(losses: Floats, reference: Floats) -> Floats:
+    """
+    :param losses: ``[points, objectives]``.
+    :param reference: ``[objectives]``: the worst that counts.
+    :return: ``[points]``: the hypervolume that the front would miss without each of its points, if none behind came
+        after; 0 for one that another one beats or equals.
+    """
+    gains, places = np.zeros(len(losses)), np.flatnonzero(unbeaten(losses) & (losses < reference).all(axis=1))
+    for place in places:
+        point, others = losses[place], losses[places[places != place]]
+        # Of its own box, what the others have not. Seen from the point, few of them remain on a front.
+        gains[place] = np.prod(reference - point) - hypervolume(np.maximum(others, point), reference)
+    return np.maximum(gains, 0.0)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -14,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nncf_ext.exploration.constraints import Constraint, total_violation
 from nncf_ext.exploration.fronts import Floats
 from nncf_ext.exploration.linas import LinasSampler
+from nncf_ext.exploration.nemo import NemoSampler
 from nncf_ext.exploration.objectives import Measured, Objective
 from nncf_ext.exploration.preranking import Preranking, PrerankingSampler
 from nncf_ext.exploration.samplers import HillClimbingSampler, OrderedNSGAIISampler, asked
@@ -30,7 +32,7 @@ _SIZES = "sizes"
 _SPREADS = "spreads"
 _REPEATS = 200
 """A sampler that proposes nothing new this many times in a row has nothing left."""
-_FIRST_ROUNDS = {SearchSampler.NSGA2: 20, SearchSampler.LINAS: 10}
+_FIRST_ROUNDS = {SearchSampler.NSGA2: 20, SearchSampler.LINAS: 10, SearchSampler.NEMO: 20}
 _LINAS_ROUND = 5
 _PAUSE = 0.2
 """Seconds between two looks at what other processes do."""
@@ -54,7 +56,7 @@ class Run:
     :param study: The study, which says what has been measured.
     :param net: The network.
     :param objectives: What is measured.
-    :param constraints: What NSGA-II and LINAS should keep to.
+    :param constraints: What NSGA-II, LINAS and NEMO should keep to.
     :param sampler: What proposes points.
     :param seed: Of the members of SearchSampler.
     :param shared: Whether other processes can take part.
@@ -242,6 +244,16 @@ class Run:
                 by_gain=True,
                 smooth=True,
                 resets=True,
+                inactive=inactive,
+                violation=self._violation,
+                seed=self._seed,
+            )
+        if sampler is SearchSampler.NEMO:
+            sizes = self.space.dimensions
+            return NemoSampler(
+                first_round_of(sampler),
+                features={name: (place, len(sizes[name])) for place, name in enumerate(sizes)},
+                edges=[*pairwise(sizes)],
                 inactive=inactive,
                 violation=self._violation,
                 seed=self._seed,

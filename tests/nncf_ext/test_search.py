@@ -25,7 +25,8 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @pytest.mark.parametrize(
-    "sampler", [SearchSampler.RANDOM, SearchSampler.NSGA2, "random", optuna.samplers.RandomSampler(seed=0)]
+    "sampler",
+    [SearchSampler.RANDOM, SearchSampler.NSGA2, SearchSampler.NEMO, "random", optuna.samplers.RandomSampler(seed=0)],
 )
 def test_whole_space_gives_the_front_of_brute_force(sampler):
     net = network(2)

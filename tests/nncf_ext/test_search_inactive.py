@@ -83,7 +83,7 @@ def searched(sampler, several: bool = True, **settings):
 def test_no_search_measures_what_is_measured(sampler, monkeypatch):
     monkeypatch.setattr("nncf_ext.exploration.loop._REPEATS", 60)
     report = searched(sampler, sampler is not SearchSampler.HILL_CLIMBING, budget=SPACE.size)
-    if sampler in (SearchSampler.RANDOM, SearchSampler.LINAS):
+    if sampler in (SearchSampler.RANDOM, SearchSampler.LINAS, SearchSampler.NEMO):
         assert len(report.evaluations) == DISTINCT
     if sampler is not SearchSampler.HEURISTIC:
         assert report.best == SPACE.maximal()

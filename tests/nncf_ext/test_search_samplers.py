@@ -272,12 +272,13 @@ def test_the_search_in_small_rounds_needs_fewer_points_than_chance():
     assert min(share("linas", seed) for seed in range(2)) > 0.9 > max(share("random", seed) for seed in range(2))
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "linas"])
+@pytest.mark.parametrize("sampler", ["nsga2", "linas", "nemo"])
 def test_constraints_lead_the_search(sampler, monkeypatch):
     """Where one point in four keeps them, most of what is measured after the first round does; without them, less."""
     from nncf_ext import SearchSampler
 
-    monkeypatch.setattr("nncf_ext.exploration.loop._FIRST_ROUNDS", {SearchSampler.NSGA2: 12, SearchSampler.LINAS: 12})
+    rounds = dict.fromkeys((SearchSampler.NSGA2, SearchSampler.LINAS, SearchSampler.NEMO), 12)
+    monkeypatch.setattr("nncf_ext.exploration.loop._FIRST_ROUNDS", rounds)
     net = network(4, (32, 24, 16, 8))
     report = search(net, [ACCURACY, COST], sampler=sampler, budget=60, constraints=["cost <= 50%"])
     free = search(net, [ACCURACY, COST], sampler=sampler, budget=60)
@@ -308,6 +309,11 @@ def test_constraints_lead_the_search(sampler, monkeypatch):
             lambda: search(network(), [ACCURACY, COST], sampler="linas", budget=9),
             nncf.ValidationError,
             "9 points is less than the first round of the sampler, 10.*population_size=5",
+        ),
+        (
+            lambda: search(network(), [ACCURACY, COST], sampler="nemo", budget=19),
+            nncf.ValidationError,
+            "19 points is less than the first round of the sampler, 20",
         ),
         (
             lambda: search(

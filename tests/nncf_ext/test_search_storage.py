@@ -26,7 +26,7 @@ class Interrupted:
         return accuracy(point)
 
 
-SINGLE = [SearchSampler.HILL_CLIMBING, SearchSampler.RANDOM, SearchSampler.NSGA2]
+SINGLE = [SearchSampler.HILL_CLIMBING, SearchSampler.RANDOM, SearchSampler.NSGA2, SearchSampler.NEMO]
 
 
 @pytest.mark.parametrize("at", [1, 23])
@@ -69,12 +69,13 @@ EVERY_SEARCH = [
     pytest.param(SearchSampler.NSGA2, [ACCURACY, COST], marks=pytest.mark.slow),
     (SearchSampler.TPE, [ACCURACY]),
     pytest.param(SearchSampler.LINAS, [ACCURACY, COST], marks=pytest.mark.slow),
+    pytest.param(SearchSampler.NEMO, [ACCURACY, COST], marks=pytest.mark.slow),
 ]
 
 
 @pytest.fixture
 def small_generations(monkeypatch):
-    first_rounds = {SearchSampler.NSGA2: 3, SearchSampler.LINAS: 5}
+    first_rounds = {SearchSampler.NSGA2: 3, SearchSampler.LINAS: 5, SearchSampler.NEMO: 5}
     monkeypatch.setattr("nncf_ext.exploration.loop._FIRST_ROUNDS", first_rounds)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 

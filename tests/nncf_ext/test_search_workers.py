@@ -72,7 +72,7 @@ def two_workers_and_a_kill(storage: str, folder: Path, sampler: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["random", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "nsga2", "nemo"])
 def test_processes_on_one_journal(tmp_path, sampler):
     two_workers_and_a_kill(str(tmp_path / "search.log"), tmp_path, sampler)
 
