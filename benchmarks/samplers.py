@@ -133,10 +133,18 @@ SAMPLERS: dict[str, Callable[[Task, int, int], BaseSampler]] = {
 }
 
 
-def evaluations(sampler: BaseSampler, task: Task, limit: int) -> Iterator[tuple[int, float]]:
-    """:return: After each point that was not measured before: how many there are, and the hypervolume of all."""
+def evaluations(sampler: BaseSampler, task: Task, limit: int, levels: int = 0) -> Iterator[tuple[int, float]]:
+    """
+    :param sampler: What chooses points.
+    :param task: Where.
+    :param limit: Number of points.
+    :param levels: Number of points to begin with that stand at one place in all lists, from the largest on.
+    :return: After each point that was not measured before: how many there are, and the hypervolume of all.
+    """
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     distributions, reference = task.distributions, task.reference
+    for level in range(levels):
+        study.enqueue_trial({name: min(level, len(sizes) - 1) for name, sizes in task.space.dimensions.items()})
     found: dict[tuple[int, ...], Values] = {}
     for _ in range(20 * limit):  # NSGA-II and TPE repeat themselves; that costs them nothing
         trial = study.ask(distributions)
@@ -162,11 +170,11 @@ class Outcome:
     share: float
 
 
-def outcome(sampler: BaseSampler, task: Task, wanted: float, limit: int) -> Outcome:
+def outcome(sampler: BaseSampler, task: Task, wanted: float, limit: int, levels: int = 0) -> Outcome:
     """:return: What a search comes to that stops at a share of the exact hypervolume."""
     best = hypervolume(task.front, task.reference)
     share = 0.0
-    for count, volume in evaluations(sampler, task, limit):
+    for count, volume in evaluations(sampler, task, limit, levels):
         share = volume / best
         if share >= wanted:
             return Outcome(count, share)
@@ -182,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--population", type=positive, default=50)
     parser.add_argument("--limit", type=positive, default=1500, help="points after which a search gives up")
     parser.add_argument("--share", type=float, default=0.95, help="of the hypervolume of the exact front")
+    parser.add_argument("--levels", type=int, default=0, help="points to begin with: all sizes largest, second ...")
     parser.add_argument("--steps", type=positive, default=800, help="of training of the super-network")
     parser.add_argument("--table", type=Path, default=_OUT / "digits_space.npy", help="keeps the values of all points")
     parser.add_argument("--layers", type=positive, default=12, help="of the made-up chain, a multiple of 3")
@@ -196,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows[name] = []
         for seed in range(options.seeds):
             sampler = SAMPLERS[name](task, options.population, seed)
-            rows[name].append(outcome(sampler, task, options.share, options.limit))
+            rows[name].append(outcome(sampler, task, options.share, options.limit, options.levels))
             console.print(f"{name}, seed {seed}: {rows[name][-1].count:g} ({rows[name][-1].share:.1%})")
     grid = Grid(title=f"Points measured until {options.share:.0%} of the hypervolume of the exact front", width=110)
     for column in ("sampler", "median", "of each seed", "mean share at the end", "NSGA-II / this"):

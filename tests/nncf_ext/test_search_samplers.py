@@ -272,9 +272,12 @@ def test_the_search_in_small_rounds_needs_fewer_points_than_chance():
     assert min(share("linas", seed) for seed in range(2)) > 0.9 > max(share("random", seed) for seed in range(2))
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "linas", "nemo"])
-def test_constraints_lead_the_search(sampler, monkeypatch):
-    """Where one point in four keeps them, most of what is measured after the first round does; without them, less."""
+@pytest.mark.parametrize(("sampler", "least"), [("nsga2", 24), ("linas", 24), ("nemo", 12)])
+def test_constraints_lead_the_search(sampler, least, monkeypatch):
+    """
+    Where one point in four keeps them, most of the 48 that are measured after the first round do, with NEMO more than
+    by chance; without constraints, fewer.
+    """
     from nncf_ext import SearchSampler
 
     rounds = dict.fromkeys((SearchSampler.NSGA2, SearchSampler.LINAS, SearchSampler.NEMO), 12)
@@ -283,7 +286,7 @@ def test_constraints_lead_the_search(sampler, monkeypatch):
     report = search(net, [ACCURACY, COST], sampler=sampler, budget=60, constraints=["cost <= 50%"])
     free = search(net, [ACCURACY, COST], sampler=sampler, budget=60)
     kept, by_chance = (sum(each.values["cost"] <= 64 for each in one.evaluations[12:]) for one in (report, free))
-    assert kept > by_chance and kept > 24
+    assert kept > by_chance and kept > least
     assert report.full == {"accuracy": accuracy(net.space.maximal()), "cost": 128}
     assert report.chosen.values["cost"] <= 64
 
