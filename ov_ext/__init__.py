@@ -18,6 +18,7 @@ if os.environ.get("NNCF_EXT_NO_TELEMETRY", "0") not in ("", "0"):
 
 if TYPE_CHECKING:
     from ov_ext.convert import convert_model, save_model
+    from ov_ext.deployment import convert_packed
     from ov_ext.extension import ExtensionUnavailableError, extension_path
     from ov_ext.graphs import RecordError
     from ov_ext.runtime import NewerFormatError, add_extension, check_target, cpu_info
@@ -49,6 +50,7 @@ _HOME = {
     "calibrate": "sparse_weights.calibration",
     "check_target": "runtime",
     "convert_model": "convert",
+    "convert_packed": "deployment",
     "cpu_info": "runtime",
     "extension_path": "extension",
     "pack_sparse_activations": "sparse_activation.passes",
@@ -76,6 +78,7 @@ __all__ = [
     "calibrate",
     "check_target",
     "convert_model",
+    "convert_packed",
     "cpu_info",
     "extension_path",
     "pack_sparse_activations",

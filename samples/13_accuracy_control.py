@@ -30,7 +30,7 @@ def main(
     model: Annotated[Path, typer.Option(help="A Hugging Face folder of a language model.")] = (
         SAMPLES / "assets" / "tiny_lm"
     ),
-    quick: Annotated[bool, typer.Option(help="Two mixtures, little text: two minutes.")] = False,
+    quick: Annotated[bool, typer.Option(help="INT8 and INT4 alone, little text: a minute.")] = False,
     budget: Annotated[int, typer.Option(help="Combinations tried for each loss.")] = 30,
     windows: Annotated[int, typer.Option(help="Of text; the last quarter is held out.")] = 32,
     out: Annotated[Path, typer.Option(help="Folder of what is finished.")] = SAMPLES / "out" / "13",
@@ -50,7 +50,7 @@ def main(
     torch.set_num_threads(1)
     folder = out / f"{model.resolve().name}{'-quick' if quick else ''}"
     folder.mkdir(parents=True, exist_ok=True)
-    shares, budget, windows, length = ((1.0, 0.5), 8, 8, 64) if quick else (SHARES, budget, windows, 512)
+    shares, budget, windows, length = ((1.0,), 6, 8, 64) if quick else (SHARES, budget, windows, 512)
     tokenizer, dense = AutoTokenizer.from_pretrained(model), nncf_ext.load_pretrained(model, dtype=torch.float32).eval()
     length = min(length, getattr(dense.config, "max_position_embeddings", length))
     texts = [windows_of(tokenizer, text, length, windows // 2) for text in (english()[0], python("calibration"))]
@@ -66,7 +66,7 @@ def main(
         stock = by_nncf(dense, None if share == "int8" else float(share), calibration)
         with torch.no_grad():
             drop = judge(stock)
-        irs[f"NNCF {name}"] = ir_of(stock, False, folder / f"nncf-{share}.xml")
+        irs[f"NNCF {name}"] = ir_of(stock, folder / f"nncf-{share}.xml", stock=True)
         found = nncf_ext.compress_with_accuracy_control(
             dense,
             data,
@@ -76,7 +76,7 @@ def main(
             storage=folder / "control",
         )
         found.plan.save(folder / f"forms-{share}.json")
-        irs[f"ours, {name}"] = ir_of(found.model, True, folder / f"ours-{share}.xml")
+        irs[f"ours, {name}"] = ir_of(found.model, folder / f"ours-{share}.xml")
         rows |= {f"NNCF {name}": [drop], f"ours, {name}": [found.report.chosen.drop]}
         print(found.report, flush=True)
     compiled = {name: make() for name, make in irs.items()}
@@ -106,22 +106,15 @@ def by_nncf(dense: Any, share: float | None, calibration: list[Any]) -> Any:
     )
 
 
-def ir_of(model: Any, pack: bool, file: Path) -> Callable[[], Any]:
-    """:return: What gives a request for one token, and bytes of the IR."""
+def ir_of(model: Any, file: Path, stock: bool = False) -> Callable[[], Any]:
+    """:return: What gives a request for one token, and megabytes of the IR."""
     import openvino
     import torch
 
     import ov_ext
-    from ov_ext.leftovers import narrow_constants, quantize_rest
 
-    model.config.use_cache = False
-    ir = ov_ext.convert_model(model, example_input={"input_ids": torch.tensor([[1]])})
-    ir.reshape([1, 1])
-    quantize_rest(ir)
-    narrow_constants(ir)
-    if pack:
-        ir = ov_ext.pack_sparse_weights(ir)[0]
-    ov_ext.save_model(ir, file)
+    ir = ov_ext.convert_packed(model, {"input_ids": torch.tensor([[1]])})
+    ov_ext.save_model(ov_ext.unpack_sparse_weights(ir) if stock else ir, file)
 
     def make() -> tuple[Any, float]:
         core = ov_ext.add_extension(openvino.Core())

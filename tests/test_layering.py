@@ -88,6 +88,7 @@ OV_EXT_LAYERS = (
     "stand_in",
     "convert",
     "leftovers",
+    "deployment",
     "state_space",
     "optimum",
     "genai",

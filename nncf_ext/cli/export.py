@@ -109,19 +109,13 @@ def in_openvino(model: Any, example: dict[str, Any]) -> Any:
     """
     A language model as it will be run, without its cache: for timing a token.
 
-    :param model: A Hugging Face model in float32; changed.
+    :param model: A Hugging Face model in float32.
     :param example: Its inputs.
     :return: An ``openvino.Model``, packed, with the shapes of the example.
     """
     import ov_ext
-    from ov_ext.leftovers import narrow_constants, quantize_rest
 
-    model.config.use_cache = False
-    ir = ov_ext.convert_model(model.eval(), example_input=example)
-    ir.reshape({port: list(next(iter(example.values())).shape) for port in ir.inputs})
-    quantize_rest(ir)
-    narrow_constants(ir)
-    return ov_ext.pack_sparse_weights(ir)[0]
+    return ov_ext.convert_packed(model, example)
 
 
 @contextmanager
