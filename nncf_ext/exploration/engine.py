@@ -63,7 +63,8 @@ def search(
         sizes). HEURISTIC needs no search, HILL_CLIMBING one objective.
     :param budget: Number of points to measure, those found in the storage included; at least the population of a
         sampler that has one.
-    :param starts: Points to measure first, such as what another method found.
+    :param starts: Points to measure first, such as what another method found; the heuristic point follows. Not for
+        HEURISTIC.
     :param prerank: A cheap score of points, such as ``nncf_ext.Proxy("params")``: the sampler draws ten points for each
         that is measured, and of four in five the one with the highest score is taken (with several objectives, among
         those of about its cost). Kendall's tau between score and first objective is logged and stands in the report;
@@ -90,6 +91,9 @@ def search(
         sampler = parse_choice(sampler, SearchSampler, "sampler", " or an Optuna sampler")
     _check(named, sampler, budget, test, net.space)
     _check_prerank(prerank, sampler)
+    if starts and sampler is SearchSampler.HEURISTIC:
+        msg = "SearchSampler.HEURISTIC measures one point; with starts= take another sampler, such as RANDOM."
+        raise nncf.ParameterNotSupportedError(msg)
     checked = tuple(net.space.check(point) for point in starts)
     bound = tuple(objective.bind(net) for objective in named)
     limits = parse_constraints(constraints, bound)

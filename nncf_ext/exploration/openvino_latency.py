@@ -95,7 +95,8 @@ class _Timer:
             msg = f"OpenVINO has no device {device!r} here; there are {self._core.available_devices}."
             raise nncf.ValidationError(msg) from error
         shapes = [tuple(each.shape) for each in self._tensors().values()]
-        self.conditions = f"{name}, OpenVINO {openvino.__version__}, {config}, inputs {shapes}"
+        made = "" if convert is None else f", made by {getattr(convert, '__qualname__', type(convert).__name__)}"
+        self.conditions = f"{name}, OpenVINO {openvino.__version__}, {config}, inputs {shapes}{made}"
         self._found: dict[str, Measured] = {}
         self._reference: Callable[[], float] | None = None
         self._baseline = 0.0

@@ -34,15 +34,18 @@ def few_items(items: Sequence[Any], tokens: int) -> list[Any]:
     return [items[index] for index in torch.linspace(0, len(items) - 1, count).long().tolist()]
 
 
-def read_output(given: Any, positions: int = _POSITIONS) -> Output:
+def read_output(given: Any, positions: int = _POSITIONS, mask: Tensor | None = None) -> Output:
     """
     :param given: What a model gives: a mapping, a tuple or a tensor.
     :param positions: How many to look at, spread evenly.
-    :return: Its logits, or else its first output.
+    :param mask: ``[items, tokens]``: where it is 0 there is padding, which is left out; None: there is none.
+    :return: Its logits, or else its first output. With a mask, positions of all items are one axis.
     """
     logits = getattr(given, "logits", None)
     values = list(given.values()) if isinstance(given, Mapping) else [given] if isinstance(given, Tensor) else [*given]
     tensor = logits if logits is not None else next(each for each in values if isinstance(each, Tensor))
+    if mask is not None and tensor.shape[:2] == mask.shape and not bool(mask.all()):
+        tensor = tensor[mask.to(tensor.device) != 0].unsqueeze(0)
     if tensor.dim() > 2:
         rows = tensor.flatten(1, -2)
         places = torch.linspace(0, rows.shape[1] - 1, min(positions, rows.shape[1])).long()

@@ -47,10 +47,10 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     :param weight: Weight ``[out_features, in_features]``, any floating type.
     :return: Codes, int8, same shape, and scales ``[out_features, 1]``, float16, never zero: the entry of largest
-        magnitude of a row has code 127 or -127.
+        magnitude of a row has code 127 or -127, in a row of zeros 0.
     """
     weight = weight.detach().float()
-    tiny = torch.finfo(torch.float16).smallest_normal
+    tiny = torch.finfo(torch.float32).eps
     scales = (weight.abs().amax(dim=1, keepdim=True) / HIGHEST_CODE).clamp(min=tiny).half()
     codes = (weight / scales.float()).round_().clamp_(-HIGHEST_CODE, HIGHEST_CODE)
     return codes.to(torch.int8), scales

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import nncf_ext
-from nncf_ext.algorithms.accuracy_control import control
+from nncf_ext.algorithms.accuracy_control import catalogue, control
 from nncf_ext.algorithms.accuracy_control.catalogue import Catalogue
 from nncf_ext.algorithms.accuracy_control.costs import Prediction, PriceSampler
 from nncf_ext.algorithms.accuracy_control.forms import WeightForm, by_size
@@ -80,7 +80,21 @@ def test_groups_of_64_go_without_saying() -> None:
     assert WeightForm.parse("int4") == WeightForm(4) == WeightForm.parse("int4-g64")
 
 
-@pytest.mark.parametrize("text", ["int5", "", "int8-g64", "int4-x3", "int4-s", "int4-g32", "int8-s99", "int4-s50-s30"])
+NO_FORMS = (
+    "int5",
+    "",
+    "int8-g64",
+    "int4-x3",
+    "int4-s",
+    "int4-g32",
+    "int8-s99",
+    "int4-s50-s30",
+    "int4-ginf",
+    "int4-g64.5",
+)
+
+
+@pytest.mark.parametrize("text", NO_FORMS)
 def test_what_is_no_form_is_refused(text: str) -> None:
     with pytest.raises(nncf.ValidationError, match="form"):
         WeightForm.parse(text)
@@ -94,7 +108,7 @@ def test_two_forms_of_one_size_are_refused() -> None:
 # The network
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "phi3"])
 def test_what_is_extracted_computes_what_was_active(tmp_path: Path, family: str) -> None:
     sizes = {"llama": {"intermediate_size": 128, "head_dim": 16}, "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64}}
     model = make(family, **SIZES, **sizes.get(family, {"intermediate_size": 128}))
@@ -115,8 +129,22 @@ def test_what_is_extracted_computes_what_was_active(tmp_path: Path, family: str)
         net.activate(net.space.maximal())
         assert torch.equal(call(net.model), call(dense))
     assert removed
+    branches = ["layers.1.attention", "layers.1.mlp"]
+    assert [*net.branches] == branches
     for name, tensor in dense.state_dict().items():
         assert torch.equal(net.model.state_dict()[name], tensor), name
+
+
+def test_half_precision_stays(tmp_path: Path) -> None:
+    model = llama().bfloat16()
+    before = copy.deepcopy(model.state_dict())
+    net = network(model, tmp_path)
+    point, item = net.everywhere(min(net.groups["model.layers.0.mlp.down_proj"].forms)), items(1)[0]
+    net.activate(point)
+    active = logits(net.model, item)
+    assert active.dtype == torch.bfloat16 and torch.equal(logits(net.extract(point), item), active)
+    net.restore()
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
 
 
 def test_extracted_layers_have_their_forms(tmp_path: Path) -> None:
@@ -169,7 +197,7 @@ def test_errors_are_those_of_the_outputs(tmp_path: Path) -> None:
     hook.remove()
     inputs = torch.cat([each.flatten(0, 1) for each in read]).double()
     weight = model.get_parameter(f"{name}.weight").detach().double()
-    for size in net.groups[name].forms:
+    for size in [*net.groups[name].forms][1:]:
         entry = net.catalogue.entry(name, size)
         lost = torch.linalg.norm(inputs @ (weight - entry.dense().double()).T) / torch.linalg.norm(inputs @ weight.T)
         assert entry.error == pytest.approx(float(lost), rel=0.1, abs=1e-6)  # on a sample of the tokens
@@ -319,25 +347,110 @@ def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.Monkey
     assert calls == 29, "nothing is judged twice"
 
 
+@pytest.mark.parametrize("stop", [5, 60])
+def test_the_model_is_dense_again_wherever_it_was_interrupted(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While forms are made, and between two layers of a combination."""
+    original, model, calls = catalogue.Entry.dense, llama(), 0
+    before = copy.deepcopy(model.state_dict())
+
+    def counted(self: catalogue.Entry) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(catalogue.Entry, "dense", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, max_drop=0.05)
+    assert calls == stop
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+
+
+def test_another_objective_on_the_same_storage_measures_anew(tmp_path: Path) -> None:
+    def bits(factor: float) -> NetworkObjective:
+        def make(net: Any) -> Objective:
+            return Objective("bits", lambda point: factor * sum(point.values()), False, conditions=f"factor {factor}")
+
+        return NetworkObjective("bits", make)
+
+    first, second = (run(llama(), max_drop=0.05, budget=2, storage=tmp_path, objective=bits(each)) for each in (1, 2))
+    costs = [{each.name: each.cost for each in one.report.candidates if each.single} for one in (first, second)]
+    assert costs[1] == {name: 2 * cost for name, cost in costs[0].items()}
+
+
+def test_what_a_function_says_is_asked_again(tmp_path: Path) -> None:
+    run(llama(), validation_fn=lambda _: 1.0, max_drop=0.5, budget=1, storage=tmp_path)
+
+    def strict(changed: nn.Module) -> float:
+        return float(all(torch.equal(a, b) for a, b in zip(changed.parameters(), llama().parameters(), strict=True)))
+
+    with pytest.raises(nncf.ValidationError, match="it loses 1,"):
+        run(llama(), validation_fn=strict, max_drop=0.5, budget=1, storage=tmp_path)
+
+
+def test_padding_is_not_judged() -> None:
+    model, item = llama(), items(1)[0]
+    padded = {
+        "input_ids": torch.nn.functional.pad(item["input_ids"], (0, 8), value=0),
+        "attention_mask": torch.nn.functional.pad(torch.ones_like(item["input_ids"]), (0, 8)),
+    }
+    other = make("llama_biases", **SIZES, intermediate_size=128, head_dim=16)
+    with torch.no_grad():
+        plain, masked = (control.Divergence(model, [each])(other) for each in (item, padded))
+    assert masked == pytest.approx(plain, rel=1e-4)
+
+
+def test_what_is_not_finite_is_refused_or_worst() -> None:
+    model, broken = llama(), llama()
+    broken.get_parameter("model.norm.weight").data.fill_(math.nan)
+    with torch.no_grad():
+        assert control.Divergence(model, items(1))(broken) == 1e6
+        with pytest.raises(nncf.ValidationError, match="not finite"):
+            control.Divergence(broken, items(1))
+
+
 def test_another_run_does_not_continue(tmp_path: Path) -> None:
     run(llama(), max_drop=0.5, budget=1, storage=tmp_path)
     with pytest.raises(nncf.ValidationError, match="differs in weights"):
         run(make("llama_biases", **SIZES, intermediate_size=128, head_dim=16), max_drop=0.05, storage=tmp_path)
 
 
-def test_recovery_is_measured_again(found: tuple[nn.Module, Any]) -> None:
-    model = llama()
-    trained = []
+def test_recovery_trains_and_is_judged_again(found: tuple[nn.Module, Any]) -> None:
+    model, trained, data = llama(), [], items(12)
 
     def recover(small: nn.Module, dense: nn.Module) -> nn.Module:
-        assert small is not dense and weight_hooks(small)
+        """What has no form learns to give what the dense model gives."""
+        assert dense is not model and weight_hooks(small)
+        learning = [each for each in small.parameters() if each.requires_grad and each.is_floating_point()]
+        optimizer = torch.optim.Adam(learning, lr=3e-3)
+        for _ in range(12):
+            for item in data[7:]:  # those that are judged among them, so that it must get better
+                expected = logits(dense, item).log_softmax(-1)
+                gap = nn.functional.kl_div(
+                    small(**item, use_cache=False).logits.log_softmax(-1), expected, log_target=True, reduction="sum"
+                )
+                gap.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for each in dense.parameters():
+            each.data.zero_()  # it is a copy
         trained.append(small)
-        return copy.deepcopy(dense)  # a perfect recovery
+        return small
 
     result = run(model, max_drop=0.05, recover=recover)
-    assert 0 < len(trained) <= 3
-    assert result.report.chosen.name.endswith("recovered") and result.report.chosen.drop == pytest.approx(0, abs=1e-6)
-    assert result.report.chosen.cost < found[1].report.chosen.cost
+    before = {each.name: each.drop for each in result.report.candidates}
+    again = [each for each in result.report.candidates if each.name.endswith("recovered")]
+    assert 0 < len(trained) <= 3 and len(again) == len(trained)
+    assert all(each.drop != before[each.name.removesuffix(", recovered")] for each in again)
+    assert min(each.drop for each in again) < min(before[each.name.removesuffix(", recovered")] for each in again)
+    assert result.report.chosen.cost <= found[1].report.chosen.cost
+    assert divergence(llama(), result.model, data[9:]) == pytest.approx(result.report.chosen.drop, rel=1e-3)
+
+
+def test_a_recovery_to_other_forms_is_refused() -> None:
+    with pytest.raises(nncf.ValidationError, match="another form"):
+        run(llama(), max_drop=0.05, recover=lambda small, dense: dense)
 
 
 def test_a_function_of_the_users_judges() -> None:
@@ -382,6 +495,8 @@ def test_a_function_that_cannot_judge_is_refused_at_once(validation: Any, messag
         ({"advanced_parameters": replace(FEW, forms=("float16",))}, "two forms"),
         ({"advanced_parameters": replace(FEW, forms=("int8", "int3"))}, "int3"),
         ({"advanced_parameters": replace(FEW, held_out=1.0)}, "held_out"),
+        ({"advanced_parameters": replace(FEW, forms=("float16-s5", "int8"))}, "more than the dense"),
+        ({"max_drop": math.inf}, "max_drop"),
     ],
 )
 def test_bad_numbers_are_refused(options: dict[str, Any], message: str) -> None:

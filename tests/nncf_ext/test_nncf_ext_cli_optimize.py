@@ -35,7 +35,7 @@ def run(*arguments: Any) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["bytes", "latency"])
-def test_a_folder_becomes_a_faster_one(tmp_path: Path, objective: str) -> None:
+def test_a_folder_becomes_a_smaller_one(tmp_path: Path, objective: str) -> None:
     text = ["--dataset", ASSETS / "calibration.txt", "--samples", 6, "--window", 64]
     few = ["--form", "int8", "--form", "int4-g64", "--budget", 4]
     further = ["--max-drop", "5%", "--objective", objective, "--plot", tmp_path / "front.png"]
@@ -49,8 +49,9 @@ def test_a_folder_becomes_a_faster_one(tmp_path: Path, objective: str) -> None:
     assert chosen["drop"] <= np.log(1.05)
     assert (tmp_path / "front.png").stat().st_size > 1000
     core = ov_ext.add_extension(ov.Core())
-    kinds = [node.get_type_name() for node in core.read_model(tmp_path / "fast" / "openvino_model.xml").get_ops()]
-    assert "MatMul" in kinds or "SparseMatMul" in kinds
+    stored = [node.get_byte_size() for node in core.read_model(tmp_path / "fast" / "openvino_model.xml").get_ops()
+              if node.get_type_name() == "Constant"]  # fmt: skip
+    assert sum(stored) < 0.8 * (ASSETS / "tiny_lm" / "model.safetensors").stat().st_size
     arguments = ["generate", str(tmp_path / "fast"), "--prompt", "def read(", "--max-new-tokens", "4"]
     assert CliRunner().invoke(ov_ext_app, arguments).exit_code == 0
 
@@ -66,7 +67,7 @@ def test_int8_of_torch_is_int8_in_openvino() -> None:
     ir = in_openvino(copy.deepcopy(model), {"input_ids": token})
     codes = [n for n in ir.get_ops() if n.get_type_name() == "Constant" and n.get_element_type() == ov.Type.i8]
     packed = [n for n in ir.get_ops() if n.get_type_name() == "SparseMatMul"]
-    assert len(codes) + len(packed) >= len(survey(model).targets)
+    assert len(codes) + len(packed) > len(survey(model).targets)  # the embedding, too
     found = ov_ext.add_extension(ov.Core()).compile_model(ir, "CPU", EXACT)({0: token.numpy()})[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.05 * float(np.abs(expected).max()))
 

@@ -72,6 +72,17 @@ def test_hill_climbing_reaches_the_optimum_of_brute_force():
         top = max(top, evaluation, key=lambda each: each.values["accuracy"])
 
 
+def test_given_points_are_measured_first_and_not_with_the_heuristic_alone():
+    net = network()
+    starts = [net.space.minimal(), net.space.draw(3)]
+    report = search(net, [ACCURACY], budget=4, starts=starts, sampler="random")
+    assert [each.point for each in report.evaluations[:3]] == [*starts, net.space.heuristic()]
+    with pytest.raises(nncf.ParameterNotSupportedError, match="HEURISTIC"):
+        search(net, [ACCURACY], starts=starts, sampler="heuristic")
+    with pytest.raises(nncf.ValidationError, match="misses"):
+        search(net, [ACCURACY], starts=[{}], sampler="random")
+
+
 def test_heuristic_is_one_evaluation():
     net = network()
     report = search(net, [ACCURACY, COST], sampler="heuristic", budget=50)

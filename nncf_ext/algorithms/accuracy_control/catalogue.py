@@ -41,17 +41,19 @@ class Entry:
 
     :param form: The form.
     :param error: Relative error of the layer's output on calibration tokens.
-    :param weight: ``[out_features, in_features]``: codes, int8, or a floating weight.
+    :param weight: ``[out_features, in_features]``: codes, int8, or a floating weight; None for a weight as it was.
     :param scales: ``[out_features, groups]``, float16, of codes; None for a floating weight.
     """
 
     form: WeightForm
     error: float
-    weight: Tensor
+    weight: Tensor | None = None
     scales: Tensor | None = None
 
     def dense(self) -> Tensor:
         """:return: What the forward sees, float32 or, of a floating weight, in its own type."""
+        if self.weight is None:
+            raise nncf.InternalError("A weight as it was is in the model alone.")
         if self.scales is None:
             return self.weight
         return (
@@ -66,14 +68,15 @@ class Entry:
         :param path: Path of the layer in it.
         :param layer: The layer.
         """
+        if self.weight is None:
+            return
         before, device = layer.weight.nbytes, layer.weight.device
         if self.scales is None:
             layer.weight.data = self.weight.to(device, layer.weight.dtype, copy=True)
         else:
             put = pack if self.form.bits == 4 else pack_int8
             put(model, f"{path}.weight", self.weight.to(device, copy=True), self.scales.to(device, copy=True))
-        if self.form != DENSE:
-            set_record(layer, LayerRecord(mode=_MODE, bytes_before=before, error=self.error, error_of="output"))
+        set_record(layer, LayerRecord(mode=_MODE, bytes_before=before, error=self.error, error_of="output"))
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class Catalogue:
             settings = replace(self._parameters.solver, quantization=quantization, group_size=group_size or 128)
             solver = LayerSolver(self._parameters.mode, form.sparsity, settings)
             if form == DENSE:
-                yield size, Entry(form, 0.0, dense.cpu())
+                yield size, Entry(form, 0.0)
                 continue
             if group_size:
                 solution = solver.solve(weight, statistic, curvature)
@@ -205,7 +208,8 @@ def _write(path: Path, groups: list[list[str]], entries: Mapping[str, Mapping[in
     for layer, forms in entries.items():
         about[layer] = {size: (str(each.form), each.error) for size, each in forms.items()}
         for size, each in forms.items():
-            tensors[f"{layer}|{size}|weight"] = each.weight.contiguous()
+            if each.weight is not None:
+                tensors[f"{layer}|{size}|weight"] = each.weight.contiguous()
             if each.scales is not None:
                 tensors[f"{layer}|{size}|scales"] = each.scales.contiguous()
     save_file(tensors, path, metadata={"groups": json.dumps(groups), "forms": json.dumps(about)})
@@ -218,8 +222,8 @@ def _read(path: Path) -> tuple[list[list[str]], dict[str, dict[int, Entry]]]:
         entries: dict[str, dict[int, Entry]] = {}
         for layer, forms in json.loads(metadata["forms"]).items():
             for size, (form, error) in forms.items():
-                key = f"{layer}|{size}"
-                scales = file.get_tensor(f"{key}|scales") if f"{key}|scales" in names else None
-                entry = Entry(WeightForm.parse(form), error, file.get_tensor(f"{key}|weight"), scales)
+                parts = [f"{layer}|{size}|{part}" for part in ("weight", "scales")]
+                weight, scales = (file.get_tensor(part) if part in names else None for part in parts)
+                entry = Entry(WeightForm.parse(form), error, weight, scales)
                 entries.setdefault(layer, {})[int(size)] = entry
         return json.loads(metadata["groups"]), entries

@@ -6,6 +6,7 @@ integer programming gives the best ones by these predictions, and a search goes 
 combinations on little text. The best are judged by all held-out data, and measured as a whole.
 """
 
+import copy
 import json
 import logging
 import math
@@ -13,18 +14,20 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nncf
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nncf_ext.algorithms.accuracy_control.catalogue import Catalogue
 from nncf_ext.algorithms.accuracy_control.costs import Prediction, PriceSampler
 from nncf_ext.algorithms.accuracy_control.forms import DENSE, REMOVED
 from nncf_ext.algorithms.accuracy_control.judging import Divergence, Drop
 from nncf_ext.algorithms.accuracy_control.network import FormNetwork
+from nncf_ext.algorithms.accuracy_control.objectives import packed_bytes
 from nncf_ext.algorithms.accuracy_control.parameters import AdvancedAccuracyControlParameters
 from nncf_ext.algorithms.accuracy_control.report import (
     AccuracyControlReport,
@@ -35,7 +38,6 @@ from nncf_ext.algorithms.accuracy_control.report import (
 from nncf_ext.calibration.stream import evaluation, read_items
 from nncf_ext.exploration.engine import search
 from nncf_ext.exploration.objectives import NetworkObjective, Objective
-from nncf_ext.exploration.openvino_latency import latency
 from nncf_ext.exploration.report import SearchReport
 from nncf_ext.exploration.space import Point
 from nncf_ext.files import digest
@@ -51,6 +53,7 @@ _LITTLE = 1024  # tokens that combinations are tried on
 _STARTS = 12
 _AROUND = 5.0  # times less and times more than the loss that is allowed
 _WIDEST = 1e4
+_LOST_ZEROS = 0.001  # of a weight's entries; more after a recovery, and the zeros are gone
 _MEASURED = 3  # candidates on each side of the limit that are measured as a whole; recovery tries those beyond it
 
 
@@ -82,14 +85,15 @@ def compress_with_accuracy_control(
         divergence from the dense model on the held-out items, nats a token for language models.
     :param max_drop: By how much the number may be lower than that of the dense model, or how large the divergence may
         be. 0.01 nats are about one percent of perplexity.
-    :param objective: What shall be small: ``nncf_ext.latency("CPU", ...)``, the default, ``nncf_ext.weight_bytes()`` or
-        any other that is minimized. Its example is a single token for causal language models, which is what decoding
-        repeats, and an item of the dataset for others.
+    :param objective: What shall be small: ``nncf_ext.latency("CPU", convert=...)`` or any other that is minimized. None
+        for ``nncf_ext.packed_bytes()``, which is what decoding reads. The example of one that runs networks is a single
+        token for causal language models, which is what decoding repeats, and an item of the dataset for others.
     :param budget: How many combinations to try on little text.
-    :param storage: Folder that keeps what is finished, made if it does not exist: the same call continues. Processes
-        that share it search together. None: nothing is kept.
-    :param recover: Takes a compressed model and the dense one, returns the first after training. It is tried on up to
-        three combinations that lose somewhat too much.
+    :param storage: Folder that keeps what is finished, made if it does not exist: the same call continues. What
+        validation_fn says is not kept: nobody knows whether it is the same function. Once the forms are made, further
+        processes with the same folder try combinations, too. None: nothing is kept.
+    :param recover: Takes a compressed model and a copy of the dense one, and returns the first after training, with the
+        same forms. It is tried on up to three combinations that lose somewhat too much.
     :param ignored_scope: Layers to leave as they are.
     :param subset_size: How many items of the dataset to use.
     :param seed: Of the search.
@@ -105,7 +109,7 @@ def compress_with_accuracy_control(
     parameters = advanced_parameters or AdvancedAccuracyControlParameters()
     parameters.check()
     model = _checked(model, max_drop, budget)
-    objective = latency("CPU") if objective is None else objective
+    objective = packed_bytes() if objective is None else objective
     items = read_items(dataset, subset_size)
     held = max(1, round(len(items) * parameters.held_out))
     if len(items) - held < 1:
@@ -128,22 +132,24 @@ def compress_with_accuracy_control(
         if bound.maximize:
             msg = f"The objective {bound.name!r} is to be maximized; what shall be small is needed, such as latency()."
             raise nncf.ParameterNotSupportedError(msg)
+        run = _Control(net, bound, drop, Divergence(model, few_items(calibration, _LITTLE)), journal, parameters)
         try:
-            run = _Control(net, bound, drop, Divergence(model, few_items(calibration, _LITTLE)), journal, parameters)
             singles = run.singles(max_drop)
-            report = run.searched(max_drop, budget, folder / "search.log", seed)
+            report = run.searched(max_drop, budget, None if storage is None else folder / "search.log", seed)
             if not report.complete:
                 raise KeyboardInterrupt
-            return run.chosen(report, singles, max_drop, recover)
+            tried = run.tried(report, max_drop)
+            net.restore()
+            return run.chosen(report, [*singles, *tried], max_drop, recover)
         finally:
-            net.activate(net.space.maximal())
+            net.restore()
 
 
 def _checked(model: nn.Module, max_drop: float, budget: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         msg = f"Asked to compress a {type(model).__name__}; a torch.nn.Module is needed."
         raise nncf.UnsupportedModelError(msg)
-    if not max_drop > 0 or budget < 1:
+    if not 0 < max_drop < math.inf or budget < 1:
         msg = f"max_drop is a number above 0 and budget a number of combinations from 1; got {max_drop} and {budget}."
         raise nncf.ValidationError(msg)
     model = unwrapped(model)
@@ -166,9 +172,18 @@ def _folder(storage: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 def _example(model: nn.Module, item: Any) -> Any:
     """One token where the model predicts the next one: decoding repeats that. Else an item as it is."""
-    if isinstance(item, Mapping) and "input_ids" in item and type(model).__name__.endswith("ForCausalLM"):
-        return {"input_ids": item["input_ids"][:1, :1]}
-    return item
+    predicts = type(model).__name__.endswith("ForCausalLM")
+    if isinstance(item, Mapping):
+        return {"input_ids": item["input_ids"][:1, :1]} if predicts and "input_ids" in item else dict(item)
+    return item[:1, :1] if predicts and isinstance(item, Tensor) else item
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate, and the point that it is."""
+
+    candidate: Candidate
+    point: Point
 
 
 class _Control:
@@ -188,26 +203,26 @@ class _Control:
         self._prediction: Prediction | None = None
         self._known: dict[str, float] = {}
 
-    def singles(self, max_drop: float) -> list[Candidate]:
+    def singles(self, max_drop: float) -> list[_Tried]:
         """One form everywhere: what other combinations are predicted from, and compared with."""
         found = []
         with Progress() as progress:
             task = progress.add_task("Measuring one form everywhere", total=len(self._parameters.by_size))
             for size, form in self._parameters.by_size.items():
-                found.append(self._candidate(f"{form} everywhere", self._net.everywhere(size), single=True))
+                found.append(self._tried(f"{form} everywhere", self._net.everywhere(size), single=True))
                 progress.advance(task)
-        smaller = [each for each in found if not _is_dense(each)]
+        smaller = [each.candidate for each in found if not _is_dense(each.candidate)]
         if not any(each.drop <= max_drop for each in smaller):
             logger.warning(
                 "No form everywhere keeps to max_drop %g; the nearest is %s with %.4g.",
                 max_drop,
-                *min(((each.name, each.drop) for each in smaller), key=lambda pair: pair[1]),
+                *min(((each.name, each.drop) for each in smaller), key=lambda pair: pair[1], default=("none", 0.0)),
             )
-        wholes = {size: each.cost for size, each in zip(self._parameters.by_size, found, strict=True)}
+        wholes = {size: each.candidate.cost for size, each in zip(self._parameters.by_size, found, strict=True)}
         self._prediction = Prediction(self._net, wholes, *self._measured_alone())
         return found
 
-    def searched(self, max_drop: float, budget: int, storage: Path, seed: int) -> SearchReport:
+    def searched(self, max_drop: float, budget: int, storage: Path | None, seed: int) -> SearchReport:
         """Combinations on little text, with predicted costs."""
         prediction = self._predictions()
         sampler: Any = self._parameters.sampler
@@ -215,28 +230,28 @@ class _Control:
         sampler = PriceSampler(prediction, losses, seed) if sampler is None else sampler
         starts = min(_STARTS, max(1, budget // 2))
         limits = [low * (high / low) ** (place / max(1, starts - 1)) for place in range(starts)]
+        name, where = self._objective.name, self._objective.conditions
         return search(
             self._net,
             [
                 Objective("divergence", lambda _: self._little(self._net.model), maximize=False),
-                Objective(f"predicted {self._objective.name}", prediction.cost, maximize=False),
+                Objective(f"predicted {name}", prediction.cost, maximize=False, conditions=where),
             ],
             sampler=sampler,
             budget=budget,
             starts=[prediction.cheapest(limit) for limit in limits],
             storage=storage,
-            study_name=f"at most {max_drop:g}",
+            # Predictions of another CPU, or of another objective, are of no use here.
+            study_name=f"at most {max_drop:g}, {name}, seed {seed}, {digest([where])[:8]}",
             seed=seed,
         )
 
-    def chosen(
-        self,
-        report: SearchReport,
-        singles: list[Candidate],
-        max_drop: float,
-        recover: Callable[[Any, Any], Any] | None,
-    ) -> AccuracyControlResult:
-        """Judges the best combinations, from the cheapest that may do, and measures those that count as a whole."""
+    def tried(self, report: SearchReport, max_drop: float) -> list[_Tried]:
+        """
+        Combinations around the limit, judged by all held-out data; those that count are measured as a whole.
+
+        :return: The cheapest by prediction that keep to the limit, and those that are least beyond it.
+        """
         points = self._around_the_limit(report, max_drop)
         keeping = [place for place, point in enumerate(points) if self._drop_of(point) <= max_drop]
         beyond = [place for place in range(len(points)) if place not in keeping]
@@ -244,35 +259,68 @@ class _Control:
         # Predicted costs are not quite those of wholes: the next ones may be cheaper in truth.
         keeping = sorted(keeping, key=lambda place: cost(points[place]))[:_MEASURED]
         beyond = sorted(beyond, key=lambda place: self._drop_of(points[place]))[:_MEASURED]
-        measured = {place: self._candidate(f"combination {place + 1}", points[place]) for place in (*keeping, *beyond)}
-        everything = [*singles, *measured.values()]
-        point_of = {id(each): points[place] for place, each in measured.items()}
-        sizes = [*self._parameters.by_size]
-        point_of |= {id(each): self._net.everywhere(size) for each, size in zip(singles, sizes, strict=True)}
-        model, best = None, _cheapest(everything, max_drop)
+        return [self._tried(f"combination {place + 1}", points[place]) for place in (*keeping, *beyond)]
+
+    def chosen(
+        self,
+        report: SearchReport,
+        tried: list[_Tried],
+        max_drop: float,
+        recover: Callable[[Any, Any], Any] | None,
+    ) -> AccuracyControlResult:
+        """The cheapest that keeps to the limit, recovered or not. The model is dense by now."""
+        dense = next(each for each in tried if _is_dense(each.candidate))
+        smaller = [each for each in tried if not _is_dense(each.candidate)]
+        model, best = None, _cheapest(smaller, max_drop, dense.candidate.cost)
+        everything = [each.candidate for each in tried]
         if recover is not None:
-            cheaper = [measured[place] for place in beyond if best is None or measured[place].cost < best.cost]
-            for each in cheaper:
-                trained = recover(self._net.extract(point_of[id(each)]), self._dense())
-                again = replace(each, name=f"{each.name}, recovered", drop=self._drop(trained.eval()))
+            limit = dense.candidate.cost if best is None else best.candidate.cost
+            beyond = [each for each in smaller if each.candidate.drop > max_drop and each.candidate.cost < limit]
+            for each in sorted(beyond, key=lambda one: one.candidate.drop)[:_MEASURED]:
+                trained = self._recovered(each, recover)
+                with evaluation(trained):
+                    drop = self._drop(trained)
+                again = replace(each.candidate, name=f"{each.candidate.name}, recovered", drop=drop, single=False)
                 everything.append(again)
-                if again.drop <= max_drop and (best is None or again.cost < best.cost):
-                    model, best = trained, again
+                if drop <= max_drop and (best is None or again.cost < best.candidate.cost):
+                    model, best = trained, _Tried(again, each.point)
         if best is None:
-            nearest = min((each for each in everything if not _is_dense(each)), key=lambda each: each.drop)
+            nearest = min((each.candidate for each in smaller), key=lambda each: each.drop)
             msg = (
-                f"Nothing keeps to max_drop {max_drop:g}. The nearest is {nearest.name}: it loses {nearest.drop:.4g}, "
-                f"{self._objective.name} {nearest.cost:.5g}. Allow more, add forms with more bits, or give recover=."
+                f"Nothing that costs less than the dense model keeps to max_drop {max_drop:g}. The nearest is "
+                f"{nearest.name}: it loses {nearest.drop:.4g}, {self._objective.name} {nearest.cost:.5g} (dense: "
+                f"{dense.candidate.cost:.5g}). Allow more, add forms with more bits, or give recover=."
             )
             raise nncf.ValidationError(msg)
         if model is None:
-            model = self._net.extract(point_of[id(best)])
+            model = self._net.extract(best.point)
         drop_of = "nats of divergence" if isinstance(self._drop, Divergence) else "of validation_fn"
         notes = [note for note in (self._objective.note() if self._objective.note else None,) if note]
-        ordered = tuple(sorted(everything, key=lambda each: each.cost))
+        ordered = tuple(sorted(everything, key=lambda each: (each.cost, each.drop)))
         name = self._objective.name
-        result = AccuracyControlReport(ordered, best, max_drop, drop_of, name, report, tuple(notes))
-        return AccuracyControlResult(model, best.plan, result)
+        result = AccuracyControlReport(ordered, best.candidate, max_drop, drop_of, name, report, tuple(notes))
+        return AccuracyControlResult(model, best.candidate.plan, result)
+
+    def _recovered(self, tried: _Tried, recover: Callable[[Any, Any], Any]) -> Any:
+        """A combination after the user's training, which must not have changed its forms."""
+        small = self._net.extract(tried.point)
+        before = _stored(small)
+        with torch.enable_grad():
+            trained = recover(small, copy.deepcopy(self._net.model))
+        after = _stored(trained) if isinstance(trained, nn.Module) else {}
+        changed = [
+            name
+            for name, (kind, zeros) in before.items()
+            if name not in after or after[name][0] != kind or after[name][1] < zeros - _LOST_ZEROS
+        ]
+        if changed:
+            msg = (
+                f"recover= returned a {type(trained).__name__} in which {changed[0]} has another form, so that it "
+                "costs something else. Train adapters that merge into the codes (make_mergeable), or what has no form; "
+                "keep zeros (KeepZeros)."
+            )
+            raise nncf.ValidationError(msg)
+        return trained.eval()
 
     def _losses_of_interest(self, max_drop: float) -> tuple[float, float]:
         """Divergences around what is allowed; where another function says that, those of one form everywhere."""
@@ -280,7 +328,8 @@ class _Control:
             return max_drop / _AROUND, max_drop * _AROUND
         net, predicted = self._net, self._predictions()
         found = [float(predicted.losses(net.everywhere(size)).sum()) for size in self._parameters.by_size]
-        return max(min(each for each in found if each > 0), max(found) / _WIDEST), max(found)
+        least = min((each for each in found if each > 0), default=1.0)
+        return max(least, max(found) / _WIDEST), max(*found, least)
 
     def _around_the_limit(self, report: SearchReport, max_drop: float) -> list[Point]:
         """
@@ -310,32 +359,33 @@ class _Control:
             points.append(point)
         return points
 
-    def _candidate(self, name: str, point: Point, single: bool = False) -> Candidate:
+    def _tried(self, name: str, point: Point, single: bool = False) -> _Tried:
         """Judged and measured as a whole."""
-        return Candidate(name, self._plan(point), self._drop_of(point), self._cost_of(point), single)
+        return _Tried(Candidate(name, self._plan(point), self._drop_of(point), self._cost_of(point), single), point)
 
     def _drop_of(self, point: Point) -> float:
-        """What a point loses on all held-out data, found now or before."""
+        """What a point loses on all held-out data, found now or before; what a user's function says, now."""
 
         def judge() -> float:
             self._net.activate(point)
             return self._drop(self._net.model)
 
-        return self._once("drop", [*point.items(), getattr(self._drop, "dense", None)], judge)
+        return self._once("drop", [*point.items()], judge, keep=isinstance(self._drop, Divergence))
 
     def _cost_of(self, point: Point) -> float:
         """What it costs, measured as a whole now or before."""
         of = [*point.items(), self._objective.name, self._objective.conditions]
         return self._once("cost", of, lambda: float(self._objective(point)))
 
-    def _once(self, what: str, of: list[Any], measure: Callable[[], float]) -> float:
+    def _once(self, what: str, of: list[Any], measure: Callable[[], float], keep: bool = True) -> float:
         name = f"{what}-{digest(of)[:16]}.json"
         if name not in self._known:
-            known = self._journal.read(name, read_json)
+            known = self._journal.read(name, read_json) if keep else None
             if known is None:
-                content = json.dumps({what: measure()})
-                self._journal.write(name, lambda aside: aside.write_text(content))
-                known = json.loads(content)
+                known = {what: measure()}
+                content = json.dumps(known)
+                if keep:
+                    self._journal.write(name, lambda aside: aside.write_text(content))
             self._known[name] = known[what]
         return self._known[name]
 
@@ -369,6 +419,9 @@ class _Control:
                     self._net.activate(self._net.space.canonical({**whole, name: REMOVED}))
                     removals[name] = self._little(self._net.model)
                     progress.advance(task)
+            # Rounding can leave a difference of nothing; nothing is free.
+            least = min((price for price in prices.values() if price > 0), default=1.0)
+            prices = {name: max(price, least) for name, price in prices.items()}
             known = {"prices": prices, "removals": removals}
             content = json.dumps(known)
             self._journal.write("alone.json", lambda aside: aside.write_text(content))
@@ -379,14 +432,19 @@ class _Control:
             raise nncf.InternalError("A search without what its predictions are made from.")
         return self._prediction
 
-    def _dense(self) -> Any:
-        self._net.activate(self._net.space.maximal())
-        return self._net.model
+
+def _cheapest(tried: list[_Tried], max_drop: float, dense: float) -> _Tried | None:
+    kept = (each for each in tried if each.candidate.drop <= max_drop and each.candidate.cost < dense)
+    return min(kept, key=lambda each: (each.candidate.cost, each.candidate.drop), default=None)
 
 
-def _cheapest(candidates: list[Candidate], max_drop: float) -> Candidate | None:
-    kept = (each for each in candidates if each.drop <= max_drop and not _is_dense(each))
-    return min(kept, key=lambda each: each.cost, default=None)
+def _stored(model: nn.Module) -> dict[str, tuple[Any, float]]:
+    """Of each weight with two axes how it is stored: type and shape, and the share of zeros that it shows."""
+    return {
+        name: ((each.dtype, each.shape), 0.0 if each.dtype is torch.uint8 else float((each == 0).double().mean()))
+        for name, each in model.named_parameters()
+        if each.dim() > 1
+    }
 
 
 def _is_dense(candidate: Candidate) -> bool:

@@ -140,10 +140,14 @@ class Prediction:
 
     @cached_property
     def _besides(self) -> float:
-        """What would be left without any weight: where the line through the smallest and the largest form ends."""
-        (small, low), (large, high) = min(self.wholes.items()), max(self.wholes.items())
-        slope = max(high - low, 0.0) / (large - small)
-        return max(low - slope * small, 0.0)
+        """What would be left without any weight: where lines through the largest form and each other one end, mean."""
+        large = max(self.wholes)
+        ends = [
+            low - (self.wholes[large] - low) / (large - small) * small
+            for small, low in self.wholes.items()
+            if small != large
+        ]
+        return min(max(sum(ends) / len(ends), 0.0), *self.wholes.values())
 
     def _loss_of(self, group: str, size: int) -> float:
         return self.prices[group] * self.net.catalogue.error(self.net.groups[group], size)

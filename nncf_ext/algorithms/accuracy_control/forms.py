@@ -1,5 +1,6 @@
 """How a weight can be stored: bits, zeros, or not at all."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import nncf
 
 _SCALE_BITS = 16  # of one float16 scale
 _BITS = (16, 8, 4)
+_NAME = re.compile(r"(?P<bits>float16|int8|int4)(-g(?P<group>\d{1,4}))?(-s(?P<zeros>\d{1,2}(\.\d+)?))?")
 REMOVED = 0
 """The size of what is not there."""
 
@@ -49,19 +51,12 @@ class WeightForm:
         :return: The form.
         :raises nncf.ValidationError: It names none.
         """
-        kind, *further = text.strip().split("-")
-        bits = {"float16": 16, "int8": 8, "int4": 4}.get(kind)
-        numbers: dict[str, float] = {}
-        for each in further:
-            known = each[:1] in ("g", "s") and each[:1] not in numbers and not (each[0] == "g" and bits != 4)
-            try:
-                numbers[each[:1]] = float(each[1:]) if known else float("nan")
-            except ValueError:
-                bits = None
-        if bits is None or any(value != value for value in numbers.values()):
+        found = _NAME.fullmatch(text.strip())
+        if found is None or (found["group"] and found["bits"] != "int4"):
             msg = f"A form is named as float16, int8, int8-s50, int4-g64 or int4-g64-s30; got {text!r}."
             raise nncf.ValidationError(msg)
-        return WeightForm(bits, numbers.get("s", 0.0) / 100, int(numbers.get("g", 64)))
+        bits = {"float16": 16, "int8": 8, "int4": 4}[found["bits"]]
+        return WeightForm(bits, float(found["zeros"] or 0) / 100, int(found["group"] or 64))
 
 
 DENSE = WeightForm(16)

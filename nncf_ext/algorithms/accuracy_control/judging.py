@@ -1,40 +1,51 @@
 """What a form costs in quality: divergence from the dense model on text, or what the user's own function says."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import nncf
 from torch import nn
 
 from nncf_ext.calibration.stream import call_model
-from nncf_ext.importance.outputs import difference, read_output
+from nncf_ext.importance.outputs import Output, difference, read_output
 
 _POSITIONS = 128  # of an item
+_BROKEN = 1e6  # of a model that computes NaN
 _EQUAL = 1e-9  # two calls of a validation function may differ by this share
 
 
 class Divergence:
     """
     How far the outputs of a model have moved from those of the dense model: for logits, the Kullback-Leibler divergence
-    of the predicted distributions, nats; for others, the squared error relative to their size. The mean over items.
+    of the predicted distributions, nats; for others, the squared error relative to their size. Of each item up to 128
+    positions are looked at, spread evenly, padding left out; then the mean over items.
 
-    :param dense: The dense model, in evaluation mode; its outputs are kept.
+    :param dense: The dense model, in evaluation mode; its outputs there are kept, float32.
     :param items: Inputs.
+    :raises nncf.ValidationError: The dense model gives what is not finite.
     """
 
     def __init__(self, dense: nn.Module, items: Sequence[Any]) -> None:
         self._items = items
-        self._dense = [read_output(call_model(dense, item), _POSITIONS) for item in items]
+        self._dense = [self._output(dense, item) for item in items]
+        if not all(bool(each.values.isfinite().all()) for each in self._dense):
+            msg = "The dense model's outputs are not finite on the data, so that nothing can be compared with them."
+            raise nncf.ValidationError(msg)
 
     def __call__(self, model: nn.Module) -> float:
         """
         :param model: A model, in evaluation mode.
-        :return: The divergence.
+        :return: The divergence; a large number where the model gives what is not finite.
         """
         pairs = zip(self._items, self._dense, strict=True)
-        found = [difference(read_output(call_model(model, item), _POSITIONS), dense) for item, dense in pairs]
-        return sum(found) / len(found)
+        found = [difference(self._output(model, item), dense) for item, dense in pairs]
+        total = sum(found) / len(found)
+        return total if math.isfinite(total) else _BROKEN
+
+    def _output(self, model: nn.Module, item: Any) -> Output:
+        mask = item.get("attention_mask") if isinstance(item, Mapping) else None
+        return read_output(call_model(model, item), _POSITIONS, mask)
 
 
 class Drop:

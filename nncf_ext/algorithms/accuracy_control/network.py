@@ -63,17 +63,29 @@ class FormNetwork:
         """
         point = self.space.canonical(self.space.check(point))
         if any(point[name] != self._active[name] for name in self.branches):
-            for name in reversed([*self._masks]):  # masks come off in the opposite order
-                self._masks.pop(name)()
+            self._unmask()
             for name, branch in self.branches.items():
                 if point[name] == REMOVED:
                     self._masks[name] = mask_dimension(self.model, branch, ())
+                    self._active[name] = REMOVED
         with torch.no_grad():
             for name, group in self.groups.items():
                 if point[name] != self._active[name]:
                     for layer in group.layers:
                         self._put(layer, point[name])
-        self._active = point
+                    self._active[name] = point[name]
+
+    def restore(self) -> None:
+        """Makes the model dense again, whatever was interrupted."""
+        self._unmask()
+        for name, layer in self.layers.items():
+            layer.weight.data = self._originals[name]
+        self._active = self.space.maximal()
+
+    def _unmask(self) -> None:
+        for name in reversed([*self._masks]):  # masks come off in the opposite order
+            self._masks.pop(name)()
+            self._active[name] = PRESENT
 
     def silent(self, point: Mapping[str, int]) -> set[str]:
         """
@@ -113,7 +125,7 @@ class FormNetwork:
             name = module.__dict__.pop(_LAYER, None)
             if name is not None and isinstance(module, nn.Linear):
                 self.catalogue.entry(name, size_of[name]).install(model, path, module)
-        return model
+        return model.eval()
 
     def _copy(self, point: Point) -> Any:
         gone = [self.branches[name].name for name in self.branches if point[name] == REMOVED]
@@ -159,4 +171,4 @@ def _known_dimensions(model: nn.Module) -> Dimensions | None:
 
 
 def _within(layer: str, branch: Dimension) -> bool:
-    return any(layer.startswith(f"{path}.") for path in branch.replaced(()))
+    return any(layer == path or layer.startswith(f"{path}.") for path in branch.replaced(()))

@@ -1,5 +1,7 @@
 """What combinations of forms are judged by, where nothing needs to be run."""
 
+import nncf
+
 from nncf_ext.algorithms.accuracy_control.network import FormNetwork
 from nncf_ext.exploration.objectives import NetworkObjective, Objective
 from nncf_ext.exploration.space import Elastic, Point
@@ -7,14 +9,18 @@ from nncf_ext.exploration.space import Elastic, Point
 
 def packed_bytes() -> NetworkObjective:
     """
-    Bytes of the weights of a network of forms when it is packed, to minimize, under the name "bytes": zeros take a bit
-    each. Weights that have no form, such as embeddings, count as they are.
+    Bytes of the weights of a network of forms when it is packed, to minimize, under the name "packed bytes": where
+    there are zeros, a bit a weight says where, and the others are stored. Weights that have no form, such as
+    embeddings, count as they are in the model.
 
     :return: The objective.
+    :raises nncf.ValidationError: When it is bound: the network is one of other dimensions.
     """
 
     def make(net: Elastic) -> Objective:
-        assert isinstance(net, FormNetwork)
+        if not isinstance(net, FormNetwork):
+            msg = f"packed_bytes() counts forms of weights, which {type(net).__name__} has not. Use weight_bytes()."
+            raise nncf.ValidationError(msg)
         inside = {id(layer.weight) for layer in net.layers.values()}
         rest = sum(each.nbytes for each in net.model.parameters() if id(each) not in inside)
 
@@ -23,6 +29,6 @@ def packed_bytes() -> NetworkObjective:
             forms = [group.weights * point[name] / 8000 for name, group in net.groups.items() if name not in silent]
             return rest + sum(forms)
 
-        return Objective("bytes", count, maximize=False)
+        return Objective("packed bytes", count, maximize=False)
 
-    return NetworkObjective("bytes", make)
+    return NetworkObjective("packed bytes", make)

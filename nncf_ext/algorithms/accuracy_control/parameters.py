@@ -46,6 +46,10 @@ class AdvancedAccuracyControlParameters:
         """
         if len(self.by_size) < 2:
             raise nncf.ValidationError(f"A choice needs two forms at least; got {list(map(str, self.forms))}.")
+        for form in self.by_size.values():
+            if form.size >= DENSE.size and form != DENSE:
+                msg = f"{form} takes {form.size / 1000:g} bits a weight, more than the dense weight. Leave it out."
+                raise nncf.ValidationError(msg)
         parse_choice(self.mode, (CompressMode.SPARSE_GPT, CompressMode.SPARSE_ADMM), "mode")
         of_one_point = (SearchSampler.HEURISTIC, SearchSampler.HILL_CLIMBING)
         if self.sampler is not None:
