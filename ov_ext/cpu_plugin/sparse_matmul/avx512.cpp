@@ -25,11 +25,11 @@ INLINE void multiply_add(__m512& sum, __m512i activations, __m512i weights) {
 // The slices of one panel, each multiplied the moment it is decoded. For dense weights and for f32 activations; add_sparse_panel does the
 // rest.
 template <Kind kind, bool dense, Input input, int M>
-INLINE void add_panel(Stream<kind, dense>& stream, const Rows& x, typename Register<input>::type (&sums)[M][lanes<input>]) {
+INLINE void add_panel(Stream<kind, dense>& stream, const Rows<M>& x, typename Register<input>::type (&sums)[M][lanes<input>]) {
     constexpr uint64_t x_slice = Part<kind, input>::x_slice;
     // As many accumulators as hide the latency: one row of x alone has too few chains. The order of integer additions does not matter, so
     // M may decide here; floating-point sums always have their two.
-    constexpr int parts = input == Input::u8 && M == 1 ? 4 : 2;
+    constexpr int parts = input != Input::u8 ? 2 : M == 1 ? 4 : M < 4 ? 2 : 1;
     typename Register<input>::type sum[M][parts] = {};
     for (int m = 0; m < M; m++)
         for (int i = 0; i < lanes<input>; i++)
@@ -81,7 +81,7 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
                 for (; tile < end; tile++)
 #pragma GCC unroll 1
                     for (int p = 0; p < block_panels; p++)
-                        add_panel<kind, dense, input, M>(stream, Rows(part.x + tile * part.x_tile, part.stride), sums[p]);
+                        add_panel<kind, dense, input, M>(stream, Rows<M>(part.x + tile * part.x_tile, part.stride), sums[p]);
             } else {
                 // Panels are constants (each), not a loop: sums are then named registers, or places on the stack between two panels.
                 typename Register<input>::type sum[block_panels][M][2] = {};  // even and odd slices
@@ -109,10 +109,11 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
 // sums as fit the registers. A row has 4 sums, u8 of 4 panels, the others 2 chains of each of 2 panels. 6 rows have 24; with 4 registers
 // for slices and 2 for activations that is 30 of 32. Floating point therefore reads the activations twice, once for each pair of panels.
 template <Kind kind, Input input, int M>
-void multiply_decoded(const Part<kind, input>& part, const uint8_t* decoded, float* out) {
+void multiply_decoded(const Part<kind, input>& part, const uint8_t* decoded, NextRun& next, float* out) {
     constexpr int panels = input == Input::u8 ? block_panels : 2;
     for (int first = 0; first < block_panels; first += panels)
         part.template multiply<M, panels>(first, out, [&](uint64_t tile, uint64_t end, auto& sums) INLINED {
+            next.step();
             const uint8_t* slices = decoded + (tile - part.begin) * k_tile_bytes + uint64_t(first) * panel_bytes;
             const uint8_t* x = part.x + tile * part.x_tile;
             if constexpr (input == Input::u8)
@@ -148,15 +149,19 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
             } else {
                 decode_panel(stream, at);
             }
+        // Dense bf16 is bound by memory anyway.
+        NextRun next;
+        if constexpr (!dense || kind != Kind::bf16)
+            next = NextRun(w, block, chunk, Stream<kind, dense>::mask_bytes, (rows + most_rows - 1) / most_rows * part.parts());
         for (uint64_t done = 0; done < rows; done += most_rows) {
             float* to = out + done * block_n;
             switch (rows - done) {  // the last rows: with fewer sums, added in the same order
-                case 1: multiply_decoded<kind, input, 1>(part, decoded, to); break;
-                case 2: multiply_decoded<kind, input, 2>(part, decoded, to); break;
-                case 3: multiply_decoded<kind, input, 3>(part, decoded, to); break;
-                case 4: multiply_decoded<kind, input, 4>(part, decoded, to); break;
-                case 5: multiply_decoded<kind, input, 5>(part, decoded, to); break;
-                default: multiply_decoded<kind, input, 6>(part, decoded, to); break;
+                case 1: multiply_decoded<kind, input, 1>(part, decoded, next, to); break;
+                case 2: multiply_decoded<kind, input, 2>(part, decoded, next, to); break;
+                case 3: multiply_decoded<kind, input, 3>(part, decoded, next, to); break;
+                case 4: multiply_decoded<kind, input, 4>(part, decoded, next, to); break;
+                case 5: multiply_decoded<kind, input, 5>(part, decoded, next, to); break;
+                default: multiply_decoded<kind, input, 6>(part, decoded, next, to); break;
             }
             part.x += most_rows * part.stride;
             if (input == Input::u8)
@@ -172,6 +177,10 @@ constexpr uint64_t max_rows = 256;  // that share one expansion
 
 // A function for each small number of rows, because the sums of all rows are registers: their number must be a constant. 4 is as many as
 // add_sparse_panel takes, whose assembly statement has no operand left for a fifth row.
+template <Kind kind, Input input>
+void multiply_passes(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
+                     float* out);
+
 template <Kind kind, bool dense, Input input>
 Function by_rows(uint64_t rows) {
     switch (rows) {
@@ -179,8 +188,24 @@ Function by_rows(uint64_t rows) {
         case 2: return multiply_few<kind, dense, input, 2>;
         case 3: return multiply_few<kind, dense, input, 3>;
         case 4: return multiply_few<kind, dense, input, 4>;
-        default: return multiply_many<kind, dense, input>;
     }
+    if constexpr (dense && input != Input::f32)
+        switch (rows) {
+            case 5: return multiply_few<kind, dense, input, 5>;
+            case 6: return multiply_few<kind, dense, input, 6>;
+            case 7: return multiply_few<kind, dense, input, 7>;
+            case 8: return multiply_few<kind, dense, input, 8>;
+            default:
+                if (rows <= most_rows_in_passes)
+                    return multiply_passes<kind, input>;
+        }
+    return multiply_many<kind, dense, input>;
+}
+
+template <Kind kind, Input input>
+void multiply_passes(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
+                     float* out) {
+    multiply_in_passes([](uint64_t some) { return by_rows<kind, true, input>(some); }, w, a, block, first, last, row, rows, out);
 }
 
 template <Kind kind, Input input>

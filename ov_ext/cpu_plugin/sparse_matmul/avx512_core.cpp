@@ -140,9 +140,9 @@ INLINE void multiply_add(__m512i& sum, __m512i weights, __m512i activations) {
 
 // Adds the products of the 16 slices of a panel and M rows of x, each slice multiplied the moment it is decoded.
 template <Kind kind, bool dense, int M>
-INLINE void add_panel(Stream<kind, dense, Input::s8>& stream, const Rows& x, __m512i (&sums)[M][1]) {
+INLINE void add_panel(Stream<kind, dense, Input::s8>& stream, const Rows<M>& x, __m512i (&sums)[M][1]) {
     // As many chains of additions as hide the latency of the dot product. 16-bit sums of narrow hold 8 slices, so it needs two as well.
-    constexpr int parts = dot<kind> == Dot::vnni && M == 1 ? 4 : 2;
+    constexpr int parts = dot<kind> != Dot::vnni ? 2 : M == 1 ? 4 : M < 4 ? 2 : 1;
     __m512i sum[M][parts] = {};
 #pragma GCC unroll 8
     for (int s = 0; s < panel_slices; s += 2) {
@@ -176,7 +176,7 @@ INLINE void sum_integers(const uint8_t* slices, const uint8_t* x_rows, uint64_t 
     constexpr int run = dot<kind> == Dot::narrow ? 8 : 16;  // slices until 16-bit sums are full
     __m512i sum[panels][M] = {};
     for (; tiles; tiles--, slices += k_tile_bytes, x_rows += panel_slices * 4) {
-        Rows x(x_rows, stride);
+        Rows<M> x(x_rows, stride);
         const uint8_t* at = slices;
 #pragma GCC unroll 1
         for (int from = 0; from < panel_slices; from += run) {
@@ -216,7 +216,7 @@ INLINE void sum_integers(const uint8_t* slices, const uint8_t* x_rows, uint64_t 
 
 // The same for f32 activations: input j of a slice joins chain j % 2.
 template <Kind kind, bool dense, int M>
-INLINE void add_panel(Stream<kind, dense, Input::f32>& stream, const Rows& x, __m512 (&sums)[M][2]) {
+INLINE void add_panel(Stream<kind, dense, Input::f32>& stream, const Rows<M>& x, __m512 (&sums)[M][2]) {
     constexpr int slice_k = kind == Kind::bf16 ? 2 : 4;
 #pragma GCC unroll 8
     for (int s = 0; s < panel_slices; s += 2) {
@@ -237,7 +237,7 @@ INLINE void add_panel(Stream<kind, dense, Input::f32>& stream, const Rows& x, __
 // bf16 weights with a mask: one expanded 16-bit value is one lane, so both inputs of an output are neighbours, and each is a chain. Outputs
 // 0 ... 7 of a panel are sums[m][0], the others sums[m][1].
 template <int M>
-INLINE void add_expanded_panel(Stream<Kind::bf16, false, Input::f32>& stream, const Rows& x, __m512 (&sums)[M][2]) {
+INLINE void add_expanded_panel(Stream<Kind::bf16, false, Input::f32>& stream, const Rows<M>& x, __m512 (&sums)[M][2]) {
     __m512 sum[M][2];  // a copy, because the masks might lie in the memory of sums, for all that a compiler knows
     std::memcpy(sum, sums, sizeof(sum));
 #pragma GCC unroll 16
@@ -279,7 +279,7 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
             for (; tile < end; tile++)
 #pragma GCC unroll 1
                 for (int p = 0; p < block_panels; p++) {
-                    const Rows x(part.x + tile * part.x_tile, part.stride);
+                    const Rows<M> x(part.x + tile * part.x_tile, part.stride);
                     if constexpr (by_lane)
                         add_expanded_panel(stream, x, sums[p]);
                     else
@@ -295,10 +295,11 @@ void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint6
 
 // M rows of x times a decoded chunk, whose slices each meet M rows, and activations `panels` panels: as many as the registers hold sums for.
 template <Kind kind, Input input, int M>
-void multiply_decoded(const Part<kind, input>& part, const uint8_t* decoded, float* out) {
+void multiply_decoded(const Part<kind, input>& part, const uint8_t* decoded, NextRun& next, float* out) {
     constexpr int panels = input == Input::s8 && dot<kind> == Dot::vnni ? 4 : 2;
     for (int first = 0; first < block_panels; first += panels)
         part.template multiply<M, panels>(first, out, [&](uint64_t tile, uint64_t end, auto& sums) INLINED {
+            next.step();
             const uint8_t* slices = decoded + (tile - part.begin) * k_tile_bytes + uint64_t(first) * panel_bytes;
             const uint8_t* x = part.x + tile * part.x_tile;
             if constexpr (input == Input::s8)
@@ -326,15 +327,19 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
                 _mm512_store_si512(at, pair[0]);
                 _mm512_store_si512(at + slice_bytes, pair[1]);
             }
+        // Dense bf16 is bound by memory anyway, expansion by arithmetic.
+        NextRun next;
+        if constexpr (dense && kind != Kind::bf16)
+            next = NextRun(w, block, chunk, Stream<kind, dense, input>::mask_bytes, (rows + most_rows - 1) / most_rows * part.parts());
         for (uint64_t done = 0; done < rows; done += most_rows) {
             float* to = out + done * block_n;
             switch (rows - done) {  // the last rows: with fewer sums, added in the same order
-                case 1: multiply_decoded<kind, input, 1>(part, decoded, to); break;
-                case 2: multiply_decoded<kind, input, 2>(part, decoded, to); break;
-                case 3: multiply_decoded<kind, input, 3>(part, decoded, to); break;
-                case 4: multiply_decoded<kind, input, 4>(part, decoded, to); break;
-                case 5: multiply_decoded<kind, input, 5>(part, decoded, to); break;
-                default: multiply_decoded<kind, input, 6>(part, decoded, to); break;
+                case 1: multiply_decoded<kind, input, 1>(part, decoded, next, to); break;
+                case 2: multiply_decoded<kind, input, 2>(part, decoded, next, to); break;
+                case 3: multiply_decoded<kind, input, 3>(part, decoded, next, to); break;
+                case 4: multiply_decoded<kind, input, 4>(part, decoded, next, to); break;
+                case 5: multiply_decoded<kind, input, 5>(part, decoded, next, to); break;
+                default: multiply_decoded<kind, input, 6>(part, decoded, next, to); break;
             }
             part.x += most_rows * part.stride;
             if (integers<input>)
@@ -348,6 +353,10 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
 using Function = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, float*);
 constexpr uint64_t max_rows = 256;  // that share one expansion
 
+template <Kind kind, Input input>
+void multiply_passes(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
+                     float* out);
+
 template <Kind kind, bool dense, Input input>
 Function by_rows(uint64_t rows) {
     switch (rows) {
@@ -355,8 +364,24 @@ Function by_rows(uint64_t rows) {
         case 2: return multiply_few<kind, dense, input, 2>;
         case 3: return multiply_few<kind, dense, input, 3>;
         case 4: return multiply_few<kind, dense, input, 4>;
-        default: return multiply_many<kind, dense, input>;
     }
+    if constexpr (dense && integers<input>)
+        switch (rows) {
+            case 5: return multiply_few<kind, dense, input, 5>;
+            case 6: return multiply_few<kind, dense, input, 6>;
+            case 7: return multiply_few<kind, dense, input, 7>;
+            case 8: return multiply_few<kind, dense, input, 8>;
+            default:
+                if (rows <= most_rows_in_passes)
+                    return multiply_passes<kind, input>;
+        }
+    return multiply_many<kind, dense, input>;
+}
+
+template <Kind kind, Input input>
+void multiply_passes(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
+                     float* out) {
+    multiply_in_passes([](uint64_t some) { return by_rows<kind, true, input>(some); }, w, a, block, first, last, row, rows, out);
 }
 
 template <Kind kind, Input input>

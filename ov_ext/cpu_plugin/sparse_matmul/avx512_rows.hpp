@@ -78,19 +78,44 @@ INLINE void each(const F& f) {
     each_of(std::make_integer_sequence<int, count>(), f);
 }
 
-// Up to 6 rows of activations, `stride` bytes apart, in three registers: addressing modes reach all of them, since they add 0, 1 or 2
+// M rows of activations, `stride` bytes apart, in a register for every three: addressing modes reach all of them, since they add 0, 1 or 2
 // times `stride`, but not 3 or 5 times. Left alone, compilers keep an address for each element on the stack, so a new Rows is made wherever
 // a loop begins.
+template <int M>
 struct Rows {
-    const uint8_t *low, *high;  // rows 0 and 3
+    static constexpr int bases = (M + 2) / 3;
+    const uint8_t* base[bases];  // rows 0, 3, 6
     uint64_t stride;
 
-    INLINE Rows(const uint8_t* x, uint64_t stride) : low(x), high(x + 3 * stride), stride(stride) {
-        __asm__("" : "+r"(this->low), "+r"(this->high), "+r"(this->stride));
+    INLINE Rows(const uint8_t* x, uint64_t stride) : stride(stride) {
+        for (int i = 0; i < bases; i++) {
+            base[i] = x + uint64_t(3 * i) * stride;
+            __asm__("" : "+r"(base[i]));
+        }
+        __asm__("" : "+r"(this->stride));
     }
-    INLINE void advance(uint64_t bytes) { low += bytes, high += bytes; }
-    INLINE const uint8_t* at(int m, uint64_t offset) const { return (m < 3 ? low : high) + uint64_t(m % 3) * stride + offset; }
+    INLINE void advance(uint64_t bytes) {
+        for (const uint8_t*& at : base)
+            at += bytes;
+    }
+    INLINE const uint8_t* at(int m, uint64_t offset) const { return base[m / 3] + uint64_t(m % 3) * stride + offset; }
 };
+
+// Rows of x that meet a slice of dense weights the moment it is decoded; with f32 activations fewer do. More rows go in passes over each
+// chunk, which stays in a cache: up to so many rows, decoding it anew takes less than storing it. Passes are equal: 9 rows go as 5 and 4.
+constexpr uint64_t most_dense_rows = 8, most_rows_in_passes = 32;
+
+// few(rows): the function for so many.
+template <class Few>
+INLINE void multiply_in_passes(const Few& few, const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last,
+                               uint64_t row, uint64_t rows, float* out) {
+    const uint64_t passes = (rows + most_dense_rows - 1) / most_dense_rows, each = (rows + passes - 1) / passes;
+    for (uint64_t chunk = first; chunk < last; chunk++)
+        for (uint64_t done = 0; done < rows; done += each) {
+            const uint64_t some = each < rows - done ? each : rows - done;
+            few(some)(w, a, block, chunk, chunk + 1, row + done, some, out + done * block_n);
+        }
+}
 
 // ------------------------------------------------------------------------------------------------- sums of a chunk
 
@@ -118,6 +143,9 @@ struct Part {
           x(static_cast<const uint8_t*>(a.data) + row * a.stride),
           x_scales(integers<input> ? a.scales + row * segments : nullptr),
           stride(a.stride) {}
+
+    // Calls of `add`, below, for all panels.
+    INLINE uint64_t parts() const { return (end - begin + tiles_per_segment - 1) / tiles_per_segment; }
 
     // Adds the products of this chunk to out[M][block_n], for `panels` panels from `first` on. add(begin, end, sums) sums those of some
     // tiles.
@@ -177,7 +205,7 @@ INLINE void sum_floats(const uint8_t* slices, const uint8_t* x_rows, uint64_t st
     constexpr int slice_k = kind == Kind::bf16 ? 2 : 4;
     __m512 sum[2][M][2] = {};
     for (; tiles; tiles--, slices += k_tile_bytes, x_rows += panel_slices * 4 * slice_k) {
-        Rows x(x_rows, stride);
+        Rows<M> x(x_rows, stride);
 #pragma GCC unroll 4
         for (int s = 0; s < panel_slices; s++, x.advance(4 * slice_k))
             each<slice_k>([&](auto j) INLINED {

@@ -33,5 +33,43 @@ INLINE __m512i offset_of(const BlobView& w, uint64_t block, uint64_t segment, in
     return _mm512_slli_epi32(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))), 7);
 }
 
+// Brings the values and masks of the run behind a chunk into L2, while that chunk, decoded by now, is multiplied in `steps` steps: memory
+// would rest meanwhile.
+class NextRun {
+  public:
+    INLINE NextRun() {}
+    INLINE NextRun(const BlobView& w, uint64_t block, uint64_t chunk, uint64_t mask_bytes, uint64_t steps) {
+        const uint64_t next = block * w.chunks + chunk + 1;
+        if (next == w.blocks * w.chunks)
+            return;
+        const uint64_t begin = load<uint64_t>(w.directory + 8 * next), end = load<uint64_t>(w.directory + 8 * next + 8);
+        m_values = {w.values + begin, (end - begin) / line_bytes + 1, steps};
+        if (w.dense)
+            return;
+        const uint64_t tile_bytes = block_panels * panel_slices * mask_bytes, first = (chunk + 1) * w.tiles_per_chunk;
+        const uint64_t tile = block * w.tiles + (first < w.tiles ? first : w.tiles);
+        m_masks = {w.masks + tile * tile_bytes, w.tiles_per_chunk * tile_bytes / line_bytes, steps};
+    }
+    INLINE void step() {
+        m_values.step();
+        m_masks.step();
+    }
+
+  private:
+    struct Lines {
+        const uint8_t* at = nullptr;
+        uint64_t left = 0, each = 0;
+
+        INLINE Lines() {}
+        INLINE Lines(const uint8_t* at, uint64_t lines, uint64_t steps) : at(at), left(lines), each((lines + steps - 1) / steps) {}
+        INLINE void step() {
+            const uint64_t count = each < left ? each : left;
+            left -= count;
+            for (const uint8_t* const end = at + count * line_bytes; at != end; at += line_bytes)
+                _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+        }
+    } m_values, m_masks;
+};
+
 }  // namespace
 }  // namespace ov_ext::sparse_matmul
