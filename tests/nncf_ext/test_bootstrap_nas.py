@@ -437,3 +437,39 @@ def test_copies_are_apart() -> None:
     small = twin(IMAGES)
     net.activate(net.maximal())
     assert torch.equal(twin(IMAGES), small) and not torch.equal(net.model(IMAGES), small)
+
+
+# What makes no difference
+
+
+@pytest.mark.parametrize("name", ["basic", "convnext", "llama"])
+def test_dimensions_of_blocks_that_are_left_out_are_inactive(name: str) -> None:
+    if name == "llama":
+        model, example = make("llama"), {"input_ids": tokens()}
+        mode = ElasticMode.WIDTH | ElasticMode.DEPTH
+        net = nncf_ext.make_elastic(model, mode, example_input=example, advanced_parameters=FINE)
+    else:
+        model, example = network(name), IMAGES[:1]
+        net = supernet(name, model=model)
+    changed = 0
+
+    def output() -> Tensor:
+        found = model(**example) if isinstance(example, dict) else model(example)
+        return found if isinstance(found, Tensor) else found.logits
+
+    for step in range(12):
+        point = net.random(7, step)
+        canonical = net.space.canonical(point)
+        others = {key: net.random(8, step)[key] for key in point if canonical[key] != point[key]}
+        changed += bool(others)
+        with torch.no_grad():
+            net.activate(canonical)
+            expected = output()
+            for same in (point, {**point, **others}):
+                assert net.space.canonical(same) == canonical
+                net.activate(same)
+                assert torch.equal(output(), expected)
+                assert net.macs(same) == net.macs(canonical)
+                assert net.parameter_count(same) == net.parameter_count(canonical)
+    assert changed > 3
+    assert net.space.canonical(net.maximal()) == net.maximal()

@@ -3,7 +3,7 @@ A super-network of any trained model: one set of weights, whose leading parts ar
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import nncf
@@ -62,7 +62,8 @@ class SuperNetwork:
         self._released = False
         self._mode = mode
         self._found: Found = find(model, mode, example_input, ignored_scope, parameters)
-        self._space = SearchSpace(self._found.sizes)
+        self._silences = _silences(self.dimensions, self._found.sizes)
+        self._space = SearchSpace(self._found.sizes, inactive=self._inactive if self._silences else None)
         self._active = self._space.maximal()
         self._slices = Slices(model, self.dimensions)
         # Before kernels get their matrices, which no extracted network has.
@@ -257,6 +258,10 @@ class SuperNetwork:
             msg = "The super-network was released: its model is plain. Make it elastic anew with nncf_ext.make_elastic."
             raise nncf.ValidationError(msg)
 
+    def _inactive(self, point: Mapping[str, int]) -> set[str]:
+        """Dimensions of what is left out."""
+        return {name for chosen in point.items() for name in self._silences.get(chosen, ())}
+
     def _convolution(self, name: str) -> nn.Module:
         return self._model.get_submodule(name.removesuffix(_KERNEL))
 
@@ -274,3 +279,23 @@ class SuperNetwork:
             path = f"{name.removesuffix(_KERNEL)}.weight"
             left[path] = left[path] // kernel.maximum**2 * point[name] ** 2
         return left
+
+
+def _silences(dimensions: Dimensions, sizes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], set[str]]:
+    """For each size of a dimension that leaves modules out: other dimensions that touch nothing else."""
+    modules = {
+        name: [cut.module for cut in dimensions[name].cuts] or [*dimensions[name].replaced(())] for name in sizes
+    }
+    modules |= {name: [name.removesuffix(_KERNEL)] for name in sizes if name.endswith(_KERNEL)}
+    found: dict[tuple[str, int], set[str]] = {}
+    for name, each in sizes.items():
+        for size in each:
+            gone = tuple(f"{path}." for path in dimensions[name].replaced(range(size)))
+            inside = {
+                other
+                for other, touched in modules.items()
+                if gone and other != name and touched and all(f"{module}.".startswith(gone) for module in touched)
+            }
+            if inside:
+                found[name, size] = inside
+    return found

@@ -76,7 +76,7 @@ def stage_space(net: SuperNetwork, stage: ShrinkingStage) -> SearchSpace:
         kind = net.dimensions[name].kind
         most = {DimensionKind.DEPTH: stage.depth and stage.depth + 1, DimensionKind.WIDTH: stage.width}.get(kind)
         found[name] = sizes[:most] if _MODES[kind] in stage.mode else sizes[:1]
-    return SearchSpace(found)
+    return SearchSpace(found, inactive=net.space.inactive)
 
 
 class StageNetwork:
