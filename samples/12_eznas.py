@@ -3,7 +3,8 @@
 Networks of three spaces are drawn, on two data sets that need no download, and each is trained by one recipe with two
 seeds. How well the two seeds agree is the ceiling. Every proxy is judged by Kendall's tau with the mean accuracy, over
 all networks and within tenths of equal multiplications, and by how many of the best tenth it finds. Programs evolve on
-two spaces and the digits; the third space, and the signals, they have never seen. Networks that were trained are kept.
+two spaces and the digits; the third space, and the signals, they have never seen. Networks that were trained are kept;
+those of the default settings lie in `proxies/networks-200.json` (`--retrain` trains them anew).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Annotated, Any
 import typer
 from evidence.show import quiet, table
 
+TABLES = Path(__file__).parent / "proxies"
+
 
 def main(
     quick: Annotated[bool, typer.Option(help="Five networks of each kind. Its figures mean nothing.")] = False,
     networks: Annotated[int, typer.Option(help="Of each space and data set.")] = 36,
     steps: Annotated[int, typer.Option(help="Of each training.")] = 200,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Do not take the accuracies that are known.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the table and of statistics.")] = Path("samples/out/12"),
 ) -> None:
     """Trains what is not in the table yet, judges proxies, lets programs evolve."""
@@ -33,7 +37,8 @@ def main(
     networks, steps, out = (5, 10, out / "quick") if quick else (networks, steps, out)
     out.mkdir(parents=True, exist_ok=True)
     file, sets = out / f"networks-{steps}.json", {"digits": data.digits(), "signals": data.signals()}
-    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
+    kept = file if file.is_file() or quick or retrain else TABLES / file.name
+    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
     known = {(row["space"], row["data"], row["number"]) for row in rows}
     for name, parts in sets.items():
         for space in SPACES:
