@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -149,25 +149,43 @@ def on_8_bits(x: Tensor, low: float, high: float) -> Tensor:
     return ((x - low) / step).round().clamp(0, 255) * step + low
 
 
-def found(net: Quantized, budget: int, seed: int) -> list[tuple[float, float, dict[str, int]]]:
-    """:return: Loss, cost and whole point of everything that LINAS measures."""
+Measured = list[tuple[float, float, dict[str, int]]]
+"""Loss, cost and the whole point."""
+ON_INT8 = {f"bits.{layer}": 8 for layer in LAYERS}
+FREE = {f"bits.{layer}": BITS for layer in LAYERS}
+
+
+def found(net: Quantized, budget: int, seed: int, starts: Sequence[Mapping[str, int]] = ()) -> Measured:
+    """:return: Everything that LINAS measures, first the points that it begins with."""
     objectives = [Objective("loss", net.loss, maximize=False), Objective("cost", net.cost, maximize=False)]
-    report = search(net, objectives, sampler=SearchSampler.LINAS, budget=budget, seed=seed)
+    begin = [dict(each) for each in starts]
+    report = search(net, objectives, sampler=SearchSampler.LINAS, budget=budget, starts=begin, seed=seed)
     return [(each.values["loss"], each.values["cost"], net.whole(each.point)) for each in report.evaluations]
 
 
-def one_after_the_other(net: SuperNetwork, budget: int, seed: int) -> list[tuple[float, float, dict[str, int]]]:
+def front_of(points: Measured) -> Measured:
+    """:return: Those that no other one beats, cheapest first."""
+    front = [one for one in points if not any(o[0] <= one[0] and o[1] <= one[1] and o is not one for o in points)]
+    return sorted(front, key=lambda each: each[1])
+
+
+def then_together(net: SuperNetwork, budget: int, seed: int) -> Measured:
+    """Sizes on INT8 with half of the budget; from their front on everything together with the other half."""
+    first = found(Quantized(net, digits_space.SPACE.dimensions, ON_INT8), budget // 2, seed)
+    starts = [point for _, _, point in front_of(first)]
+    whole = Quantized(net, {**digits_space.SPACE.dimensions, **FREE}, {})
+    return [*first, *found(whole, budget - budget // 2 + len(starts), seed, starts)]
+
+
+def one_after_the_other(net: SuperNetwork, budget: int, seed: int) -> Measured:
     """Sizes on INT8 with half of the budget; the bits of the best four on the front with the other half."""
-    on_int8 = {f"bits.{layer}": 8 for layer in LAYERS}
-    first = found(Quantized(net, digits_space.SPACE.dimensions, on_int8), budget // 2, seed)
-    front = [one for one in first if not any(o[0] <= one[0] and o[1] <= one[1] and o is not one for o in first)]
-    front.sort(key=lambda each: each[1])
+    first = found(Quantized(net, digits_space.SPACE.dimensions, ON_INT8), budget // 2, seed)
+    front = front_of(first)
     chosen = [front[round(place)] for place in np.linspace(0, len(front) - 1, min(4, len(front)))]
     points = first
     for number, (_, _, point) in enumerate(chosen):
         rest = (budget - budget // 2) // len(chosen) + (number < (budget - budget // 2) % len(chosen))
-        bits = {f"bits.{layer}": BITS for layer in LAYERS}
-        points = [*points, *found(Quantized(net, bits, point), max(rest, 11), seed)]
+        points = [*points, *found(Quantized(net, FREE, point), max(rest, 11), seed)]
     return points
 
 
@@ -182,18 +200,18 @@ def main(arguments: list[str] | None = None) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
     net = trained(options.steps)
-    bits = {f"bits.{layer}": BITS for layer in LAYERS}
     reference = np.array([LARGEST_LOSS, 1.0])
-    rows: dict[str, list[float]] = {"together": [], "one after the other": [], "INT8 everywhere": []}
-    on_int8 = {f"bits.{layer}": 8 for layer in LAYERS}
-    for seed in range(options.seeds):
-        ways = {
-            "together": found(Quantized(net, {**digits_space.SPACE.dimensions, **bits}, {}), options.budget, seed),
-            "one after the other": one_after_the_other(net, options.budget, seed),
-            "INT8 everywhere": found(Quantized(net, digits_space.SPACE.dimensions, on_int8), options.budget, seed),
-        }
-        for name, points in ways.items():
-            rows[name].append(hypervolume(np.array([each[:2] for each in points]), reference))
+    sizes, budget = digits_space.SPACE.dimensions, options.budget
+    ways: dict[str, Callable[[int], Measured]] = {
+        "together": lambda seed: found(Quantized(net, {**sizes, **FREE}, {}), budget, seed),
+        "one after the other": lambda seed: one_after_the_other(net, budget, seed),
+        "INT8 first, then together": lambda seed: then_together(net, budget, seed),
+        "INT8 everywhere": lambda seed: found(Quantized(net, sizes, ON_INT8), budget, seed),
+    }
+    rows = {
+        name: [hypervolume(np.array([each[:2] for each in way(seed)]), reference) for seed in range(options.seeds)]
+        for name, way in ways.items()
+    }
     grid = Table(title=f"Hypervolume after {options.budget} evaluations, {options.seeds} seeds", width=100)
     for column in ("way", "mean", "median", "of each seed"):
         grid.add_column(column)
