@@ -6,10 +6,10 @@ from typing import Any
 
 import nncf
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from nncf_ext.showing import as_text
 from nncf_ext.structure.blocks import Weight, survey
 from nncf_ext.structure.wrappers import without_shells
 from nncf_ext.upstream import INT4SymmetricWeightsDecompressor
@@ -185,10 +185,7 @@ class CompressionReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=160, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())
 
 
 def compression_report(model: nn.Module) -> CompressionReport:

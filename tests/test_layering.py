@@ -39,6 +39,7 @@ LAYERS = (
     "files",
     "memory",
     "progress",
+    "showing",
     "journal",
     "standalone",
     "weights",

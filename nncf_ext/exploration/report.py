@@ -10,7 +10,6 @@ from typing import Any
 
 import nncf
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from nncf_ext.exploration.constraints import Constraint, named_constraints, total_violation
@@ -18,6 +17,7 @@ from nncf_ext.exploration.fronts import Floats, hypervolume, unbeaten
 from nncf_ext.exploration.objectives import Objective
 from nncf_ext.exploration.space import Point
 from nncf_ext.files import write_whole
+from nncf_ext.showing import as_text, save_figure
 
 _NEAREST = 3
 """How many of the nearest points are shown where none keeps the constraints."""
@@ -229,14 +229,10 @@ class SearchReport:
             values = [each.values for each in group]
             axes.plot([each[two] for each in values], [each[one] for each in values], style, label=label, alpha=0.7)
         axes.legend()
-        file = Path(path)
-        write_whole(file, lambda aside: figure.savefig(aside, format=file.suffix.removeprefix(".") or "png"))
+        save_figure(figure, path)
 
     def __str__(self) -> str:
-        console = Console(width=160, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())
 
     def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
         """Smaller is better."""

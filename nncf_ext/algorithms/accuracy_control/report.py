@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import nncf
-from rich.console import Console
 from rich.table import Table
 
 from nncf_ext.exploration.report import SearchReport
 from nncf_ext.files import write_whole
+from nncf_ext.showing import as_text, save_figure
 
 _VERSION = 1
 
@@ -172,14 +172,10 @@ class AccuracyControlReport:
             axes.annotate(each.name.removesuffix(" everywhere"), (each.cost, each.drop), fontsize=7)
         axes.axhline(self.max_drop, linewidth=0.8, linestyle="--", label="allowed")
         axes.legend()
-        file = Path(path)
-        write_whole(file, lambda aside: figure.savefig(aside, format=file.suffix.removeprefix(".") or "png"))
+        save_figure(figure, path)
 
     def __str__(self) -> str:
-        console = Console(width=160, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())
 
 
 @dataclass(frozen=True)
