@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_two_packages_and_has_a_tag_that_indexes_take(publis
     assert "ov_ext/libov_ext_cpu.so" in names and not [name for name in names if name.endswith((".cpp", ".hpp"))]
     assert re.fullmatch(r"nncf_ext-[\d.]+-py3-none-manylinux_2_\d+_x86_64\.whl", wheel.name), wheel.name
     with tarfile.open(source) as archive:  # no model in it
-        assert sum(member.size for member in archive.getmembers()) < 5e6
+        assert sum(member.size for member in archive.getmembers()) < 6e6
 
 
 def test_a_serving_environment_has_no_torch_and_generates_the_same_text(
