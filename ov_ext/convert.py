@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ov_ext")
 
 
+@contextmanager
+def _logging_as_it_was() -> Iterator[None]:
+    """OpenVINO's converter sets the level of the root logger to errors, for the whole process."""
+    level, handlers = logging.root.level, [*logging.root.handlers]
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+        logging.root.handlers[:] = handlers
+
+
+@_logging_as_it_was()
 def convert_model(
     model: Any,
     *,
