@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +12,7 @@ import openvino as ov
 from openvino import Node
 
 from ov_ext import drafts
+from ov_ext.noise import logging_as_it_was
 from ov_ext.stand_in import stand_in
 
 if TYPE_CHECKING:
@@ -22,18 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ov_ext")
 
 
-@contextmanager
-def _logging_as_it_was() -> Iterator[None]:
-    """OpenVINO's converter sets the level of the root logger to errors, for the whole process."""
-    level, handlers = logging.root.level, [*logging.root.handlers]
-    try:
-        yield
-    finally:
-        logging.root.setLevel(level)
-        logging.root.handlers[:] = handlers
-
-
-@_logging_as_it_was()
+@logging_as_it_was()
 def convert_model(
     model: Any,
     *,

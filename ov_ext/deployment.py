@@ -30,7 +30,7 @@ def convert_packed(model: Any, example_input: Mapping[str, Any], *, rest: str | 
     try:
         if caches:
             config.use_cache = False
-        ir = convert_model(model.eval(), example_input=dict(example_input))
+        ir = convert_model(model, example_input=dict(example_input))
     finally:
         if caches:
             config.use_cache = True

@@ -70,3 +70,14 @@ def own_lines(verbose: bool) -> Iterator[None]:
                 logger.setLevel(old)
             if not verbose:
                 rich.reconfigure()
+
+
+@contextmanager
+def logging_as_it_was() -> Iterator[None]:
+    """For the time of a conversion: OpenVINO's converter sets the level of the root logger, for the whole process."""
+    level, handlers = logging.root.level, [*logging.root.handlers]
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+        logging.root.handlers[:] = handlers

@@ -13,6 +13,7 @@ import numpy as np
 from nncf_ext.exploration.objectives import Measured, NetworkObjective, Objective, call_arguments
 from nncf_ext.exploration.operator_table import OperatorTable
 from nncf_ext.exploration.space import Elastic, Point
+from nncf_ext.noise import logging_as_it_was
 
 logger = logging.getLogger("nncf_ext")
 
@@ -124,7 +125,8 @@ class _Timer:
             if self._convert is not None:
                 return self._convert(model)
             model.eval()
-            graph = openvino.convert_model(model, example_input=self._named or self._arguments)
+            with logging_as_it_was():
+                graph = openvino.convert_model(model, example_input=self._named or self._arguments)
             tensors = self._tensors()
             shapes = {port: list(tensors[_key(port, place, tensors)].shape) for place, port in enumerate(graph.inputs)}
             graph.reshape({port: openvino.PartialShape(shape) for port, shape in shapes.items()})

@@ -31,9 +31,10 @@ def test_a_language_model_is_packed_and_computes_the_same() -> None:
     tokens = torch.tensor([[5, 7, 11]])
     expected = model(tokens).logits.detach().numpy()
     level = logging.root.level
+    model.train()
     ir = ov_ext.convert_packed(model, {"input_ids": tokens})
     assert logging.root.level == level  # OpenVINO's converter silences the whole process
-    assert model.config.use_cache and ir.inputs[0].get_partial_shape() == ov.PartialShape([1, 3])
+    assert model.training and model.config.use_cache and ir.inputs[0].get_partial_shape() == ov.PartialShape([1, 3])
     assert "ReadValue" not in [node.get_type_name() for node in ir.get_ops()]
     assert ov.Type.i8 in types(ir)  # embedding and head
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
