@@ -7,21 +7,19 @@ from typing import Any
 import nncf
 import numpy as np
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
-from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from nncf_ext.exploration.domains import Domain, Domains, Inactive, Vector, finite
+from nncf_ext.exploration.domains import Domains, Inactive, Vector, finite
 from nncf_ext.exploration.evolution import Integers, evolve
 from nncf_ext.exploration.fronts import Floats, best_first, by_gain
 from nncf_ext.exploration.predictors import Predictor, SmoothPredictor, one_hot
-from nncf_ext.exploration.samplers import asked
+from nncf_ext.exploration.samplers import SeededSampler
 
 _INNER_POPULATION = 50
 
 
-class LinasSampler(BaseSampler):
+class LinasSampler(SeededSampler):
     """
     An Optuna sampler for few, expensive trials with any number of objectives. The first `first_round` trials are
     uniform. Then, round by round, one predictor is fitted for each objective on all finished trials, NSGA-II runs on
@@ -87,6 +85,7 @@ class LinasSampler(BaseSampler):
         if mutation is not None and not 0 <= mutation <= 1:
             msg = f"mutation is the chance of a parameter to mutate, 0 to 1; got {mutation}."
             raise nncf.ValidationError(msg)
+        super().__init__(seed)
         self.population_size = population_size
         self.first_round = first_round
         self._by_gain = by_gain
@@ -97,12 +96,7 @@ class LinasSampler(BaseSampler):
         self._exact = dict(exact or {})
         self._inactive = inactive
         self._violation = violation
-        self._seed = seed
         self._planned: tuple[Any, list[Vector]] = (None, [])
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Optuna's interface: the parameters of the trials so far."""
-        return intersection_search_space(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -124,14 +118,6 @@ class LinasSampler(BaseSampler):
         if chosen is None:
             chosen = domains.unseen(begun, Random(f"{self._seed} {len(begun)}"))
         return domains.params(chosen)
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Optuna's interface: a uniform value; for the first trial, and for parameters that not all trials have."""
-        domain = Domain(param_name, param_distribution)
-        count = asked(study, [param_name])
-        return domain.value(Random(f"{self._seed} {count} {param_name}").randrange(domain.count))
 
     def _plan(
         self, study: Study, rounds: int, domains: Domains, measured: Mapping[Vector, FrozenTrial]

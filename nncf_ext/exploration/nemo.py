@@ -9,16 +9,15 @@ from typing import Any
 import nncf
 import numpy as np
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
 from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from nncf_ext.exploration.domains import Domain, Domains, Inactive, finite
+from nncf_ext.exploration.domains import Domains, Inactive, finite
 from nncf_ext.exploration.evolution import Integers
 from nncf_ext.exploration.fronts import Floats
 from nncf_ext.exploration.populations import Past, Pool, Worth, reference_of, shared, worth
-from nncf_ext.exploration.samplers import asked
+from nncf_ext.exploration.samplers import SeededSampler
 from nncf_ext.exploration.species import Boltzmann, Direct, Genome, Graph, Species
 
 SPECIES = ("direct", "boltzmann", "graph")
@@ -32,7 +31,7 @@ _CROSSED = 0.9
 """Chance of a child to have two parents."""
 
 
-class NemoSampler(BaseSampler):
+class NemoSampler(SeededSampler):
     """
     An Optuna sampler with any number of objectives: neuroevolution with several species of genomes, which pays where
     neighbouring parameters want alike values, such as the bits of layers that follow each other. There are no
@@ -93,6 +92,7 @@ class NemoSampler(BaseSampler):
         if len(lengths) != 1 or 0 in lengths:
             msg = f"features are equally many numbers for each parameter, at least one; got {features}."
             raise nncf.ValidationError(msg)
+        super().__init__(seed)
         self.population_size = population_size
         self._names = names
         self._smallest = smallest
@@ -100,14 +100,9 @@ class NemoSampler(BaseSampler):
         self._edges = edges
         self._inactive = inactive
         self._violation = violation
-        self._seed = seed
         self._lineage: tuple[Any, _Lineage] | None = None
         self._planned: tuple[Any, _Plan] | None = None
         self._worths: dict[Any, Worth] = {}
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Optuna's interface: the parameters of the trials so far."""
-        return intersection_search_space(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -132,14 +127,6 @@ class NemoSampler(BaseSampler):
                 study._storage.set_trial_system_attr(trial._trial_id, _KEY, note)
                 return domains.params(vector)
         return domains.params(domains.unseen(begun, Random(f"{self._seed} {len(begun)}")))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Optuna's interface: a uniform value; for the first trial, and for parameters that not all trials have."""
-        domain = Domain(param_name, param_distribution)
-        count = asked(study, [param_name])
-        return domain.value(Random(f"{self._seed} {count} {param_name}").randrange(domain.count))
 
     def shares(self, study: Study) -> list[dict[str, int]]:
         """

@@ -12,13 +12,36 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from nncf_ext.exploration.domains import Inactive
+from nncf_ext.exploration.domains import Domain, Inactive
 from nncf_ext.exploration.fronts import Floats, best_first
 
 _TRIES = 100
 
 
-class HillClimbingSampler(BaseSampler):
+class SeededSampler(BaseSampler):
+    """
+    What our samplers have in common: they choose all parameters at once, by the seed and the trials of the study alone.
+
+    :param seed: Seed of all draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Optuna's interface: the parameters of the trials so far."""
+        return intersection_search_space(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Optuna's interface: a uniform value; for the first trial, and for parameters that not all trials have."""
+        domain = Domain(param_name, param_distribution)
+        count = asked(study, [param_name])
+        return domain.value(Random(f"{self._seed} {count} {param_name}").randrange(domain.count))
+
+
+class HillClimbingSampler(SeededSampler):
     """
     Tries neighbours of the best trial so far; as soon as one is better, it tries neighbours of that one.
 
@@ -39,10 +62,10 @@ class HillClimbingSampler(BaseSampler):
         if neighbours < 1 or distance < 1:
             msg = f"neighbours and distance must be at least 1; got {neighbours} and {distance}."
             raise nncf.ValidationError(msg)
+        super().__init__(seed)
         self._neighbours = neighbours
         self._distance = distance
         self._inactive = inactive
-        self._seed = seed
 
     def converged(self, study: Study) -> bool:
         """
@@ -51,10 +74,6 @@ class HillClimbingSampler(BaseSampler):
         """
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return bool(trials) and len(trials) - 1 - trials.index(_best(study, trials)) >= self._neighbours
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Optuna's interface: the parameters of the trials so far."""
-        return intersection_search_space(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

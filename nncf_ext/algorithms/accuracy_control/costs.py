@@ -21,15 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
-from optuna.search_space import intersection_search_space
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from nncf_ext.algorithms.accuracy_control.forms import REMOVED
 from nncf_ext.algorithms.accuracy_control.network import PRESENT, FormNetwork
 from nncf_ext.exploration.additive import best_additive
-from nncf_ext.exploration.samplers import asked
+from nncf_ext.exploration.domains import Domains
+from nncf_ext.exploration.samplers import SeededSampler, asked
 from nncf_ext.exploration.space import Point, SearchSpace
 
 Floats = NDArray[np.float64]
@@ -83,10 +82,8 @@ class Prediction:
             unit: [sum(scale[name] * alone for name, alone in each.alone) for each in choices]
             for unit, choices in self._choices.items()
         }
-        costs = {unit: [each.cost for each in choices] for unit, choices in self._choices.items()}
         least = sum(map(min, losses.values()))
-        space = SearchSpace({unit: range(len(choices) - 1, -1, -1) for unit, choices in self._choices.items()})
-        found = best_additive(space, costs, losses, max(loss, least))
+        found = best_additive(*self._program, losses, max(loss, least))
         point = self.net.space.maximal()
         for unit, size in found.items():
             point |= self._choices[unit][len(self._choices[unit]) - 1 - size].sizes
@@ -113,6 +110,16 @@ class Prediction:
         return np.maximum(mean, 0.0), np.asarray(root, np.float64)
 
     @cached_property
+    def _program(self) -> tuple[SearchSpace, dict[str, list[float]]]:
+        """What stays of the integer program: a size for each choice, and the costs."""
+        space = SearchSpace({unit: range(len(choices) - 1, -1, -1) for unit, choices in self._choices.items()})
+        return space, {unit: [each.cost for each in choices] for unit, choices in self._choices.items()}
+
+    @cached_property
+    def _weights(self) -> int:
+        return sum(each.weights for each in self.net.groups.values())
+
+    @cached_property
     def _choices(self) -> "dict[str, list[_Choice]]":
         """By branch, or by group outside of those that are looked at as a whole: what can be chosen."""
         found: dict[str, list[_Choice]] = {}
@@ -135,7 +142,7 @@ class Prediction:
         return _Choice({group: size}, ((group, self._loss_of(group, size)),), self._cost_of(group, size))
 
     def _cost_of(self, group: str, size: int) -> float:
-        share = self.net.groups[group].weights / sum(each.weights for each in self.net.groups.values())
+        share = self.net.groups[group].weights / self._weights
         return share * (self._besides if size == REMOVED else self.wholes[size])
 
     @cached_property
@@ -167,7 +174,7 @@ def _joined(choices: Sequence[_Choice]) -> _Choice:
     return _Choice(sizes, tuple(pair for each in choices for pair in each.alone), sum(each.cost for each in choices))
 
 
-class PriceSampler(BaseSampler):
+class PriceSampler(SeededSampler):
     """
     An Optuna sampler over the points of a network of forms: the cheapest point by integer programming within a loss,
     with prices drawn from what is known of them by now (Thompson sampling). Nothing is proposed twice, and what comes
@@ -182,11 +189,8 @@ class PriceSampler(BaseSampler):
     first_round = 1
 
     def __init__(self, prediction: Prediction, losses: tuple[float, float], seed: int = 0) -> None:
-        self._prediction, self._losses, self._seed = prediction, losses, seed
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Optuna's interface: the parameters of the trials so far."""
-        return intersection_search_space(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        super().__init__(seed)
+        self._prediction, self._losses = prediction, losses
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -196,12 +200,13 @@ class PriceSampler(BaseSampler):
         if search_space.keys() != space.dimensions.keys():
             return {}
         names = [*space.dimensions]
-        others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
-        begun = [each for each in others if each.params.keys() >= {*names}]
-        known = {tuple(each.params[name] for name in names): each for each in begun}
-        done = {key: each for key, each in known.items() if each.state is TrialState.COMPLETE}
+        trials = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
+        known = {
+            tuple(each.params[name] for name in names): each for each in Domains(search_space).begun(trials).values()
+        }
+        done = {places: each for places, each in known.items() if each.state is TrialState.COMPLETE}
         losses = [each.values[0] for each in done.values()]
-        mean, spread = self._prediction.learned([space.decode(key) for key in done], losses)
+        mean, spread = self._prediction.learned([*map(space.decode, done)], losses)
         number = asked(study, names)
         places: tuple[int, ...] = ()
         for attempt in range(_TRIES):
@@ -214,13 +219,6 @@ class PriceSampler(BaseSampler):
         else:
             places = self._beside(places, known, Random(f"{self._seed} {number}"))
         return dict(zip(names, places, strict=True))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Optuna's interface: a uniform value; for a study without a finished trial."""
-        seed = Random(f"{self._seed} {asked(study, [param_name])} {param_name}").getrandbits(32)
-        return RandomSampler(seed).sample_independent(study, trial, param_name, param_distribution)
 
     def _beside(self, places: tuple[int, ...], known: Container[tuple[int, ...]], random: Random) -> tuple[int, ...]:
         """Another point near by, changed step by step until it is new."""
