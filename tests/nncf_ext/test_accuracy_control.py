@@ -453,6 +453,18 @@ def test_a_recovery_to_other_forms_is_refused() -> None:
         run(llama(), max_drop=0.05, recover=lambda small, dense: dense)
 
 
+def test_a_recovery_that_loses_zeros_is_refused() -> None:
+    """Those of INT4 are codes, two in a byte."""
+
+    def fill(small: nn.Module, dense: nn.Module) -> nn.Module:
+        for name in weight_hooks(small):
+            small.get_parameter(name).data.fill_(1 if small.get_parameter(name).dtype is torch.int8 else 0x99)
+        return small
+
+    with pytest.raises(nncf.ValidationError, match="another form"):
+        run(llama(), max_drop=0.05, recover=fill)
+
+
 def test_a_function_of_the_users_judges() -> None:
     model, data = llama(), items(12)[9:]
     dense = copy.deepcopy(model)

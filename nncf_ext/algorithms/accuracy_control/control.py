@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from nncf_ext.files import digest
 from nncf_ext.importance.outputs import few_items
 from nncf_ext.journal import Journal, read_json
 from nncf_ext.progress import Progress
+from nncf_ext.report import compression_report
 from nncf_ext.structure.blocks import survey
 from nncf_ext.structure.wrappers import check_plain, plain_arithmetic, unwrapped
 from nncf_ext.upstream import is_wrapped
@@ -132,15 +134,15 @@ def compress_with_accuracy_control(
         if bound.maximize:
             msg = f"The objective {bound.name!r} is to be maximized; what shall be small is needed, such as latency()."
             raise nncf.ParameterNotSupportedError(msg)
-        run = _Control(net, bound, drop, Divergence(model, few_items(calibration, _LITTLE)), journal, parameters)
+        little = Divergence(model, few_items(calibration, _LITTLE))
+        run = _Control(net, bound, drop, little, journal, parameters, max_drop)
         try:
-            singles = run.singles(max_drop)
-            report = run.searched(max_drop, budget, None if storage is None else folder / "search.log", seed)
+            report = run.searched(budget, None if storage is None else folder / "search.log", seed)
             if not report.complete:
                 raise KeyboardInterrupt
-            tried = run.tried(report, max_drop)
+            tried = run.tried(report)
             net.restore()
-            return run.chosen(report, [*singles, *tried], max_drop, recover)
+            return run.chosen(report, tried, recover)
         finally:
             net.restore()
 
@@ -197,13 +199,14 @@ class _Control:
         little: Divergence,
         journal: Journal,
         parameters: AdvancedAccuracyControlParameters,
+        max_drop: float,
     ) -> None:
         self._net, self._objective, self._drop, self._little = net, objective, drop, little
-        self._journal, self._parameters = journal, parameters
-        self._prediction: Prediction | None = None
+        self._journal, self._parameters, self._max_drop = journal, parameters, max_drop
         self._known: dict[str, float] = {}
 
-    def singles(self, max_drop: float) -> list[_Tried]:
+    @cached_property
+    def _singles(self) -> list[_Tried]:
         """One form everywhere: what other combinations are predicted from, and compared with."""
         found = []
         with Progress() as progress:
@@ -212,21 +215,25 @@ class _Control:
                 found.append(self._tried(f"{form} everywhere", self._net.everywhere(size), single=True))
                 progress.advance(task)
         smaller = [each.candidate for each in found if not _is_dense(each.candidate)]
-        if not any(each.drop <= max_drop for each in smaller):
+        if not any(each.drop <= self._max_drop for each in smaller):
             logger.warning(
                 "No form everywhere keeps to max_drop %g; the nearest is %s with %.4g.",
-                max_drop,
+                self._max_drop,
                 *min(((each.name, each.drop) for each in smaller), key=lambda pair: pair[1], default=("none", 0.0)),
             )
-        wholes = {size: each.candidate.cost for size, each in zip(self._parameters.by_size, found, strict=True)}
-        self._prediction = Prediction(self._net, wholes, *self._measured_alone())
         return found
 
-    def searched(self, max_drop: float, budget: int, storage: Path | None, seed: int) -> SearchReport:
+    @cached_property
+    def _prediction(self) -> Prediction:
+        """From what one form everywhere costs, and what changes of single parts lose."""
+        pairs = zip(self._parameters.by_size, self._singles, strict=True)
+        return Prediction(self._net, {size: each.candidate.cost for size, each in pairs}, *self._measured_alone())
+
+    def searched(self, budget: int, storage: Path | None, seed: int) -> SearchReport:
         """Combinations on little text, with predicted costs."""
-        prediction = self._predictions()
+        prediction = self._prediction
         sampler: Any = self._parameters.sampler
-        low, high = losses = self._losses_of_interest(max_drop)
+        low, high = losses = self._losses_of_interest()
         sampler = PriceSampler(prediction, losses, seed) if sampler is None else sampler
         starts = min(_STARTS, max(1, budget // 2))
         limits = [low * (high / low) ** (place / max(1, starts - 1)) for place in range(starts)]
@@ -242,33 +249,34 @@ class _Control:
             starts=[prediction.cheapest(limit) for limit in limits],
             storage=storage,
             # Predictions of another CPU, or of another objective, are of no use here.
-            study_name=f"at most {max_drop:g}, {name}, seed {seed}, {digest([where])[:8]}",
+            study_name=f"at most {self._max_drop:g}, {name}, seed {seed}, {digest([where])[:8]}",
             seed=seed,
         )
 
-    def tried(self, report: SearchReport, max_drop: float) -> list[_Tried]:
+    def tried(self, report: SearchReport) -> list[_Tried]:
         """
         Combinations around the limit, judged by all held-out data; those that count are measured as a whole.
 
-        :return: The cheapest by prediction that keep to the limit, and those that are least beyond it.
+        :return: One form everywhere; the cheapest by prediction that keep to the limit; those that are least beyond it.
         """
-        points = self._around_the_limit(report, max_drop)
-        keeping = [place for place, point in enumerate(points) if self._drop_of(point) <= max_drop]
+        points = self._around_the_limit(report)
+        keeping = [place for place, point in enumerate(points) if self._drop_of(point) <= self._max_drop]
         beyond = [place for place in range(len(points)) if place not in keeping]
-        cost = self._predictions().cost
+        cost = self._prediction.cost
         # Predicted costs are not quite those of wholes: the next ones may be cheaper in truth.
         keeping = sorted(keeping, key=lambda place: cost(points[place]))[:_MEASURED]
         beyond = sorted(beyond, key=lambda place: self._drop_of(points[place]))[:_MEASURED]
-        return [self._tried(f"combination {place + 1}", points[place]) for place in (*keeping, *beyond)]
+        measured = (self._tried(f"combination {place + 1}", points[place]) for place in (*keeping, *beyond))
+        return [*self._singles, *measured]
 
     def chosen(
         self,
         report: SearchReport,
         tried: list[_Tried],
-        max_drop: float,
         recover: Callable[[Any, Any], Any] | None,
     ) -> AccuracyControlResult:
         """The cheapest that keeps to the limit, recovered or not. The model is dense by now."""
+        max_drop = self._max_drop
         dense = next(each for each in tried if _is_dense(each.candidate))
         smaller = [each for each in tried if not _is_dense(each.candidate)]
         model, best = None, _cheapest(smaller, max_drop, dense.candidate.cost)
@@ -304,14 +312,17 @@ class _Control:
     def _recovered(self, tried: _Tried, recover: Callable[[Any, Any], Any]) -> Any:
         """A combination after the user's training, which must not have changed its forms."""
         small = self._net.extract(tried.point)
-        before = _stored(small)
+        before = compression_report(small).weights
         with torch.enable_grad():
             trained = recover(small, copy.deepcopy(self._net.model))
-        after = _stored(trained) if isinstance(trained, nn.Module) else {}
+        rows = compression_report(trained).weights if isinstance(trained, nn.Module) else ()
+        after = {each.name: each for each in rows}
         changed = [
-            name
-            for name, (kind, zeros) in before.items()
-            if name not in after or after[name][0] != kind or after[name][1] < zeros - _LOST_ZEROS
+            each.name
+            for each in before
+            if (now := after.get(each.name)) is None
+            or (now.precision, now.shape) != (each.precision, each.shape)
+            or now.sparsity < each.sparsity - _LOST_ZEROS
         ]
         if changed:
             msg = (
@@ -322,21 +333,21 @@ class _Control:
             raise nncf.ValidationError(msg)
         return trained.eval()
 
-    def _losses_of_interest(self, max_drop: float) -> tuple[float, float]:
+    def _losses_of_interest(self) -> tuple[float, float]:
         """Divergences around what is allowed; where another function says that, those of one form everywhere."""
         if isinstance(self._drop, Divergence):
-            return max_drop / _AROUND, max_drop * _AROUND
-        net, predicted = self._net, self._predictions()
+            return self._max_drop / _AROUND, self._max_drop * _AROUND
+        net, predicted = self._net, self._prediction
         found = [float(predicted.losses(net.everywhere(size)).sum()) for size in self._parameters.by_size]
         least = min((each for each in found if each > 0), default=1.0)
         return max(least, max(found) / _WIDEST), max(*found, least)
 
-    def _around_the_limit(self, report: SearchReport, max_drop: float) -> list[Point]:
+    def _around_the_limit(self, report: SearchReport) -> list[Point]:
         """
         Combinations around the limit, all judged: first by halving what the search found; then the cheapest ones by the
         prices that it has learned, at predicted losses between what keeps to the limit and what does not.
         """
-        predicted = self._predictions()
+        predicted, max_drop = self._prediction, self._max_drop
         losses = [float(each.values["divergence"]) for each in report.evaluations]
         factors, _ = predicted.learned([each.point for each in report.evaluations], losses)
         points: list[Point] = []
@@ -346,7 +357,7 @@ class _Control:
             middle = (low + high) // 2
             points.append(front[middle])
             low, high = (low, middle) if self._drop_of(front[middle]) <= max_drop else (middle + 1, high)
-        least, most = self._losses_of_interest(max_drop)
+        least, most = self._losses_of_interest()
         while len(points) < self._parameters.finalists:
             loss_of = {place: float(predicted.losses(point) @ factors) for place, point in enumerate(points)}
             kept = [loss for place, loss in loss_of.items() if self._drop_of(points[place]) <= max_drop]
@@ -427,24 +438,10 @@ class _Control:
             self._journal.write("alone.json", lambda aside: aside.write_text(content))
         return known["prices"], known["removals"]
 
-    def _predictions(self) -> Prediction:
-        if self._prediction is None:
-            raise nncf.InternalError("A search without what its predictions are made from.")
-        return self._prediction
-
 
 def _cheapest(tried: list[_Tried], max_drop: float, dense: float) -> _Tried | None:
     kept = (each for each in tried if each.candidate.drop <= max_drop and each.candidate.cost < dense)
     return min(kept, key=lambda each: (each.candidate.cost, each.candidate.drop), default=None)
-
-
-def _stored(model: nn.Module) -> dict[str, tuple[Any, float]]:
-    """Of each weight with two axes how it is stored: type and shape, and the share of zeros that it shows."""
-    return {
-        name: ((each.dtype, each.shape), 0.0 if each.dtype is torch.uint8 else float((each == 0).double().mean()))
-        for name, each in model.named_parameters()
-        if each.dim() > 1
-    }
 
 
 def _is_dense(candidate: Candidate) -> bool:

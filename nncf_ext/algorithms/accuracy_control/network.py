@@ -111,7 +111,7 @@ class FormNetwork:
         """
         point = self.space.canonical(self.space.check(point))
         before = self.active
-        self.activate(self.space.maximal())
+        self.restore()
         try:
             for name, layer in self.layers.items():
                 layer.__dict__[_LAYER] = name

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,7 @@ class FormPlan:
 
     def counts(self) -> dict[str, int]:
         """:return: How many layers have each form, the most frequent first."""
-        found: dict[str, int] = {}
-        for form in self.forms.values():
-            found[form] = found.get(form, 0) + 1
-        return dict(sorted(found.items(), key=lambda each: -each[1]))
+        return dict(Counter(self.forms.values()).most_common())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """
