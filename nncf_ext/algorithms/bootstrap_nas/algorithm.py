@@ -283,10 +283,8 @@ class SuperNetwork:
 
 def _silences(dimensions: Dimensions, sizes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], set[str]]:
     """For each size of a dimension that leaves modules out: other dimensions that touch nothing else."""
-    modules = {
-        name: [cut.module for cut in dimensions[name].cuts] or [*dimensions[name].replaced(())] for name in sizes
-    }
-    modules |= {name: [name.removesuffix(_KERNEL)] for name in sizes if name.endswith(_KERNEL)}
+    # A kernel, or a chain of blocks, has no cuts, and is named after what it is of.
+    modules = {name: [cut.module for cut in dimensions[name].cuts] or [name.rpartition(".")[0]] for name in sizes}
     found: dict[tuple[str, int], set[str]] = {}
     for name, each in sizes.items():
         for size in each:
@@ -294,7 +292,7 @@ def _silences(dimensions: Dimensions, sizes: Mapping[str, Sequence[int]]) -> dic
             inside = {
                 other
                 for other, touched in modules.items()
-                if gone and other != name and touched and all(f"{module}.".startswith(gone) for module in touched)
+                if gone and other != name and all(f"{module}.".startswith(gone) for module in touched)
             }
             if inside:
                 found[name, size] = inside
