@@ -10,7 +10,7 @@
 
 #include "../support/avx512_activations.hpp"
 #include "../support/avx512_core_expand.hpp"
-#include "avx512_rows.hpp"
+#include "avx512_choice.hpp"
 
 namespace ov_ext::sparse_matmul {
 namespace {
@@ -265,7 +265,7 @@ INLINE void part_inputs(__m512 (&sums)[2]) {
 
 // ------------------------------------------------------------------------------------------------- chunks
 
-// M <= 4 rows of x. Nothing decoded is stored. The stream visits the four panels in turn, 16 slices each, so there are sums for all of
+// M rows of x, up to 8 of dense integers, else up to 4. Nothing decoded is stored. The stream visits the four panels in turn, 16 slices each, so there are sums for all of
 // them, which live through a segment.
 template <Kind kind, bool dense, Input input, int M>
 void multiply_few(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t,
@@ -349,45 +349,6 @@ void multiply_many(const BlobView& w, const Activations& a, uint64_t block, uint
 }
 
 // ------------------------------------------------------------------------------------------------- choice
-
-using Function = void (*)(const BlobView&, const Activations&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, float*);
-constexpr uint64_t max_rows = 256;  // that share one expansion
-
-template <Kind kind, Input input>
-void multiply_passes(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
-                     float* out);
-
-template <Kind kind, bool dense, Input input>
-Function by_rows(uint64_t rows) {
-    switch (rows) {
-        case 1: return multiply_few<kind, dense, input, 1>;
-        case 2: return multiply_few<kind, dense, input, 2>;
-        case 3: return multiply_few<kind, dense, input, 3>;
-        case 4: return multiply_few<kind, dense, input, 4>;
-    }
-    if constexpr (dense && integers<input>)
-        switch (rows) {
-            case 5: return multiply_few<kind, dense, input, 5>;
-            case 6: return multiply_few<kind, dense, input, 6>;
-            case 7: return multiply_few<kind, dense, input, 7>;
-            case 8: return multiply_few<kind, dense, input, 8>;
-            default:
-                if (rows <= most_rows_in_passes)
-                    return multiply_passes<kind, input>;
-        }
-    return multiply_many<kind, dense, input>;
-}
-
-template <Kind kind, Input input>
-void multiply_passes(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
-                     float* out) {
-    multiply_in_passes([](uint64_t some) { return by_rows<kind, true, input>(some); }, w, a, block, first, last, row, rows, out);
-}
-
-template <Kind kind, Input input>
-Function choose(bool dense, uint64_t rows) {
-    return dense ? by_rows<kind, true, input>(rows) : by_rows<kind, false, input>(rows);
-}
 
 void multiply(const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last, uint64_t row, uint64_t rows,
               float* out) {

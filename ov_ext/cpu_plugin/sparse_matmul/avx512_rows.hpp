@@ -101,22 +101,6 @@ struct Rows {
     INLINE const uint8_t* at(int m, uint64_t offset) const { return base[m / 3] + uint64_t(m % 3) * stride + offset; }
 };
 
-// Rows of x that meet a slice of dense weights the moment it is decoded; with f32 activations fewer do. More rows go in passes over each
-// chunk, which stays in a cache: up to so many rows, decoding it anew takes less than storing it. Passes are equal: 9 rows go as 5 and 4.
-constexpr uint64_t most_dense_rows = 8, most_rows_in_passes = 32;
-
-// few(rows): the function for so many.
-template <class Few>
-INLINE void multiply_in_passes(const Few& few, const BlobView& w, const Activations& a, uint64_t block, uint64_t first, uint64_t last,
-                               uint64_t row, uint64_t rows, float* out) {
-    const uint64_t passes = (rows + most_dense_rows - 1) / most_dense_rows, each = (rows + passes - 1) / passes;
-    for (uint64_t chunk = first; chunk < last; chunk++)
-        for (uint64_t done = 0; done < rows; done += each) {
-            const uint64_t some = each < rows - done ? each : rows - done;
-            few(some)(w, a, block, chunk, chunk + 1, row + done, some, out + done * block_n);
-        }
-}
-
 // ------------------------------------------------------------------------------------------------- sums of a chunk
 
 // What a chunk consists of, for a kind of weights and of activations.
