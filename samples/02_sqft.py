@@ -37,7 +37,10 @@ def main(
 ) -> None:
     quiet()
     import optuna
+    import torch
     from adapters import comparison, table
+
+    from nncf_ext.upstream import has_fast_products
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -47,7 +50,8 @@ def main(
     if quick:
         out, arm, form, seeds = out / "quick", arm or ["lora", "sqft_qa_sparse_peft"], form or ["lora"], 1
     if model is not None:  # larger models learn at lower rates; groups of 128 do not divide every size
-        budget |= {"base": model, "learning_rate": 1e-3, "group_size": 64}
+        half = has_fast_products(torch.bfloat16)
+        budget |= {"base": model, "learning_rate": 1e-3, "group_size": 64, "half": half}
         out = out / model.name
     plan = comparison.Plan(
         tasks=tuple(task or ["signatures", *([] if quick else ["arithmetic"])]),

@@ -63,6 +63,7 @@ class Plan:
     :param base: Folder of the language model.
     :param learning_rate: The highest.
     :param group_size: Columns that share an INT4 scale.
+    :param half: Learn and score with products in bfloat16.
     """
 
     tasks: tuple[str, ...]
@@ -77,6 +78,7 @@ class Plan:
     base: Path = TINY
     learning_rate: float = 4e-3
     group_size: int = 128
+    half: bool = False
 
 
 def run(plan: Plan, out: Path, *, train: bool = True) -> list[dict[str, Any]]:
@@ -91,7 +93,7 @@ def run(plan: Plan, out: Path, *, train: bool = True) -> list[dict[str, Any]]:
     (out / "runs").mkdir(parents=True, exist_ok=True)
     records = []
     for name, seed, arm, form in itertools.product(plan.tasks, range(plan.seeds), plan.arms, plan.forms):
-        settings = Settings(steps=plan.steps, learning_rate=plan.learning_rate, seed=seed)
+        settings = Settings(steps=plan.steps, learning_rate=plan.learning_rate, seed=seed, half=plan.half)
         sizes = {key: getattr(plan, key) for key in ("training", "validation", "test", "windows")}
         wanted = json.loads(json.dumps(asdict(settings) | sizes))  # as it comes back from a file
         which = {"task": name, "arm": arm, "form": form, "seed": seed}
@@ -134,7 +136,7 @@ def _run(name: str, arm: str, form: str, settings: Settings, plan: Plan, out: Pa
     rows = {part: encode(tokenizer, getattr(task, part), LONGEST[name]) for part in PARTS}
 
     def right(model: nn.Module, part: str = "test") -> torch.Tensor:
-        return right_answers(logits_of(model), rows[part], padding, show=f"scoring {part}")
+        return right_answers(logits_of(model, plan.half), rows[part], padding, show=f"scoring {part}")
 
     def validate(model: nn.Module) -> float:
         return float(right(model, "validation").float().mean())

@@ -19,15 +19,16 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 """From int64 [rows, tokens] ids and mask to [rows, tokens, vocabulary] logits."""
 
 
-def logits_of(model: nn.Module) -> Logits:
+def logits_of(model: nn.Module, half: bool = False) -> Logits:
     """
     :param model: A causal language model of transformers, with or without adapters.
+    :param half: Multiply in bfloat16.
     :return: Its forward, without gradients, in evaluation mode.
     """
 
     def forward(ids: Tensor, mask: Tensor) -> Tensor:
         device = next(model.parameters()).device
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             return model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits.cpu()
 
     model.eval()

@@ -38,6 +38,7 @@ class Settings:
     :param ranks: Ranks of NLS, the largest first, which is the rank of LoRA; alpha is twice that.
     :param search: Sub-adapters of NLS that are measured to choose one.
     :param seed: Of the adapter's beginning, the order of the items, and the draws of NLS.
+    :param half: Multiply in bfloat16; weights, optimizer and loss stay in float32.
     """
 
     steps: int = 120
@@ -46,6 +47,7 @@ class Settings:
     ranks: tuple[int, ...] = (32, 24, 16)
     search: int = 6
     seed: int = 0
+    half: bool = False
 
 
 def add_adapter(model: nn.Module, settings: Settings) -> PeftModel:
@@ -99,6 +101,7 @@ def train(
             train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
             label_names=["labels"],
+            bf16=settings.half,
             seed=settings.seed,
             data_seed=settings.seed,
             save_strategy="no",
