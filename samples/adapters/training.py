@@ -102,6 +102,7 @@ def train(
             remove_unused_columns=False,
             label_names=["labels"],
             bf16=settings.half,
+            use_cpu=next(model.parameters()).device.type == "cpu",
             seed=settings.seed,
             data_seed=settings.seed,
             save_strategy="no",
