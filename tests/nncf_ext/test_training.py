@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from nncf_ext import DistillationTrainer, KeepZeros
+from nncf_ext.training.distillation import divergence
 
 TOKENS = 61
 
@@ -70,6 +71,21 @@ def test_the_loss_is_the_divergence_where_predictions_count(case: str, tmp_path:
         assert loss == found and outputs.logits.shape == (2, 8, TOKENS)
         if "labels" in given:  # evaluation is on the labels
             assert trainer.compute_loss(model.eval(), given) == model(**given).loss
+
+
+@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("counting", [0, 1, 17, 33])  # of 33 places; with 70,000 classes, three are in work at a time
+def test_gradients_of_the_divergence(dtype: torch.dtype, accuracy: float, counting: int) -> None:
+    drawn = torch.Generator().manual_seed(counting)
+    logits, wanted = (3 * torch.randn(3, 11, 70_000, generator=drawn).to(dtype) for _ in range(2))
+    there = (torch.randperm(33, generator=drawn) < counting).reshape(3, 11)
+    found = logits.requires_grad_()
+    divergence(found, wanted, there, items=5).mul(2.0).backward()
+    exact = logits.detach().double().requires_grad_()
+    p, q = wanted.double().log_softmax(-1), exact.log_softmax(-1)
+    ((p.exp() * (p - q)).sum(-1)[there].sum() * 2.0 / 5).backward()
+    assert found.grad.dtype == dtype and not found.grad[~there].any()
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=accuracy, atol=1e-6)
 
 
 def test_a_model_comes_closer_to_its_teacher_which_stays(tmp_path: Path) -> None:
