@@ -143,7 +143,7 @@ def _run(name: str, arm: str, form: str, settings: Settings, plan: Plan, out: Pa
 
     calibration = _calibration(plan.base, plan.windows)
     data = recipes.Data(rows["training"], calibration, padding, validate, plan.group_size)
-    # On short items the backward of torch's fused attention takes a quarter of a step in bfloat16, the plain one little.
+    # On short items the backward of torch's fused attention takes a quarter of a step in bfloat16.
     attention = "eager" if plan.half else None
     model = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32, attn_implementation=attention)
     options: dict[str, Any] = (
