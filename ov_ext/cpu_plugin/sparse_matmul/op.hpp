@@ -37,7 +37,7 @@ class SparseMatMul : public ov::op::Op {
   private:
     std::vector<int64_t> widths() const;  // n of each weight
     using Compensation = std::vector<int16_t>;
-    BlobView weight(size_t input, const uint8_t* blob, size_t bytes, int64_t n, Compensation& of_data) const;
+    BlobView weight(size_t input, const uint8_t* blob, size_t bytes, int64_t n, bool all_dense, Compensation& of_data) const;
     void multiply(ov::TensorVector& outputs, const ov::TensorVector& inputs) const;
 
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
