@@ -71,6 +71,8 @@ def _ours() -> Iterator[Arm]:
         yield packed(f"sparse{percent}-int4-recovered", "int4", partial(ours.recovered, ratio=percent / 100, int4=True))
         on_grid = partial(ours.recovered_on_grid, ratio=percent / 100)
         yield packed(f"sparse{percent}-int4-recovered-on-grid", "int4", on_grid)
+        twice = partial(on_grid, base=partial(ours.recovered, ratio=percent / 100))
+        yield packed(f"sparse{percent}-int4-recovered-twice", "int4", twice)
     pruned = partial(ours.pruned, ratio=0.1)
     yield packed("pruned10-bf16", "bf16", pruned)
     yield packed("pruned10-int4", "int4", partial(ours.sparse, ratio=0.0, int4=True, base=pruned))

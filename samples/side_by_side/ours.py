@@ -106,12 +106,15 @@ def recovered(subject: Subject, *, ratio: float, int4: bool = False, steps: int 
     return subject.compressed(f"recovered {ratio:.0%} {steps}", make)
 
 
-def recovered_on_grid(subject: Subject, *, ratio: float, steps: int = 120, rank: int = 64) -> Any:
+def recovered_on_grid(
+    subject: Subject, *, ratio: float, steps: int = 120, rank: int = 64, base: Recipe | None = None
+) -> Any:
     """
     :param subject: What is compressed.
     :param ratio: Share of zeros.
     :param steps: Of the recovery, 2,048 tokens each.
     :param rank: Of the adapters that learn.
+    :param base: Put this model on the grid in the place of the dense one, which stays the teacher.
     :return: The model by SPARSE_ADMM and on the INT4 grid, whose codes then learned to predict what the dense model
         predicts.
     """
@@ -122,14 +125,15 @@ def recovered_on_grid(subject: Subject, *, ratio: float, steps: int = 120, rank:
 
         from nncf_ext.upstream import has_fast_products
 
-        grid = _admm(subject, journal / "grid", ratio=ratio, int4=True, keep_prerounding=True)
+        grid = _admm(subject, journal / "grid", ratio=ratio, int4=True, base=base, keep_prerounding=True)
         half = has_fast_products(torch.bfloat16)
         dense = subject.load(torch.bfloat16 if half else torch.float32)
         stream = Stream(subject.reading, batch=2048 // subject.length, seed=0, window=subject.length)
         options: dict[str, Any] = {"steps": steps, "learning_rate": 1e-3, "rank": rank}
         return recover_on_grid(grid, dense, stream, **options, half=half, folder=journal / "recovery")
 
-    return subject.compressed(f"recovered {ratio:.0%} int4 {steps} rank {rank}", make)
+    first = "" if base is None else f"{base_name(base)} "
+    return subject.compressed(f"{first}recovered {ratio:.0%} int4 {steps} rank {rank}", make)
 
 
 def pruned(subject: Subject, *, ratio: float) -> Any:
