@@ -71,7 +71,7 @@ def _ours() -> Iterator[Arm]:
         yield packed(f"sparse{percent}-int4-recovered", "int4", partial(ours.recovered, ratio=percent / 100, int4=True))
         on_grid = partial(ours.recovered_on_grid, ratio=percent / 100)
         yield packed(f"sparse{percent}-int4-recovered-on-grid", "int4", on_grid)
-        twice = partial(on_grid, base=partial(ours.recovered, ratio=percent / 100))
+        twice = partial(on_grid, steps=320, base=partial(ours.recovered, ratio=percent / 100))
         yield packed(f"sparse{percent}-int4-recovered-twice", "int4", twice)
     pruned = partial(ours.pruned, ratio=0.1)
     yield packed("pruned10-bf16", "bf16", pruned)
