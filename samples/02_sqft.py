@@ -28,6 +28,9 @@ def main(
     model: Annotated[
         Path | None, typer.Option(help="Another language model; see python -m samples.real_models. Takes longer.")
     ] = None,
+    sparse_base: Annotated[
+        Path | None, typer.Option(help="A sparse form of it, such as a recovered one, to start from.")
+    ] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Pipelines to run; all by default.")] = None,
     form: Annotated[list[str] | None, typer.Option(help="lora, nls; all by default.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of every arm.")] = 3,
@@ -53,11 +56,14 @@ def main(
         half = has_fast_products(torch.bfloat16)
         budget |= {"base": model, "learning_rate": 1e-3, "group_size": 64, "half": half}
         out = out / model.name
+    if sparse_base is not None:
+        out = out / f"from-{sparse_base.name}"
     plan = comparison.Plan(
         tasks=tuple(task or ["signatures", *([] if quick else ["arithmetic"])]),
         arms=tuple(arm or comparison.ARMS),
         forms=tuple(form or comparison.FORMS),
         seeds=seeds,
+        sparse_base=sparse_base,
         **budget,
     )
     records = comparison.run(plan, out, train=train)

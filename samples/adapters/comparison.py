@@ -64,6 +64,8 @@ class Plan:
     :param learning_rate: The highest.
     :param group_size: Columns that share an INT4 scale.
     :param half: Learn and score with products in bfloat16.
+    :param sparse_base: Folder of a sparse model, such as one that recovered, from which the sparse arms start. None:
+        they prune the base.
     """
 
     tasks: tuple[str, ...]
@@ -79,6 +81,7 @@ class Plan:
     learning_rate: float = 4e-3
     group_size: int = 128
     half: bool = False
+    sparse_base: Path | None = None
 
 
 def run(plan: Plan, out: Path, *, train: bool = True) -> list[dict[str, Any]]:
@@ -95,6 +98,8 @@ def run(plan: Plan, out: Path, *, train: bool = True) -> list[dict[str, Any]]:
     for name, seed, arm, form in itertools.product(plan.tasks, range(plan.seeds), plan.arms, plan.forms):
         settings = Settings(steps=plan.steps, learning_rate=plan.learning_rate, seed=seed, half=plan.half)
         sizes = {key: getattr(plan, key) for key in ("training", "validation", "test", "windows")}
+        if plan.sparse_base is not None and arm != "lora":
+            sizes["sparse_base"] = str(plan.sparse_base)
         wanted = json.loads(json.dumps(asdict(settings) | sizes))  # as it comes back from a file
         which = {"task": name, "arm": arm, "form": form, "seed": seed}
         file = _file(which, out)
@@ -145,10 +150,12 @@ def _run(name: str, arm: str, form: str, settings: Settings, plan: Plan, out: Pa
     data = recipes.Data(rows["training"], calibration, padding, validate, plan.group_size)
     # On short items the backward of torch's fused attention takes a quarter of a step in bfloat16.
     attention = "eager" if plan.half else None
-    model = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32, attn_implementation=attention)
-    options: dict[str, Any] = (
-        {} if arm == "lora" else {"ratio": RATIO, "keep": out / ("compressed-int4" if arm in INT4 else "compressed")}
-    )
+    start_from = plan.base if arm == "lora" else plan.sparse_base or plan.base
+    model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32, attn_implementation=attention)
+    options: dict[str, Any] = {}
+    if arm != "lora":
+        options["ratio"] = RATIO if plan.sparse_base is None else 0.0  # adds no zeros, keeps those that are there
+        options["keep"] = out / ("compressed-int4" if arm in INT4 else "compressed")
     start = time.perf_counter()
     tuned = getattr(recipes, arm)(model, data, settings, nls=form == "nls", **options)
     seconds = time.perf_counter() - start
@@ -157,8 +164,8 @@ def _run(name: str, arm: str, form: str, settings: Settings, plan: Plan, out: Pa
     if arm != "lora":
         record["separate"] = _score(right(tuned.model))
         if arm in ("shears", "sqft") and settings.seed == 0:
-            base = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32)
-            recipes.sparsify(base, data, RATIO, int4=arm in INT4, keep=options["keep"])
+            base = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
+            recipes.sparsify(base, data, options["ratio"], int4=arm in INT4, keep=options["keep"])
             deployment.export_separate(base, tuned.model, tokenizer, folder / "separate")
     if arm == "sqft":  # its adapter cannot be merged onto the grid: that is what QA-SparsePEFT is for
         return record
