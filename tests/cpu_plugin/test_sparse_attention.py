@@ -14,7 +14,9 @@ from ov_ext.cpu_plugin.sparse_attention.native import Cache, CacheSettings, bloc
 from ov_ext.cpu_plugin.support.native import cpu_info
 from tests.cpu_plugin.test_memory import between_forbidden_pages
 
-KERNELS = [name for name in ("avx512", "avx512_core", "avx2", "reference") if name in cpu_info()["kernels"]]
+KERNELS = [
+    name for name in ("avx512", "avx512_core_vnni", "avx512_core", "avx2", "reference") if name in cpu_info()["kernels"]
+]
 
 
 def pruned(x: np.ndarray, level: float, values: str) -> np.ndarray:
