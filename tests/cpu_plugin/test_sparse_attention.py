@@ -50,8 +50,8 @@ class Oracle:
         self.k = self.v = np.zeros(shape, np.float32)
 
     def packed_range(self) -> slice:
-        waiting = self.k.shape[2] - self.s.sink
-        pages = max(0, waiting - self.s.recent) // 64
+        count = self.k.shape[2]
+        pages = max(0, count - self.s.sink - self.s.recent) // 64 if count >= self.s.pack_from else 0
         return slice(self.s.sink, self.s.sink + 64 * pages)
 
     def append(self, k: np.ndarray, v: np.ndarray) -> None:
@@ -139,6 +139,23 @@ def test_attention_equals_float64_over_every_boundary(
         cache.append(k, v)
         oracle.append(k, v)
         assert cache.pages * 64 == oracle.packed_range().stop - 3
+
+
+@pytest.mark.parametrize("pack_from", [1, 150, 500])
+def test_a_short_context_is_attended_to_as_it_is_and_then_packed_at_once(pack_from: int) -> None:
+    rng = np.random.default_rng(pack_from)
+    s = CacheSettings(32, 2, 0.9, 0.5, sink=4, recent=16, pack_from=pack_from)
+    cache, oracle = Cache(s, 2), Oracle(s, 2)
+    dense = 2 * 2 * 2 * 32 * 4  # bytes of a token
+    for count in (60, 1, 88, 1, 130, 219, 1, 1, 70):
+        k, v, q = tokens(rng, 2, 2, count, 32), tokens(rng, 2, 2, count, 32), tokens(rng, 2, 6, count, 32)
+        close(cache.attend(q, k, v, 0.2), oracle.attend(q, k, v, 0.2, None, causal=True))
+        cache.append(k, v)
+        oracle.append(k, v)
+        assert cache.pages * 64 == oracle.packed_range().stop - 4
+        packed = 2 * 2 * cache.pages * block_bytes(s)
+        assert cache.nbytes <= packed + dense * max(4 + 16 + 64, 2 * cache.tokens if not cache.pages else 0)
+    assert cache.pages and cache.tokens == 571
 
 
 @pytest.mark.parametrize("isa", KERNELS)
@@ -233,7 +250,11 @@ def test_results_have_the_same_bits_for_any_number_of_threads(count: int) -> Non
 def test_any_shape_gives_the_same_bits_on_every_kernel(data: st.DataObject) -> None:
     draw, some = data.draw, st.sampled_from((0.0, 0.25, 0.5, 0.7, 0.9))
     head_dim, heads, group = 16 * draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
-    windows = {"sink": draw(st.integers(0, 5)), "recent": draw(st.integers(0, 70))}
+    windows = {
+        "sink": draw(st.integers(0, 5)),
+        "recent": draw(st.integers(0, 70)),
+        "pack_from": draw(st.integers(0, 300)),
+    }
     s = CacheSettings(head_dim, heads, draw(some), draw(some), draw(st.sampled_from(("int8", "int4"))), **windows)
     cache, oracle, rng = Cache(s), Oracle(s, 1), np.random.default_rng(draw(st.integers(0, 99)))
     for count in (draw(st.integers(1, 260)), draw(st.integers(1, 9))):
