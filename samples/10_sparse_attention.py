@@ -164,25 +164,13 @@ def stored(x: Any, kind: str, level: float) -> Any:
     :param level: Fraction of each token that is pruned.
     :return: What attention sees.
     """
-    import torch
+    import nncf_ext
 
     if kind in STOCK:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         step = ((high - low) / (255 if kind == "u8" else 15)).clamp_min(1e-20)
         return ((x - low) / step).round() * step + low
-    packed = max(0, x.shape[2] - SINK - RECENT) // 64 * 64
-    part = x[:, :, SINK : SINK + packed]
-    most = 127 if kind == "int8" else 8
-    step = (part.abs().amax(-1, keepdim=True) / most).clamp_min(1e-30)
-    codes = (part / step).round()
-    if kind == "int4":  # there is no level 0
-        codes = torch.where(codes == 0, torch.where(part < 0, -1.0, 1.0), codes)
-    drop = int(x.shape[-1] * level)
-    if drop:
-        codes *= part.abs() > part.abs().kthvalue(drop, -1, keepdim=True).values
-    result = x.clone()
-    result[:, :, SINK : SINK + packed] = codes * step
-    return result
+    return nncf_ext.prune_tokens(x, level, values=kind, sink=SINK, recent=RECENT)
 
 
 def losses(lm: Any, past: Any, following: Any) -> list[float]:
