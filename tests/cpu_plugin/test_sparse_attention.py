@@ -241,7 +241,7 @@ def test_results_have_the_same_bits_for_any_number_of_threads(count: int) -> Non
     for threads in (1, 2, 3, 7):
         cache = Cache(CacheSettings(64, 3), 2)
         cache.append(k, v, threads=threads)
-        results.append(cache.attend(q, new, new, 0.125, threads=threads))
+        results += [cache.attend(q, new, new, 0.125, isa=isa, threads=threads) for isa in KERNELS]
     assert all((each == results[0]).all() for each in results)
 
 
@@ -256,16 +256,37 @@ def test_any_shape_gives_the_same_bits_on_every_kernel(data: st.DataObject) -> N
         "pack_from": draw(st.integers(0, 300)),
     }
     s = CacheSettings(head_dim, heads, draw(some), draw(some), draw(st.sampled_from(("int8", "int4"))), **windows)
-    cache, oracle, rng = Cache(s), Oracle(s, 1), np.random.default_rng(draw(st.integers(0, 99)))
+    batch, rng = draw(st.integers(1, 2)), np.random.default_rng(draw(st.integers(0, 99)))
+    cache, oracle = Cache(s, batch), Oracle(s, batch)
     for count in (draw(st.integers(1, 260)), draw(st.integers(1, 9))):
-        k, v = tokens(rng, 1, heads, count, head_dim), tokens(rng, 1, heads, count, head_dim)
-        q = tokens(rng, 1, heads * group, count, head_dim)
+        k, v = tokens(rng, batch, heads, count, head_dim), tokens(rng, batch, heads, count, head_dim)
+        q = tokens(rng, batch, heads * group, count, head_dim)
         if count < 10:
-            found = [cache.attend(q, k, v, head_dim**-0.5, isa=isa) for isa in KERNELS]
+            mask = None
+            if draw(st.booleans()):
+                mask = rng.standard_normal((batch, count, oracle.k.shape[2] + count)).astype(np.float32)
+                mask[rng.random(mask.shape) < draw(st.sampled_from((0.1, 0.9, 1.0)))] = -np.inf  # the last: empty rows
+            found = [cache.attend(q, k, v, head_dim**-0.5, mask, isa=isa) for isa in KERNELS]
             assert all((each == found[0]).all() for each in found)
-            close(found[0], oracle.attend(q, k, v, head_dim**-0.5, None, causal=True))
+            close(found[0], oracle.attend(q, k, v, head_dim**-0.5, mask, causal=True))
         cache.append(k, v)
         oracle.append(k, v)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_a_long_context_equals_float64_on_every_kernel(values: str) -> None:
+    rng, s = np.random.default_rng(7), CacheSettings(32, 1, 0.5, 0.7, values)
+    cache, oracle = Cache(s), Oracle(s, 1)
+    for count in (16383, 1, 1):
+        k, v, q = tokens(rng, 1, 1, count, 32), tokens(rng, 1, 1, count, 32), tokens(rng, 1, 3, 1, 32)
+        if count == 1:
+            expected = oracle.attend(q, k, v, 0.2, None, causal=True)
+            found = [cache.attend(q, k, v, 0.2, isa=isa) for isa in KERNELS]
+            close(found[0], expected)
+            assert all((each == found[0]).all() for each in found)
+        cache.append(k, v)
+        oracle.append(k, v)
+    assert cache.pages == (16385 - 4 - 64) // 64
 
 
 @pytest.mark.parametrize("isa", KERNELS)
