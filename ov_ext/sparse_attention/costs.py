@@ -55,7 +55,7 @@ class AttentionCosts:
         return asdict(self)
 
 
-def known() -> AttentionCosts | None:
+def known_costs() -> AttentionCosts | None:
     """:return: What was measured on this CPU; None where nothing was, or OV_EXT_CALIBRATE=0 forbids its use."""
     return None if os.environ.get(SWITCH) == "0" else store.kept(store.path(_FILE), read_costs)
 

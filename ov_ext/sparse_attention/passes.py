@@ -14,7 +14,7 @@ from openvino.utils.node_factory import NodeFactory
 from ov_ext import runtime
 from ov_ext.extension import extension_path, package_version
 from ov_ext.graphs import RecordError, detach, redirect
-from ov_ext.sparse_attention.costs import AttentionCosts, known
+from ov_ext.sparse_attention.costs import AttentionCosts, known_costs
 from ov_ext.sparse_attention.pattern import Attention, NotReplaceable, Past, find
 from ov_ext.sparse_attention.policy import MOST_DENSE, SparseAttentionPolicy
 from ov_ext.sparse_attention.report import AttentionLayer, AttentionReport
@@ -61,7 +61,7 @@ def sparsify_attention(
         )
     if unknown := [number for number in policy.layers if not 0 <= number < len(layers)]:
         raise ValueError(f"The policy names layers {unknown}, the model has {len(layers)}, from 0.")
-    costs = known() if policy.pack_from is None else None
+    costs = known_costs() if policy.pack_from is None else None
     found: list[Attention | None] = []
     reports = []
     for number, sdpa in enumerate(layers):
@@ -141,14 +141,8 @@ def _replace(
     alone.set_friendly_name(f"{name}/ov_ext_new_tokens")
     attributes = {
         **{"k_level": report.k, "v_level": report.v, "values": policy.values, "causal": False},
-        **{
-            "sink": policy.sink,
-            "recent": policy.recent,
-            "pack_from": report.pack_from,
-            "heads": layer.heads,
-            "head_dim": layer.head_dim,
-        },
-        **{"scale": layer.scale, "source": json.dumps(_record(layer))},
+        **{"sink": policy.sink, "recent": policy.recent, "pack_from": report.pack_from, "scale": layer.scale},
+        **{"heads": layer.heads, "head_dim": layer.head_dim, "source": json.dumps(_record(layer))},
     }
     inputs = [q, layer.k.new, layer.v.new, layer.k.beams, state.output(0), alone.output(0), mask]
     ours = factory.create(OPERATION, inputs, attributes)
@@ -178,8 +172,9 @@ class _Prompt:
     """
 
     def __init__(self, q: Output, state: Node, mask: Output) -> None:
-        count = ops.gather(ops.shape_of(q, "i64"), ops.constant([2], ov.Type.i64), _zero())
-        past = ops.gather(state, ops.constant([_TOKENS_WORD], ov.Type.i64), _zero())
+        zero = ops.constant(0, ov.Type.i64)
+        count = ops.gather(ops.shape_of(q, "i64"), ops.constant([2], ov.Type.i64), zero)
+        past = ops.gather(state, ops.constant([_TOKENS_WORD], ov.Type.i64), zero)
         first = ops.convert(ops.equal(past, ops.constant(0, ov.Type.i32)), ov.Type.i64)
         self._count = ops.multiply(count, first)
         self.mask = self.of(mask, 2, 3)
@@ -189,11 +184,6 @@ class _Prompt:
         begin, step = (ops.constant([value] * len(axes), ov.Type.i64) for value in (0, 1))
         end = self._count if len(axes) == 1 else ops.concat([self._count] * len(axes), 0)
         return ops.slice(x, begin, end, step, ops.constant([*axes], ov.Type.i64)).output(0)
-
-
-def _zero() -> Node:
-    node: Node = ops.constant(0, ov.Type.i64)
-    return node
 
 
 def _variable(name: str, element: ov.Type, shape: ov.PartialShape) -> Any:

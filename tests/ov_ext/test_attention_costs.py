@@ -60,13 +60,13 @@ def test_what_is_no_measurement_is_refused(wrong: dict[str, Any], caplog: pytest
     with pytest.raises(ValueError):
         costs.read_costs(data | wrong)
     store.keep(store.path("attention"), data | wrong)
-    assert costs.known() is None and "are ignored" in caplog.text
+    assert costs.known_costs() is None and "are ignored" in caplog.text
 
 
 def test_a_layer_packs_from_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ov_ext.sparsify_attention(attention())[1].layers[0].pack_from == 0  # nothing is known
     costs.keep(COSTS)
-    assert costs.known() == COSTS and store.read() is None  # that of weights is another file
+    assert costs.known_costs() == COSTS and store.read() is None  # that of weights is another file
     model, report = ov_ext.sparsify_attention(attention())
     expected = 512 * 1024 // (HEADS * DIM)
     (node,) = (node for node in model.get_ops() if node.get_type_name() == "SparseKVAttention")
@@ -127,14 +127,14 @@ def test_medians_of_what_is_timed_are_kept() -> None:
         return timed
 
     found = ov_ext.calibrate_attention(5, make)
-    assert found is not None and found == costs.known() and found.error == 0
+    assert found is not None and found == costs.known_costs() and found.error == 0
     assert found.ours == tuple(map(float, calibration.TOKENS)) and found.stock == tuple(2 * each for each in found.ours)
 
 
 def test_a_busy_machine_is_said_and_not_believed(caplog: pytest.LogCaptureFixture) -> None:
     rng = np.random.default_rng(0)
     assert ov_ext.calibrate_attention(1e-3, lambda ours: Timed(iter(rng.exponential(1, 10**6)))) is None
-    assert "too busy to measure attention" in caplog.text and costs.known() is None
+    assert "too busy to measure attention" in caplog.text and costs.known_costs() is None
     with pytest.raises(ValueError, match="seconds is a time above 0, got 0"):
         ov_ext.calibrate_attention(0)
 
@@ -151,6 +151,6 @@ def test_the_command_shows_and_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_this_cpu() -> None:
     """Whether or not the machine is busy."""
     found = ov_ext.calibrate_attention(4)
-    assert found == costs.known()
+    assert found == costs.known_costs()
     if found is not None:
         assert found.error <= calibration.CERTAIN and found.stock[-1] > found.stock[0]
