@@ -174,7 +174,10 @@ def pack(
     attention = None
     if kv_sparsity is not None:
         values: Any = kv_values  # checked by the policy
-        attention = SparseAttentionPolicy(k=kv_sparsity, v=kv_sparsity, values=values)
+        measured = calibrating and target == "this-cpu"
+        attention = SparseAttentionPolicy(
+            k=kv_sparsity, v=kv_sparsity, values=values, pack_from=None if measured else 0
+        )
     policy = SparsePolicy(
         min_sparsity=min_sparsity,
         target=target,  # type: ignore[arg-type]  # checked by SparsePolicy

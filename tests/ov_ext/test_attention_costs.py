@@ -147,6 +147,19 @@ def test_the_command_shows_and_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert json.loads((tmp_path / "times.json").read_text())["attention"]["ours"] == [100, 100, 200]
 
 
+@pytest.mark.parametrize(("options", "expected"), [([], 512 * 1024 // (HEADS * DIM)), (["--no-calibrate"], 0)])
+def test_packing_a_folder_takes_it_unless_told_not_to(tmp_path: Path, options: list[str], expected: int) -> None:
+    costs.keep(COSTS)
+    (tmp_path / "in").mkdir()
+    ov_ext.save_model(attention(), tmp_path / "in" / "m.xml")
+    paths = [str(tmp_path / name) for name in ("in", "out", "r.json")]
+    options = [*paths[:2], "--kv-sparsity", "0.5", "--report", paths[2], *options]
+    result = CliRunner().invoke(cli.app, ["pack", *options])
+    assert result.exit_code == 0, result.output
+    (layer,) = json.loads(Path(paths[2]).read_text())["m.xml"]["attention"]
+    assert layer["pack_from"] == expected
+
+
 @pytest.mark.slow
 def test_this_cpu() -> None:
     """Whether or not the machine is busy."""
