@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from nncf_ext.algorithms.activation_sparsity.parameters import (
         AdvancedActivationSparsityParameters as AdvancedActivationSparsityParameters,
     )
+    from nncf_ext.algorithms.attention_pruning.algorithm import AttentionLevels as AttentionLevels
+    from nncf_ext.algorithms.attention_pruning.algorithm import find_attention_levels as find_attention_levels
+    from nncf_ext.algorithms.attention_pruning.rule import prune_tokens as prune_tokens
     from nncf_ext.algorithms.bootstrap_nas.algorithm import SuperNetwork as SuperNetwork
     from nncf_ext.algorithms.bootstrap_nas.batch_norm import adapt_batch_norm as adapt_batch_norm
     from nncf_ext.algorithms.bootstrap_nas.batch_norm import adapted_batch_norm as adapted_batch_norm

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ov_ext.sparse_activation.passes import pack_sparse_activations, unpack_sparse_activations
     from ov_ext.sparse_activation.policy import SparseActivationPolicy
     from ov_ext.sparse_activation.report import ActivationReport
+    from ov_ext.sparse_attention.calibration import calibrate_attention
     from ov_ext.sparse_attention.passes import restore_attention, sparsify_attention
     from ov_ext.sparse_attention.policy import SparseAttentionPolicy
     from ov_ext.sparse_attention.report import AttentionReport
@@ -48,6 +49,7 @@ _HOME = {
     "Workload": "sparse_weights.workload",
     "add_extension": "runtime",
     "calibrate": "sparse_weights.calibration",
+    "calibrate_attention": "sparse_attention.calibration",
     "check_target": "runtime",
     "convert_model": "convert",
     "convert_packed": "deployment",
@@ -76,6 +78,7 @@ __all__ = [
     "Workload",
     "add_extension",
     "calibrate",
+    "calibrate_attention",
     "check_target",
     "convert_model",
     "convert_packed",

@@ -31,6 +31,8 @@ from ov_ext.runtime import TARGETS
 from ov_ext.sparse_activation.passes import pack_sparse_activations, skips_inputs, unpack_sparse_activations
 from ov_ext.sparse_activation.policy import SparseActivationPolicy
 from ov_ext.sparse_activation.report import ActivationReport
+from ov_ext.sparse_attention.calibration import calibrate_attention
+from ov_ext.sparse_attention.costs import AttentionCosts
 from ov_ext.sparse_attention.passes import is_sparse, restore_attention, sparsify_attention
 from ov_ext.sparse_attention.policy import SparseAttentionPolicy
 from ov_ext.sparse_attention.report import AttentionReport
@@ -74,6 +76,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # as in nncf-ext
 )
+_ATTENTION = 0.15  # of the time of `calibrate`
 UNLIMITED = 10_000  # columns of a file or a pipe, which has no width of its own; tables take what they need
 
 SourceFolder = Annotated[Path, typer.Argument(help="Model folder with *.xml and *.bin.", metavar="IN")]
@@ -171,7 +174,10 @@ def pack(
     attention = None
     if kv_sparsity is not None:
         values: Any = kv_values  # checked by the policy
-        attention = SparseAttentionPolicy(k=kv_sparsity, v=kv_sparsity, values=values)
+        measured = calibrating and target == "this-cpu"
+        attention = SparseAttentionPolicy(
+            k=kv_sparsity, v=kv_sparsity, values=values, pack_from=None if measured else 0
+        )
     policy = SparsePolicy(
         min_sparsity=min_sparsity,
         target=target,  # type: ignore[arg-type]  # checked by SparsePolicy
@@ -231,13 +237,18 @@ def calibrate(
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         measured = calibration.calibrate(
-            seconds,
+            (1 - _ATTENTION) * seconds,
             [entry(kind, activation_group) for kind in KINDS],
-            lambda text, done: bar.update(task, description=text, completed=done),
+            lambda text, done: bar.update(task, description=text, completed=(1 - _ATTENTION) * done),
         )
+        bar.update(task, description="attention", completed=1 - _ATTENTION)
+        attention = calibrate_attention(_ATTENTION * seconds)
     _show(_cost_table(measured))
+    if attention is not None:
+        _show(_attention_table(attention))
     if report is not None:
-        write_whole(report, json.dumps(measured.to_dict(), indent=2))
+        times = measured.to_dict() | ({"attention": attention.to_dict()} if attention else {})
+        write_whole(report, json.dumps(times, indent=2))
     if missing := [kind for kind in KINDS if entry(kind, activation_group) not in measured.kinds]:
         raise ValueError(
             f"{', '.join(missing)} could not be measured; packing takes the times of another CPU for them."
@@ -258,6 +269,15 @@ def _cost_table(measured: CostTable) -> Table:
                 f"{time:.4g} ({stock / time:.2f})" for time in (costs.dense[i], *(each[i] for each in costs.sparse))
             ]
             table.add_row("" if i else kind, str(rows), f"{stock:.4g}", *ours)
+    return table
+
+
+def _attention_table(measured: AttentionCosts) -> Table:
+    table = Table(title="Microseconds of one token in a layer of attention")
+    for heading in ("tokens before", "stock u8", "ours, 50 % int8", "stock / ours"):
+        table.add_column(heading, justify="right")
+    for tokens, stock, ours in zip(measured.tokens, measured.stock, measured.ours, strict=True):
+        table.add_row(str(tokens), f"{stock:.4g}", f"{ours:.4g}", f"{stock / ours:.2f}")
     return table
 
 

@@ -25,6 +25,7 @@ SAMPLES = Path(__file__).parent
 sys.path.insert(0, str(SAMPLES.parent))
 LEVELS = (0.0, 0.3, 0.5, 0.7, 0.9)
 VALUES = ("int8", "int4")
+CALIBRATED = 2  # texts that levels by layer are found on
 SINK, RECENT = 4, 64
 STOCK = ("u8", "u4")
 Arm = tuple[str, float, float]  # how it is stored, levels of keys and of values
@@ -41,6 +42,9 @@ def main(
     texts: Annotated[int, typer.Option(help="Texts with codes.")] = 10,
     filler: Annotated[int, typer.Option(help="Tokens of other text around the codes.")] = 600,
     grid: Annotated[int, typer.Option(help="Position at which all pairs of levels are measured.")] = 2048,
+    within: Annotated[
+        float, typer.Option(help="Find levels of each layer that diverge by so many nats; 0: do not.")
+    ] = 0,
     quick: Annotated[bool, typer.Option(help="A few hundred tokens: shows that it works.")] = False,
 ) -> None:
     quiet()
@@ -86,6 +90,10 @@ def main(
     if grid in positions:
         draw(kept, out / f"{model.name}.png", grid, len(rows))
         print(f"Picture: {out / f'{model.name}.png'}")
+    if within:
+        by_layer(
+            lm, windows(tokenizer, english()[0], positions[0] + 32, CALIBRATED), rows, positions[0], predicted, within
+        )
 
 
 DENSE: Arm = ("dense", 0.0, 0.0)
@@ -138,6 +146,19 @@ class Reading:
         """:return: A cache of the first tokens, as they are."""
         return past_of([k[:, :, :tokens] for k in self._k], [v[:, :, :tokens] for v in self._v])
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Heads, and elements of each."""
+        return self._k[0].shape[1], self._k[0].shape[3]
+
+    def by_layer(self, levels: Any) -> Any:
+        """:return: A cache of all tokens, with levels of keys and values for each layer, in 8 bits."""
+        layers = list(zip(self._k, self._v, levels, strict=True))
+        return past_of(
+            [stored(k, "int8", of_k) for k, _, (of_k, _) in layers],
+            [stored(v, "int8", of_v) for _, v, (_, of_v) in layers],
+        )
+
     def pasts(self, tokens: int, arms: list[Arm]) -> Iterator[tuple[Arm, Any]]:
         """:return: For each arm a cache of the first tokens; keys and values of one level are made once."""
         for kind in sorted({arm[0] for arm in arms}):
@@ -164,25 +185,13 @@ def stored(x: Any, kind: str, level: float) -> Any:
     :param level: Fraction of each token that is pruned.
     :return: What attention sees.
     """
-    import torch
+    import nncf_ext
 
     if kind in STOCK:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         step = ((high - low) / (255 if kind == "u8" else 15)).clamp_min(1e-20)
         return ((x - low) / step).round() * step + low
-    packed = max(0, x.shape[2] - SINK - RECENT) // 64 * 64
-    part = x[:, :, SINK : SINK + packed]
-    most = 127 if kind == "int8" else 8
-    step = (part.abs().amax(-1, keepdim=True) / most).clamp_min(1e-30)
-    codes = (part / step).round()
-    if kind == "int4":  # there is no level 0
-        codes = torch.where(codes == 0, torch.where(part < 0, -1.0, 1.0), codes)
-    drop = int(x.shape[-1] * level)
-    if drop:
-        codes *= part.abs() > part.abs().kthvalue(drop, -1, keepdim=True).values
-    result = x.clone()
-    result[:, :, SINK : SINK + packed] = codes * step
-    return result
+    return nncf_ext.prune_tokens(x, level, values=kind, sink=SINK, recent=RECENT)
 
 
 def losses(lm: Any, past: Any, following: Any) -> list[float]:
@@ -284,6 +293,35 @@ def report(
         )
     else:
         print(f"No level is below 1 % and below stock u4 ({limit:.2%}).")
+
+
+def by_layer(lm: Any, items: Any, rows: Any, at: int, predicted: int, within: float) -> None:
+    """Finds levels on other text than it judges them on, beside one level everywhere."""
+    import nncf
+    import numpy as np
+
+    import nncf_ext
+
+    dataset = nncf.Dataset([{"input_ids": ids[None]} for ids in items])
+    found = nncf_ext.find_attention_levels(lm, dataset, max_divergence=within, predicted=32, sink=SINK, recent=RECENT)
+    print(found)
+    same = {f"{level:.0%} everywhere": [(level, level)] * len(found.layers) for level in LEVELS}
+    texts = []
+    for ids in rows:
+        read, following = Reading(lm, ids[:at]), ids[at : at + predicted]
+        dense = losses(lm, read.dense(at), following)
+        texts.append(
+            [
+                np.subtract(losses(lm, read.by_layer(levels), following), dense)
+                for levels in (*same.values(), found.layers.values())
+            ]
+        )
+    heads, dim = read.shape
+    lines = []
+    for number, (name, levels) in enumerate({**same, f"found within {within:g}": list(found.layers.values())}.items()):
+        size = sum(heads * token_bytes(("int8", *each), dim) for each in levels)
+        lines.append([name, f"{size:.0f}", f"{np.concatenate([text[number] for text in texts]).mean():+.4f}"])
+    table(f"Levels by layer, {len(items)} texts; at {at}", ["", "bytes of a token", "nats above dense"], lines)
 
 
 def token_bytes(arm: Arm, dim: int) -> float:

@@ -86,6 +86,7 @@ OV_EXT_LAYERS = (
     "runtime",
     "sparse_*",
     "sparse_activation",  # finds weights as sparse_weights does
+    "sparse_attention",  # keeps what it measured as sparse_weights does
     "stand_in",
     "convert",
     "leftovers",

@@ -14,8 +14,9 @@ from openvino.utils.node_factory import NodeFactory
 from ov_ext import runtime
 from ov_ext.extension import extension_path, package_version
 from ov_ext.graphs import RecordError, detach, redirect
+from ov_ext.sparse_attention.costs import AttentionCosts, known_costs
 from ov_ext.sparse_attention.pattern import Attention, NotReplaceable, Past, find
-from ov_ext.sparse_attention.policy import SparseAttentionPolicy
+from ov_ext.sparse_attention.policy import MOST_DENSE, SparseAttentionPolicy
 from ov_ext.sparse_attention.report import AttentionLayer, AttentionReport
 
 logger = logging.getLogger("ov_ext")
@@ -24,7 +25,6 @@ OPERATION = "SparseKVAttention"
 RT_INFO = ["ov_ext", "attention"]
 _OF_WEIGHTS = ("format", "format_version", "version", "target", "activation_group")  # entries of pack_sparse_weights
 _HANDLE_WORDS, _TOKENS_WORD = 16, 5  # see cpu_plugin/sparse_attention/format.md
-_LAST = 2**31 - 1
 # Of the nodes that say how long the past is, and how long it will be: restoring finds them by these endings.
 _PAST_SHAPE, _ALL_SHAPE = "/ov_ext_past_shape", "/ov_ext_all_shape"
 
@@ -61,6 +61,7 @@ def sparsify_attention(
         )
     if unknown := [number for number in policy.layers if not 0 <= number < len(layers)]:
         raise ValueError(f"The policy names layers {unknown}, the model has {len(layers)}, from 0.")
+    costs = known_costs() if policy.pack_from is None else None
     found: list[Attention | None] = []
     reports = []
     for number, sdpa in enumerate(layers):
@@ -69,12 +70,15 @@ def sparsify_attention(
             if levels is None:
                 raise NotReplaceable("the policy says so")
             layer = find(sdpa, model)
+            pack_from = _pack_from(policy, layer, costs)
         except NotReplaceable as reason:
             found.append(None)
             reports.append(AttentionLayer(name, False, str(reason)))
         else:
             found.append(layer)
-            reports.append(AttentionLayer(name, True, "", layer.heads, layer.head_dim, *levels, policy.values))
+            reports.append(
+                AttentionLayer(name, True, "", layer.heads, layer.head_dim, *levels, policy.values, pack_from)
+            )
         logger.debug("%s: %s", name, reports[-1])
     if any(found) and runtime.this_cpu() == "reference":
         logger.warning(
@@ -83,10 +87,10 @@ def sparsify_attention(
         )
     factory = NodeFactory()
     factory.add_extension(library)
-    masks: dict[tuple[str, int], Output] = {}
+    prompts: dict[tuple[str, int], _Prompt] = {}
     for each, report in zip(found, reports, strict=True):
         if each is not None:
-            _replace(model, each, report, policy, factory, masks)
+            _replace(model, each, report, policy, factory, prompts)
     if any(found):
         model.validate_nodes_and_infer_types()
         model.set_rt_info("SKV1", RT_INFO)
@@ -99,13 +103,24 @@ def is_sparse(model: ov.Model) -> bool:
     return bool(model.has_rt_info(RT_INFO))
 
 
+def _pack_from(policy: SparseAttentionPolicy, layer: Attention, costs: AttentionCosts | None) -> int:
+    if policy.pack_from is not None or costs is None:
+        return policy.pack_from or 0
+    tokens = costs.break_even(layer.heads * layer.head_dim)
+    if tokens is None:
+        raise NotReplaceable(
+            f"stock's cache of 8 bits was faster on this CPU up to {costs.tokens[-1]} tokens; pack_from=0 replaces it"
+        )
+    return min(tokens, MOST_DENSE)
+
+
 def _replace(
     model: ov.Model,
     layer: Attention,
     report: AttentionLayer,
     policy: SparseAttentionPolicy,
     factory: NodeFactory,
-    masks: dict[tuple[str, int], Output],
+    prompts: dict[tuple[str, int], _Prompt],
 ) -> None:
     sdpa, name = layer.sdpa, layer.sdpa.get_friendly_name()
     q, mask = sdpa.input_value(0), layer.mask
@@ -114,20 +129,20 @@ def _replace(
     state = ops.read_value(ops.constant([0] * _HANDLE_WORDS, ov.Type.i32), kept)
     state.set_friendly_name(f"{name}/ov_ext_state")
     _replace_shapes(layer, name, state)
-    # Among themselves new tokens attend by the stock operation: all of a prompt, which this is made for.
+    # Tokens of a prompt attend to each other by the stock operation, which is made for that. Behind a past these are no
+    # tokens, and OpenVINO skips what it would do with them.
     key = (mask.get_node().get_name(), mask.get_index())
-    if key not in masks:
-        count = ops.gather(ops.shape_of(q, "i64"), ops.constant([2], ov.Type.i64), ops.constant(0, ov.Type.i64))
-        ends = (ops.constant([_LAST], ov.Type.i64), ops.constant([1], ov.Type.i64), ops.constant([3], ov.Type.i64))
-        masks[key] = ops.slice(mask, ops.negative(count), *ends).output(0)
-    new = [_repeated(past.new, layer.q_heads, layer.heads) for past in (layer.k, layer.v)]
+    if key not in prompts:
+        prompts[key] = _Prompt(q, state, mask)
+    prompt = prompts[key]
+    new = [_repeated(prompt.of(past.new, 2), layer.q_heads, layer.heads) for past in (layer.k, layer.v)]
     rest = [sdpa.input_value(4)] if sdpa.get_input_size() > 4 else []
-    alone = ops.scaled_dot_product_attention(q, *new, masks[key], *rest)
+    alone = ops.scaled_dot_product_attention(prompt.of(q, 2), *new, prompt.mask, *rest)
     alone.set_friendly_name(f"{name}/ov_ext_new_tokens")
     attributes = {
         **{"k_level": report.k, "v_level": report.v, "values": policy.values, "causal": False},
-        **{"sink": policy.sink, "recent": policy.recent, "heads": layer.heads, "head_dim": layer.head_dim},
-        **{"scale": layer.scale, "source": json.dumps(_record(layer))},
+        **{"sink": policy.sink, "recent": policy.recent, "pack_from": report.pack_from, "scale": layer.scale},
+        **{"heads": layer.heads, "head_dim": layer.head_dim, "source": json.dumps(_record(layer))},
     }
     inputs = [q, layer.k.new, layer.v.new, layer.k.beams, state.output(0), alone.output(0), mask]
     ours = factory.create(OPERATION, inputs, attributes)
@@ -146,6 +161,29 @@ def _replace(
             detach(node)
     model.add_sinks([keep])
     model.add_variables([kept])
+
+
+class _Prompt:
+    """What layers with one mask share: how many new tokens make a prompt, all of them or none.
+
+    :param q: Queries of a layer, ``[sequences, heads, tokens, head_dim]``.
+    :param state: The state of that layer: all have tokens of the past, or none.
+    :param mask: The mask.
+    """
+
+    def __init__(self, q: Output, state: Node, mask: Output) -> None:
+        zero = ops.constant(0, ov.Type.i64)
+        count = ops.gather(ops.shape_of(q, "i64"), ops.constant([2], ov.Type.i64), zero)
+        past = ops.gather(state, ops.constant([_TOKENS_WORD], ov.Type.i64), zero)
+        first = ops.convert(ops.equal(past, ops.constant(0, ov.Type.i32)), ov.Type.i64)
+        self._count = ops.multiply(count, first)
+        self.mask = self.of(mask, 2, 3)
+
+    def of(self, x: Output, *axes: int) -> Output:
+        """:return: The first elements of axes that count tokens."""
+        begin, step = (ops.constant([value] * len(axes), ov.Type.i64) for value in (0, 1))
+        end = self._count if len(axes) == 1 else ops.concat([self._count] * len(axes), 0)
+        return ops.slice(x, begin, end, step, ops.constant([*axes], ov.Type.i64)).output(0)
 
 
 def _variable(name: str, element: ov.Type, shape: ov.PartialShape) -> Any:

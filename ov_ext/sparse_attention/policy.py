@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 MOST_PRUNED = 0.9
-_MOST_DENSE = 1 << 20  # tokens: the operation's own limit
+MOST_DENSE = 1 << 20  # tokens: the operation's own limit
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class SparseAttentionPolicy:
         head.
     :param sink: First tokens of a sequence that stay dense, f32: many models attend to them always.
     :param recent: Last tokens that stay dense, f32; up to 63 more do.
+    :param pack_from: Nothing is pruned while a sequence has fewer tokens: they are dense then, f32. None: where
+        ``ov-ext calibrate`` has found that a layer takes longer than with stock's cache of 8 bits; a layer that takes
+        longer at every measured length stays stock. 0 where nothing was measured.
     :param layers: Levels of single layers, by the number of the layer (the order in which attention runs, from 0):
         ``(k, v)``, or None for a layer that stays stock.
     :raises ValueError: A value outside its range.
@@ -33,6 +36,7 @@ class SparseAttentionPolicy:
     values: Literal["int8", "int4"] = "int8"
     sink: int = 4
     recent: int = 64
+    pack_from: int | None = None
     layers: Mapping[int, tuple[float, float] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -41,9 +45,9 @@ class SparseAttentionPolicy:
                 raise ValueError(f"A level of pruning is a fraction between 0 and {MOST_PRUNED}, got {level}.")
         if self.values not in ("int8", "int4"):
             raise ValueError(f"values must be int8 or int4, got {self.values!r}.")
-        for name, window in (("sink", self.sink), ("recent", self.recent)):
-            if not 0 <= window <= _MOST_DENSE:
-                raise ValueError(f"{name} is a number of tokens between 0 and {_MOST_DENSE}, got {window}.")
+        for name, window in (("sink", self.sink), ("recent", self.recent), ("pack_from", self.pack_from or 0)):
+            if not 0 <= window <= MOST_DENSE:
+                raise ValueError(f"{name} is a number of tokens between 0 and {MOST_DENSE}, got {window}.")
 
     def levels(self, layer: int) -> tuple[float, float] | None:
         """:return: The levels of a layer's keys and values; None where it stays stock."""

@@ -26,6 +26,7 @@ class AttentionLayer:
     :param k: Fraction of each key that is pruned.
     :param v: The same of each value.
     :param values: ``"int8"`` or ``"int4"``.
+    :param pack_from: Nothing is pruned while a sequence has fewer tokens.
     """
 
     name: str
@@ -36,6 +37,7 @@ class AttentionLayer:
     k: float = 0.0
     v: float = 0.0
     values: str = ""
+    pack_from: int = 0
 
     @property
     def token_bytes(self) -> float:
@@ -82,12 +84,12 @@ class AttentionReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
         table = Table()
-        for heading in ("attention", "K pruned", "V pruned", "values", "bytes/token", "stock u8", "note"):
+        for heading in ("attention", "K pruned", "V pruned", "values", "from", "bytes/token", "stock u8", "note"):
             table.add_column(heading, justify="left" if heading in ("attention", "values", "note") else "right")
         for layer in self.layers:
             levels = (f"{layer.k:.0%}", f"{layer.v:.0%}", layer.values) if layer.replaced else ("", "", "stock")
             size = [f"{each:.0f}" if layer.heads else "" for each in (layer.token_bytes, layer.stock_token_bytes)]
-            table.add_row(layer.name, *levels, *size, layer.note)
+            table.add_row(layer.name, *levels, str(layer.pack_from or ""), *size, layer.note)
         yield table
         yield self.summary()
 

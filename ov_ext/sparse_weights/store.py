@@ -11,11 +11,11 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import openvino as ov
 
@@ -31,6 +31,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("ov_ext")
+T = TypeVar("T")
 
 CAPS = ("OV_EXT_ISA", "ONEDNN_MAX_CPU_ISA")  # environment variables that hold instructions back: ours, OpenVINO's
 _VERSION = 1
@@ -58,17 +59,26 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def path() -> Path:
-    """:return: The file of this machine, whether it is there or not."""
+def path(of: str = "") -> Path:
+    """:return: The file of this machine, whether it is there or not; ``of`` something else than weights."""
     from platformdirs import user_cache_path
 
     name = hashlib.sha256(json.dumps(key(), sort_keys=True).encode()).hexdigest()[:16]
-    return user_cache_path("nncf-ext") / "calibration" / f"{name}.json"
+    return user_cache_path("nncf-ext") / "calibration" / f"{name}{of and '.' + of}.json"
 
 
 def read() -> CostTable | None:
     """:return: What was measured on this machine; None where there is nothing of use."""
-    file = path()
+    return kept(path(), read_table)
+
+
+def kept(file: Path, parse: Callable[[Any], T]) -> T | None:
+    """Read what :func:`keep` wrote.
+
+    :param file: What :func:`path` gives.
+    :param parse: Checks what is in it, and raises ValueError.
+    :return: What ``parse`` makes of it; None, perhaps after a warning, where there is nothing of use.
+    """
     try:
         text = _text(file)
         data = json.loads(text)
@@ -76,7 +86,7 @@ def read() -> CostTable | None:
             raise ValueError("a mapping of key, table is needed")
         if data["key"] != key():
             raise ValueError("it belongs to another machine, or another set-up of this one")
-        return read_table(data["table"])
+        return parse(data["table"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, OverflowError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -99,14 +109,17 @@ def _text(file: Path) -> str:
 
 def add(table: CostTable) -> None:
     """Keep a table; kinds that it does not have stay as they were. Where that is impossible, a warning says why."""
-    file = path()
     known = read()
     kinds = (known.kinds if known else {}) | table.kinds
-    data = {"key": key(), "table": CostTable(table.cpu, table.threads, kinds).to_dict()}
+    keep(path(), CostTable(table.cpu, table.threads, kinds).to_dict())
+
+
+def keep(file: Path, table: dict[str, Any]) -> None:
+    """Write what :func:`kept` reads. Where that is impossible, a warning says why."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as draft:
-            draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            draft.write_text(json.dumps({"key": key(), "table": table}, indent=1), encoding="utf-8")
     except OSError as error:
         logger.warning("The measured times cannot be kept: %s", error)
 

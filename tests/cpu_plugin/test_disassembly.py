@@ -147,6 +147,21 @@ def test_words_of_sparse_attention_meet_all_rows_in_registers() -> None:
         assert not [text for text in loop if "ymm" in text and STACK.search(text)]
 
 
+@pytest.mark.parametrize("product", ["vpdpbusd zmm", "vpmaddwd zmm"])
+def test_bytes_that_a_shuffle_expands_meet_all_rows_of_sparse_attention_in_registers(product: str) -> None:
+    """AVX-512 without VBMI2, two slices at a time, for 1 ... 4 query rows: keys of either half, and values."""
+    loops = [loop for code in _functions() for loop in _innermost_loops(code)]
+    pairs = [
+        loop for loop in loops if sum("vpermd zmm" in text for text in loop) == 4 and "vpmaddubsw" not in str(loop)
+    ]
+    found = [loop for loop in pairs if any(product in text for text in loop)]
+    products = [sum(product in text for text in loop) for loop in found]
+    assert all(products.count(4 * rows) >= 4 for rows in range(1, FEW_ROWS + 1))
+    for loop, count in zip(found, products, strict=True):
+        assert not [text for text in loop if "zmm" in text and STACK.search(text)]
+        assert len(loop) < 75 + 2.5 * count  # 37 a slice, and its products: GCC 12 has 33
+
+
 @pytest.mark.parametrize("product", ["vpdpbusd zmm", "vpmaddubsw zmm"])
 def test_weights_of_inputs_that_stay_meet_their_products_in_registers(product: str) -> None:
     """Four rows of int4 and int8 weights, interleaved. Taken apart, for 3 or 4 rows of x: four products each."""

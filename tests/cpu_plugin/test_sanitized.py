@@ -93,6 +93,7 @@ def test_nothing_is_reported_while_the_tests_of_format_and_kernels_run(sanitized
         "any_number_of_threads",
         "large_sides",
         "every_boundary",
+        "long_context",
         "resident_memory",
     )
     fast = " and ".join(f"not {name}" for name in long)

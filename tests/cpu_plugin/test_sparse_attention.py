@@ -14,7 +14,9 @@ from ov_ext.cpu_plugin.sparse_attention.native import Cache, CacheSettings, bloc
 from ov_ext.cpu_plugin.support.native import cpu_info
 from tests.cpu_plugin.test_memory import between_forbidden_pages
 
-KERNELS = [name for name in ("avx512", "avx512_core", "avx2", "reference") if name in cpu_info()["kernels"]]
+KERNELS = [
+    name for name in ("avx512", "avx512_core_vnni", "avx512_core", "avx2", "reference") if name in cpu_info()["kernels"]
+]
 
 
 def pruned(x: np.ndarray, level: float, values: str) -> np.ndarray:
@@ -48,8 +50,8 @@ class Oracle:
         self.k = self.v = np.zeros(shape, np.float32)
 
     def packed_range(self) -> slice:
-        waiting = self.k.shape[2] - self.s.sink
-        pages = max(0, waiting - self.s.recent) // 64
+        count = self.k.shape[2]
+        pages = max(0, count - self.s.sink - self.s.recent) // 64 if count >= self.s.pack_from else 0
         return slice(self.s.sink, self.s.sink + 64 * pages)
 
     def append(self, k: np.ndarray, v: np.ndarray) -> None:
@@ -139,6 +141,23 @@ def test_attention_equals_float64_over_every_boundary(
         assert cache.pages * 64 == oracle.packed_range().stop - 3
 
 
+@pytest.mark.parametrize("pack_from", [1, 150, 500])
+def test_a_short_context_is_attended_to_as_it_is_and_then_packed_at_once(pack_from: int) -> None:
+    rng = np.random.default_rng(pack_from)
+    s = CacheSettings(32, 2, 0.9, 0.5, sink=4, recent=16, pack_from=pack_from)
+    cache, oracle = Cache(s, 2), Oracle(s, 2)
+    dense = 2 * 2 * 2 * 32 * 4  # bytes of a token
+    for count in (60, 1, 88, 1, 130, 219, 1, 1, 70):
+        k, v, q = tokens(rng, 2, 2, count, 32), tokens(rng, 2, 2, count, 32), tokens(rng, 2, 6, count, 32)
+        close(cache.attend(q, k, v, 0.2), oracle.attend(q, k, v, 0.2, None, causal=True))
+        cache.append(k, v)
+        oracle.append(k, v)
+        assert cache.pages * 64 == oracle.packed_range().stop - 4
+        packed = 2 * 2 * cache.pages * block_bytes(s)
+        assert cache.nbytes <= packed + dense * max(4 + 16 + 64, 2 * cache.tokens if not cache.pages else 0)
+    assert cache.pages and cache.tokens == 571
+
+
 @pytest.mark.parametrize("isa", KERNELS)
 def test_beams_continue_what_they_name(isa: str) -> None:
     rng = np.random.default_rng(0)
@@ -222,7 +241,7 @@ def test_results_have_the_same_bits_for_any_number_of_threads(count: int) -> Non
     for threads in (1, 2, 3, 7):
         cache = Cache(CacheSettings(64, 3), 2)
         cache.append(k, v, threads=threads)
-        results.append(cache.attend(q, new, new, 0.125, threads=threads))
+        results += [cache.attend(q, new, new, 0.125, isa=isa, threads=threads) for isa in KERNELS]
     assert all((each == results[0]).all() for each in results)
 
 
@@ -231,18 +250,43 @@ def test_results_have_the_same_bits_for_any_number_of_threads(count: int) -> Non
 def test_any_shape_gives_the_same_bits_on_every_kernel(data: st.DataObject) -> None:
     draw, some = data.draw, st.sampled_from((0.0, 0.25, 0.5, 0.7, 0.9))
     head_dim, heads, group = 16 * draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
-    windows = {"sink": draw(st.integers(0, 5)), "recent": draw(st.integers(0, 70))}
+    windows = {
+        "sink": draw(st.integers(0, 5)),
+        "recent": draw(st.integers(0, 70)),
+        "pack_from": draw(st.integers(0, 300)),
+    }
     s = CacheSettings(head_dim, heads, draw(some), draw(some), draw(st.sampled_from(("int8", "int4"))), **windows)
-    cache, oracle, rng = Cache(s), Oracle(s, 1), np.random.default_rng(draw(st.integers(0, 99)))
+    batch, rng = draw(st.integers(1, 2)), np.random.default_rng(draw(st.integers(0, 99)))
+    cache, oracle = Cache(s, batch), Oracle(s, batch)
     for count in (draw(st.integers(1, 260)), draw(st.integers(1, 9))):
-        k, v = tokens(rng, 1, heads, count, head_dim), tokens(rng, 1, heads, count, head_dim)
-        q = tokens(rng, 1, heads * group, count, head_dim)
+        k, v = tokens(rng, batch, heads, count, head_dim), tokens(rng, batch, heads, count, head_dim)
+        q = tokens(rng, batch, heads * group, count, head_dim)
         if count < 10:
-            found = [cache.attend(q, k, v, head_dim**-0.5, isa=isa) for isa in KERNELS]
+            mask = None
+            if draw(st.booleans()):
+                mask = rng.standard_normal((batch, count, oracle.k.shape[2] + count)).astype(np.float32)
+                mask[rng.random(mask.shape) < draw(st.sampled_from((0.1, 0.9, 1.0)))] = -np.inf  # the last: empty rows
+            found = [cache.attend(q, k, v, head_dim**-0.5, mask, isa=isa) for isa in KERNELS]
             assert all((each == found[0]).all() for each in found)
-            close(found[0], oracle.attend(q, k, v, head_dim**-0.5, None, causal=True))
+            close(found[0], oracle.attend(q, k, v, head_dim**-0.5, mask, causal=True))
         cache.append(k, v)
         oracle.append(k, v)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_a_long_context_equals_float64_on_every_kernel(values: str) -> None:
+    rng, s = np.random.default_rng(7), CacheSettings(32, 1, 0.5, 0.7, values)
+    cache, oracle = Cache(s), Oracle(s, 1)
+    for count in (16383, 1, 1):
+        k, v, q = tokens(rng, 1, 1, count, 32), tokens(rng, 1, 1, count, 32), tokens(rng, 1, 3, 1, 32)
+        if count == 1:
+            expected = oracle.attend(q, k, v, 0.2, None, causal=True)
+            found = [cache.attend(q, k, v, 0.2, isa=isa) for isa in KERNELS]
+            close(found[0], expected)
+            assert all((each == found[0]).all() for each in found)
+        cache.append(k, v)
+        oracle.append(k, v)
+    assert cache.pages == (16385 - 4 - 64) // 64
 
 
 @pytest.mark.parametrize("isa", KERNELS)

@@ -384,6 +384,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(calibration, "measure", measure)
     monkeypatch.setattr(calibration, "ZEROS", (0.5,))
+    monkeypatch.setattr(cli, "calibrate_attention", lambda seconds: None)
     result = CliRunner().invoke(cli.app, ["calibrate", "--seconds", "5", "--report", str(tmp_path / "times.json")])
     assert result.exit_code == 1 and "bf16 could not be measured" in result.output
     assert "int8" in result.stdout and "5 (2.00)" in result.stdout and "990 (0.91)" in result.stdout

@@ -19,7 +19,7 @@ constexpr uint64_t part_pages = 8;
 
 const Kernel* const kernels[] = {
 #if defined(__x86_64__)
-    &avx512_kernel, &avx2_kernel,
+    &avx512_kernel, &avx512_core_vnni_kernel, &avx512_core_kernel, &avx2_kernel,
 #endif
     &reference_kernel};
 

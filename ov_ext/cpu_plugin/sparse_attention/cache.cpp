@@ -29,6 +29,14 @@ void DenseStore::drop(uint64_t count) {
     }
 }
 
+void DenseStore::make_room(uint64_t room) {
+    std::vector<float> floats(2 * m_heads * room * m_dim);
+    for (uint64_t head = 0; m_tokens && head < 2 * m_heads; head++)
+        std::memcpy(floats.data() + head * room * m_dim, m_floats.data() + head * m_room * m_dim, 4 * m_tokens * m_dim);
+    m_floats = std::move(floats);
+    m_room = room;
+}
+
 void DenseStore::append(const float* k, const float* v, uint64_t all, uint64_t first, uint64_t count) {
     if (m_tokens + count > m_room)
         throw std::logic_error("a dense store of " + std::to_string(m_room) + " tokens would overflow");
@@ -49,7 +57,7 @@ uint64_t Cache::bytes() const {
     for (const Sequence& one : sequences) {
         for (const auto& page : one.pages)
             pages.insert(page.get());
-        bytes += 8 * settings.heads * settings.shape.head_dim * (settings.sink + settings.recent + block_tokens);
+        bytes += 8 * settings.heads * settings.shape.head_dim * (one.sink.room() + one.recent.room());
     }
     return bytes + pages.size() * settings.heads * bytes_of_block(settings.shape);
 }
@@ -86,7 +94,8 @@ void Cache::append(const float* k, const float* v, uint64_t count) {
     count -= first;
     const uint64_t before = sequences.empty() ? 0 : sequences[0].recent.tokens();
     const uint64_t waiting = before + count;  // tokens behind the pages
-    const uint64_t pages = waiting < settings.recent + block_tokens ? 0 : (waiting - settings.recent) / block_tokens;
+    const bool packs = tokens() + first + count >= settings.pack_from && waiting >= settings.recent + block_tokens;
+    const uint64_t pages = packs ? (waiting - settings.recent) / block_tokens : 0;
     const uint64_t block = bytes_of_block(settings.shape);
     struct Job {
         const Sequence* from;
@@ -119,9 +128,14 @@ void Cache::append(const float* k, const float* v, uint64_t count) {
         Sequence& one = sequences[b];
         for (uint64_t p = 0; p < pages; p++)
             one.pages.push_back(std::move(jobs[b * pages + p].page));
-        const uint64_t packed = pages * block_tokens, old = std::min(packed, before);
+        const uint64_t packed = pages * block_tokens, old = std::min(packed, before), left = waiting - packed;
         if (old)
             one.recent.drop(old);
+        const uint64_t usual = settings.recent + block_tokens, room = one.recent.room();
+        if (left > room)
+            one.recent.make_room(std::max(left, 2 * room));
+        else if (left <= usual && room > usual)
+            one.recent.make_room(usual);
         const uint64_t at = b * heads * all * dim;
         one.recent.append(k + at, v + at, all, first + packed - old, count - (packed - old));
     }

@@ -14,6 +14,7 @@ struct Settings {
     BlockShape shape;
     uint64_t heads;         // of keys and values
     uint64_t sink, recent;  // tokens
+    uint64_t pack_from;     // tokens: nothing is packed while a sequence has fewer
 };
 
 // 64 packed tokens of all heads. Sequences that began alike share their pages: they never change.
@@ -38,6 +39,8 @@ class DenseStore {
           m_room(room),
           m_floats(2 * m_heads * room * m_dim) {}
     uint64_t tokens() const { return m_tokens; }
+    uint64_t room() const { return m_room; }
+    void make_room(uint64_t room);  // at least for the tokens that are there
     const float* key(uint64_t head, uint64_t token = 0) const { return m_floats.data() + (head * m_room + token) * m_dim; }
     const float* value(uint64_t head, uint64_t token = 0) const { return key(m_heads + head, token); }
     void drop(uint64_t count);  // the first ones

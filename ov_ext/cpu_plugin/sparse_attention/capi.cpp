@@ -15,14 +15,18 @@ using namespace ov_ext::sparse_attention;
 extern "C" {
 struct OvExtCacheSettings {  // mirrors native.py
     double k_level, v_level;
-    int64_t head_dim, heads, int4, sink, recent;
+    int64_t head_dim, heads, int4, sink, recent, pack_from;
 };
 }
 
 namespace {
 Settings settings_of(const OvExtCacheSettings& s) {
     const auto dim = uint64_t(s.head_dim);
-    return {{dim, kept_of(dim, s.k_level), kept_of(dim, s.v_level), s.int4 != 0}, uint64_t(s.heads), uint64_t(s.sink), uint64_t(s.recent)};
+    return {{dim, kept_of(dim, s.k_level), kept_of(dim, s.v_level), s.int4 != 0},
+            uint64_t(s.heads),
+            uint64_t(s.sink),
+            uint64_t(s.recent),
+            uint64_t(s.pack_from)};
 }
 }  // namespace
 

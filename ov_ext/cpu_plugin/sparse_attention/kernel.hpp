@@ -50,8 +50,8 @@ constexpr uint64_t max_rows = 16;
 
 extern const Kernel reference_kernel;
 #if defined(__x86_64__)
-extern const Kernel avx2_kernel;
-extern const Kernel avx512_kernel;
+extern const Kernel avx2_kernel, avx512_core_kernel, avx512_kernel;
+extern const Kernel avx512_core_vnni_kernel;  // avx512_core.cpp compiled with VNNI
 #endif
 
 }  // namespace ov_ext::sparse_attention

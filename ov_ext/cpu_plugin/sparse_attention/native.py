@@ -23,6 +23,7 @@ class CacheSettings:
     :param values: ``"int8"`` or ``"int4"``.
     :param sink: First tokens that stay dense.
     :param recent: Last tokens that stay dense; up to 63 more do.
+    :param pack_from: Nothing is packed while a sequence has fewer tokens.
     """
 
     head_dim: int
@@ -32,16 +33,18 @@ class CacheSettings:
     values: str = "int8"
     sink: int = 4
     recent: int = 64
+    pack_from: int = 0
 
 
 class _Settings(ctypes.Structure):  # OvExtCacheSettings of capi.cpp
     _fields_ = [(name, ctypes.c_double) for name in ("k_level", "v_level")] + [
-        (name, ctypes.c_int64) for name in ("head_dim", "heads", "int4", "sink", "recent")
+        (name, ctypes.c_int64) for name in ("head_dim", "heads", "int4", "sink", "recent", "pack_from")
     ]
 
 
 def _arguments(s: CacheSettings) -> _Settings:
-    return _Settings(s.k_level, s.v_level, s.head_dim, s.heads, s.values == "int4", s.sink, s.recent)
+    int4 = s.values == "int4"
+    return _Settings(s.k_level, s.v_level, s.head_dim, s.heads, int4, s.sink, s.recent, s.pack_from)
 
 
 def block_bytes(settings: CacheSettings) -> int:

@@ -51,7 +51,8 @@ Settings SparseKVAttention::settings() const {
     return {{dim, kept_of(dim, m_k_level), kept_of(dim, m_v_level), m_values == "int4"},
             uint64_t(m_heads),
             uint64_t(m_sink),
-            uint64_t(m_recent)};
+            uint64_t(m_recent),
+            uint64_t(m_pack_from)};
 }
 
 void SparseKVAttention::validate_and_infer_types() {
@@ -63,8 +64,9 @@ void SparseKVAttention::validate_and_infer_types() {
     NODE_VALIDATION_CHECK(this, m_head_dim >= 16 && m_head_dim <= int64_t(max_head_dim) && m_head_dim % 16 == 0,
                           "head_dim must be a multiple of 16 up to ", max_head_dim, ", got ", m_head_dim, ".");
     NODE_VALIDATION_CHECK(this, m_heads >= 1 && m_heads <= most_dense, "heads must be positive, got ", m_heads, ".");
-    for (const int64_t window : {m_sink, m_recent})
-        NODE_VALIDATION_CHECK(this, window >= 0 && window <= most_dense, "sink and recent lie in 0..", most_dense, ", got ", window, ".");
+    for (const int64_t window : {m_sink, m_recent, m_pack_from})
+        NODE_VALIDATION_CHECK(this, window >= 0 && window <= most_dense, "sink, recent and pack_from lie in 0..", most_dense, ", got ",
+                              window, ".");
     for (const Input i : {q_input, k_input, v_input, alone_input}) {
         const auto& type = get_input_element_type(i);
         NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == ov::element::f32, "SparseKVAttention takes f32 q, k, v, got ", type, ".");
@@ -96,7 +98,7 @@ std::shared_ptr<ov::Node> SparseKVAttention::clone_with_new_inputs(const ov::Out
     auto clone = std::make_shared<SparseKVAttention>();
     clone->m_k_level = m_k_level, clone->m_v_level = m_v_level;
     clone->m_values = m_values, clone->m_source = m_source;
-    clone->m_sink = m_sink, clone->m_recent = m_recent;
+    clone->m_sink = m_sink, clone->m_recent = m_recent, clone->m_pack_from = m_pack_from;
     clone->m_heads = m_heads, clone->m_head_dim = m_head_dim;
     clone->m_scale = m_scale, clone->m_causal = m_causal;
     clone->set_arguments(inputs);
@@ -110,6 +112,7 @@ bool SparseKVAttention::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("values", m_values);
     visitor.on_attribute("sink", m_sink);
     visitor.on_attribute("recent", m_recent);
+    visitor.on_attribute("pack_from", m_pack_from);
     visitor.on_attribute("heads", m_heads);
     visitor.on_attribute("head_dim", m_head_dim);
     visitor.on_attribute("scale", m_scale);
@@ -154,7 +157,6 @@ void SparseKVAttention::run(ov::TensorVector& outputs, const ov::TensorVector& i
     require_shape("v", v, ov::element::f32, {batch, size_t(m_heads), count, size_t(m_head_dim)});
     require_shape("beam_idx", beams, ov::element::i32, {batch});
     require_shape("the state", state, ov::element::i32, {handle_words});
-    require_shape("alone", alone, ov::element::f32, shape);
     outputs[0].set_shape(shape);
     outputs[1].set_shape({handle_words});
     int32_t handle[handle_words];
@@ -176,10 +178,12 @@ void SparseKVAttention::run(ov::TensorVector& outputs, const ov::TensorVector& i
     auto* y = static_cast<float*>(outputs[0].data());
     const auto* keys = static_cast<const float*>(k.data());
     const auto* values = static_cast<const float*>(v.data());
-    if (cache.tokens())
+    if (cache.tokens()) {
         attend(cache, select_kernel(), {static_cast<const float*>(q.data()), keys, values, shape[1], count, m_scale, m_causal}, mask, y);
-    else
+    } else {
+        require_shape("alone", alone, ov::element::f32, shape);
         std::memcpy(y, alone.data(), alone.get_byte_size());
+    }
     cache.append(keys, values, count);
     step.commit(static_cast<int32_t*>(outputs[1].data()));
 }

@@ -70,7 +70,7 @@ INLINE __m512i expand_bytes(const uint8_t*& masks, const uint8_t*& values) {
     const __m512i nibbles = _mm512_srlv_epi32(halves, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
     const __m512i lanes = _mm512_permutexvar_epi32(nibbles, _mm512_load_si512(nibble_tables.lanes));
     const __m512i counts = _mm512_permutexvar_epi32(nibbles, _mm512_load_si512(nibble_tables.counts));
-    const __m512i pairs = _mm512_add_epi32(counts, _mm512_slli_epi64(counts, 32));
+    const __m512i pairs = _mm512_add_epi32(counts, _mm512_maskz_slli_epi64(0xFF, counts, 32));
     const __m512i before = _mm512_maskz_shuffle_epi32(0xCCCC, pairs, _MM_PERM_BBBB);
     masks += 8;
     return _mm512_shuffle_epi8(packed, _mm512_add_epi8(_mm512_add_epi8(lanes, pairs), before));

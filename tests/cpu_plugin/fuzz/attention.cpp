@@ -2,7 +2,7 @@
 // states that are right, wrong, old or empty. After each step that should work, every kernel must give what naive attention in double
 // precision gives over tokens that were pruned by format.md's rule, written here anew; all kernels the same bits.
 //
-//     header   head_dim, heads, group, k level, v level, kind, sink, recent       one byte each
+//     header   head_dim, heads, group, k level, v level, kind, sink, recent, pack from   one byte each
 //     action   what, tokens, beams and mask, seed
 #include <algorithm>
 #include <cmath>
@@ -25,7 +25,7 @@ namespace {
 using namespace ov_ext;
 using namespace ov_ext::sparse_attention;
 
-constexpr size_t header_bytes = 8, action_bytes = 4;
+constexpr size_t header_bytes = 9, action_bytes = 4;
 constexpr uint64_t most_tokens = 400, most_sequences = 3;
 constexpr double levels[] = {0.5, 0.0, 0.9, 0.3, 0.7};
 
@@ -83,8 +83,11 @@ struct Plan {
         constexpr uint64_t dims[] = {32, 16, 48, 64, 80, 128, 96, 256};
         const uint64_t dim = dims[bytes[0] % 8];
         k_level = levels[bytes[3] % 5], v_level = levels[bytes[4] % 5];
-        settings = {
-            {dim, kept_of(dim, k_level), kept_of(dim, v_level), (bytes[5] & 1) != 0}, 1 + bytes[1] % 3u, bytes[6] % 6u, bytes[7] % 100u};
+        settings = {{dim, kept_of(dim, k_level), kept_of(dim, v_level), (bytes[5] & 1) != 0},
+                    1 + bytes[1] % 3u,
+                    bytes[6] % 6u,
+                    bytes[7] % 100u,
+                    40u * (bytes[8] % 8u)};
         group = 1 + bytes[2] % 5u;
     }
 };
@@ -104,7 +107,8 @@ struct Naive {
 Naive naive(const Plan& plan, const Told& told, uint64_t b, uint64_t head, const float* q, const float* new_k, const float* new_v,
             uint64_t count, uint64_t visible, float scale, const float* mask) {
     const uint64_t dim = plan.settings.shape.head_dim, past = told.tokens, sink = plan.settings.sink, recent = plan.settings.recent;
-    const uint64_t behind = past > sink ? past - sink : 0, packed = behind > recent ? (behind - recent) / block_tokens * block_tokens : 0;
+    const uint64_t behind = past > sink && past >= plan.settings.pack_from ? past - sink : 0,
+                   packed = behind > recent ? (behind - recent) / block_tokens * block_tokens : 0;
     double most_q = 0;
     for (uint64_t d = 0; d < dim; d++)
         most_q = std::max(most_q, double(std::fabs(q[d])));
@@ -334,7 +338,8 @@ std::vector<std::vector<uint8_t>> seeds() {
     std::vector<std::vector<uint8_t>> result;
     for (uint8_t i = 0; i < 20; i++) {
         Random random{i};
-        std::vector<uint8_t> input{i, uint8_t(i / 2), i, uint8_t(i % 5), uint8_t(i / 5), uint8_t(i / 3), uint8_t(i % 7), uint8_t(11 * i)};
+        std::vector<uint8_t> input{
+            i, uint8_t(i / 2), i, uint8_t(i % 5), uint8_t(i / 5), uint8_t(i / 3), uint8_t(i % 7), uint8_t(11 * i), uint8_t(i / 2)};
         for (const uint8_t count : {8, 0, 8, 4, 0, 9, 5, 0, 0, 6, 7, 0})
             for (const auto byte : {uint8_t(4), count, uint8_t(random.next()), uint8_t(random.next())})
                 input.push_back(byte);
