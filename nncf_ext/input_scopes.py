@@ -28,7 +28,8 @@ def sparsify_activations(
 ) -> TModel:
     """
     Like ``nncf.experimental.torch.sparsify_activations.sparsify_activations``, with thresholds that are exact quantiles
-    over the whole of the calibration data, and layers behind calibrated on sparse inputs.
+    over the whole of the calibration data, and layers behind calibrated on sparse inputs. With NNCF's own thresholds:
+    ``advanced_parameters=AdvancedActivationSparsityParameters(moving_average=True)``.
 
     :param model: As for :func:`nncf_ext.compress`; changed in place.
     :param dataset: Calibration data.

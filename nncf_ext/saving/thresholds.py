@@ -18,10 +18,12 @@ from nncf_ext.weights.activation_sparsity import (
     activation_sparsity_of,
     set_activation_sparsity,
 )
+from nncf_ext.weights.identity import weights_digest
 
 THRESHOLDS = "calibrated_thresholds.json"
 """The file in a model's folder, named as by SCAP."""
 
+_DIGEST = "weights_digest"
 _PUBLISHED = {"kde": "mode"}  # SCAP's name of a centering, and ours
 _NAMES = {ours: theirs for theirs, ours in _PUBLISHED.items()}
 
@@ -37,15 +39,18 @@ def has_thresholds(model: nn.Module) -> bool:
 def save_thresholds(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     Writes the thresholds of a model's layers by their paths, as SCAP does: ``threshold``, ``mode`` (the centre),
-    ``demode_method``, ``target_sparsity``; and, where it is not the centre, ``replacement``.
+    ``demode_method``, ``target_sparsity``; and, where it is not the centre, ``replacement``. A digest of the model's
+    weights, ``weights_digest``, stands in each row, where readers of SCAP's format pass over it.
 
     :param model: A model with sparse inputs.
     :param path: A JSON file; replaced.
     :raises nncf.ValidationError: No layer has a threshold.
     """
+    model = without_shells(model)
+    known = weights_digest(model)
     rows = {
-        name: {"module_name": name, **as_row(sparsity), "hook_type": "pre_hook"}
-        for name, module in without_shells(model).named_modules()
+        name: {"module_name": name, **as_row(sparsity), "hook_type": "pre_hook", _DIGEST: known}
+        for name, module in model.named_modules()
         if (sparsity := activation_sparsity_of(module)) is not None
     }
     if not rows:
@@ -57,10 +62,10 @@ def load_thresholds(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     Gives layers the thresholds of a file by :func:`save_thresholds` or by SCAP. All thresholds that the model has go.
 
-    :param model: The model; changed in place.
-    :param path: The JSON file.
-    :raises nncf.ValidationError: It holds something else, or thresholds of layers that the model has not. Nothing is
-        changed then.
+    :param model: The model, in any floating type; changed in place.
+    :param path: The JSON file. Files of SCAP do not say which weights they were calibrated on, and are not checked.
+    :raises nncf.ValidationError: It holds something else, thresholds of layers that the model has not, or those of a
+        model with other weights. Nothing is changed then.
     :raises OSError: It cannot be read.
     """
     try:
@@ -69,7 +74,8 @@ def load_thresholds(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise nncf.ValidationError(f"{path} cannot be read ({error}). A JSON object is needed.") from error
     if not isinstance(content, dict) or not content or not all(isinstance(row, dict) for row in content.values()):
         raise nncf.ValidationError(f"{path} holds no thresholds: an object of one object for each layer is needed.")
-    modules = dict(without_shells(model).named_modules())
+    model = without_shells(model)
+    modules = dict(model.named_modules())
     found = {}
     for name, row in content.items():
         layer = modules.get(name)
@@ -81,6 +87,14 @@ def load_thresholds(model: nn.Module, path: str | os.PathLike[str]) -> None:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             msg = f"{path}: what is said of {name} is no threshold ({type(error).__name__}: {error})."
             raise nncf.ValidationError(msg) from error
+    if wanted := {str(row[_DIGEST]) for row in content.values() if _DIGEST in row}:
+        own = weights_digest(model)
+        if wanted != {own}:
+            msg = (
+                f"{path} was calibrated on other weights: their digest is {', '.join(sorted(wanted))}, that of this "
+                f"{type(model).__name__} is {own}. Calibrate ACTIVATION_SPARSITY on this model."
+            )
+            raise nncf.ValidationError(msg)
     for name, module in modules.items():
         if isinstance(module, nn.Linear):
             set_activation_sparsity(module, found.get(name))

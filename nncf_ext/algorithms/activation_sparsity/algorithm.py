@@ -22,6 +22,7 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.algorithms.activation_sparsity.moving_average import moving_averages
 from nncf_ext.algorithms.activation_sparsity.order_statistics import Reading, density_peak, quantiles
 from nncf_ext.algorithms.activation_sparsity.parameters import LARGEST, AdvancedActivationSparsityParameters
 from nncf_ext.calibration.stream import CalibrationStream, Enough, Unit, evaluation, read_items
@@ -73,7 +74,7 @@ class ActivationSparsityMethod:
         self._request = request
         self._parameters = request.parameters
         self._items = read_items(request.dataset, request.subset_size)
-        self._whole = False
+        self._averages: dict[str, float] = {}  # thresholds by layer, where they are NNCF's
 
     def check(self, model: nn.Module, survey: Survey) -> None:
         """
@@ -105,12 +106,16 @@ class ActivationSparsityMethod:
         """
         note_untouched(survey)
         layers = survey.targets
-        wanted = self._wanted(layers)
+        wanted = asked = self._wanted(layers)
         journal = None
         if self._request.resume is not None:
             journal = Journal(self._request.resume, "activation sparsity", self._header(model, wanted))
         results: dict[str, _Found] = {}
         with evaluation(model), Progress() as progress:
+            if self._parameters.moving_average:
+                sparse = self._parameters.sequential
+                self._averages = moving_averages(model, self._items, layers, wanted, sparse)
+                wanted = {name: wanted[name] for name in self._averages}
             stream = CalibrationStream(model, self._items, survey.block_lists, {name: layers[name] for name in wanted})
             task = progress.add_task(f"Applying {self._request.mode.value}", total=len(stream))
             try:
@@ -128,7 +133,7 @@ class ActivationSparsityMethod:
         for name, each in results.items():
             set_activation_sparsity(layers[name], each.sparsity)
             _note(layers[name], each, self._request.mode.value)
-        for name in sorted({*wanted} - {*results}):
+        for name in sorted({*asked} - {*results}):
             logger.warning("%s saw no calibration token; its inputs stay as they are.", name)
 
     def _wanted(self, layers: Iterable[str]) -> dict[str, float]:
@@ -174,13 +179,13 @@ class ActivationSparsityMethod:
             known: dict[tuple[float, bool], ActivationSparsity] = {}
             for name in group:
                 layer = unit.layers[name]
-                read, weight = _reading(unit, layer, once), self._weight(layer, hooks.get(f"{name}.weight"))
+                read, weight = _reading(unit, layer, once), _weight(layer, hooks.get(f"{name}.weight"))
                 norms = _column_norms(weight) if self._parameters.weight_norms else None
                 key = wanted[name], norms is None
                 if norms is None and key in known:
                     sparsity = known[key]
                 else:
-                    sparsity = self._sparsity(read, wanted[name], norms)
+                    sparsity = self._sparsity(read, wanted[name], norms, self._averages.get(name))
                     known[key] = sparsity
                 results[name] = _measured(name, weight, sparsity, read)
             if self._parameters.sequential:
@@ -188,14 +193,8 @@ class ActivationSparsityMethod:
                     set_activation_sparsity(unit.layers[name], results[name].sparsity)
         return results
 
-    def _weight(self, layer: nn.Linear, hook: nn.Module | None) -> Tensor:
-        """``[out_features, in_features]`` float32, as the forward sees it; see :func:`_decoded`."""
-        weight: Tensor = layer.weight
-        if hook is not None and (self._whole or not weight.is_floating_point()):
-            weight = hook(weight)
-        return weight.detach().float()
-
-    def _sparsity(self, read: Reading, target: float, norms: Tensor | None) -> ActivationSparsity:
+    def _sparsity(self, read: Reading, target: float, norms: Tensor | None, limit: float | None) -> ActivationSparsity:
+        """What is found for a target, at a limit of the distance from the centre where it is known."""
         centering = ActivationCentering(self._parameters.centering)
         centre = 0.0
         if centering is ActivationCentering.MEDIAN:
@@ -207,7 +206,8 @@ class ActivationSparsityMethod:
             weights: Any = 1.0 if norms is None else norms
             read(lambda inputs: see((inputs.float() - centre).abs() * weights))
 
-        (limit,) = quantiles(distances, (target,))
+        if limit is None:
+            (limit,) = quantiles(distances, (target,))
         sparsity = ActivationSparsity(
             threshold=limit if norms is None else limit / norms,
             centre=centre,
@@ -317,6 +317,14 @@ def _acts_on_more_than_codes(model: nn.Module) -> bool:
     behind = weight_hooks(model).items()
     decoding = {id(hook) for name, hook in behind if not model.get_parameter(name).is_floating_point()}
     return any(id(hook) not in decoding for _, hook in get_hook_storage(model).named_hooks())
+
+
+def _weight(layer: nn.Linear, hook: nn.Module | None) -> Tensor:
+    """``[out_features, in_features]`` float32, as the forward sees it; see :func:`_decoded`."""
+    weight: Tensor = layer.weight
+    if hook is not None and not weight.is_floating_point():
+        weight = hook(weight)
+    return weight.detach().float()
 
 
 def _column_norms(weight: Tensor) -> Tensor:

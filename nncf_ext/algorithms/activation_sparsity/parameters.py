@@ -26,6 +26,8 @@ class AdvancedActivationSparsityParameters:
         is replaced. Source: WINA, https://arxiv.org/abs/2505.19427
     :param sequential: Every layer is calibrated on what layers before it, already sparse, give it. False: on what the
         dense model gives.
+    :param moving_average: Thresholds as ``nncf.experimental.torch.sparsify_activations`` finds them: a moving average
+        of the quantiles of each item, which depends on the order of the items. For results that equal NNCF's.
     """
 
     targets: Mapping[str, float] = field(default_factory=dict)
@@ -33,13 +35,20 @@ class AdvancedActivationSparsityParameters:
     mean_replacement: bool = False
     weight_norms: bool = False
     sequential: bool = True
+    moving_average: bool = False
 
     def check(self) -> None:
         """
         :raises nncf.ValidationError: A target is out of range, or no regular expression.
-        :raises nncf.ParameterNotSupportedError: The centering is unknown.
+        :raises nncf.ParameterNotSupportedError: The centering is unknown, or nothing that NNCF has.
         """
-        parse_choice(self.centering, ActivationCentering, "centering")
+        centering = parse_choice(self.centering, ActivationCentering, "centering")
+        if self.moving_average and (centering is not ActivationCentering.ZERO or self.weight_norms):
+            msg = (
+                "moving_average=True gives NNCF's thresholds, which have no centre and no norms; got "
+                f"centering={centering.value!r}, weight_norms={self.weight_norms}."
+            )
+            raise nncf.ParameterNotSupportedError(msg)
         if not isinstance(self.targets, Mapping):
             msg = f"targets are fractions by regular expressions, a mapping; got {type(self.targets).__name__}."
             raise nncf.ValidationError(msg)
