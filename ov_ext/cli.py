@@ -239,16 +239,18 @@ def calibrate(
         measured = calibration.calibrate(
             (1 - _ATTENTION) * seconds,
             [entry(kind, activation_group) for kind in KINDS],
-            lambda text, done: bar.update(task, description=text, completed=(1 - _ATTENTION) * done),
+            lambda text, done: bar.update(task, description=text, completed=done),
         )
-        bar.update(task, description="attention", completed=1 - _ATTENTION)
-        attention = calibrate_attention(_ATTENTION * seconds)
     _show(_cost_table(measured))
-    if attention is not None:
-        _show(_attention_table(attention))
-    if report is not None:
-        times = measured.to_dict() | ({"attention": attention.to_dict()} if attention else {})
-        write_whole(report, json.dumps(times, indent=2))
+    times = measured.to_dict()
+    try:
+        attention = calibrate_attention(_ATTENTION * seconds)
+        if attention is not None:
+            _show(_attention_table(attention))
+            times["attention"] = attention.to_dict()
+    finally:  # an error there does not take the times of weights away
+        if report is not None:
+            write_whole(report, json.dumps(times, indent=2))
     if missing := [kind for kind in KINDS if entry(kind, activation_group) not in measured.kinds]:
         raise ValueError(
             f"{', '.join(missing)} could not be measured; packing takes the times of another CPU for them."

@@ -29,7 +29,7 @@ def main(
         Path | None, typer.Option(help="Another language model; see python -m samples.real_models. Takes longer.")
     ] = None,
     sparse_base: Annotated[
-        Path | None, typer.Option(help="A sparse form of it, such as a recovered one, to start from.")
+        Path | None, typer.Option(help="A sparse floating form of it, such as a recovered one, to start from.")
     ] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Pipelines to run; all by default.")] = None,
     form: Annotated[list[str] | None, typer.Option(help="lora, nls; all by default.")] = None,
@@ -56,6 +56,8 @@ def main(
         half = has_fast_products(torch.bfloat16)
         budget |= {"base": model, "learning_rate": 1e-3, "group_size": 64, "half": half}
         out = out / model.name
+    if sparse_base is not None and model is None:
+        raise typer.BadParameter("--sparse-base is a sparse form of --model, which is missing.")
     if sparse_base is not None:
         out = out / f"from-{sparse_base.name}"
     plan = comparison.Plan(

@@ -70,12 +70,14 @@ def calibrate_attention(seconds: float = LONGEST, make: Callable[[bool], Timed] 
 
 def _medians(arms: list[Timed], count: int, deadline: float, lengths: int) -> tuple[float, float, float]:
     """:return: Seconds of stock, seconds of ours by the median of their ratios in each round, error of that ratio."""
-    for arm in arms:
-        arm.fill(count)
+    steady = max(1, count // (10 * _CALLS))  # rounds in which the past grows by no more than a tenth
     end = time.monotonic() + (deadline - time.monotonic()) / lengths
     samples: list[list[float]] = []
     error = 1.0
     while len(samples) < _ROUNDS[0] or (len(samples) < _ROUNDS[1] and error > CERTAIN and time.monotonic() < end):
+        if len(samples) % steady == 0:
+            for arm in arms:
+                arm.fill(count)
         turns = arms if len(samples) % 2 else arms[::-1]
         times = {id(arm): float(np.median([arm.seconds() for _ in range(_CALLS)][1:])) for arm in turns}
         samples.append([times[id(arm)] for arm in arms])

@@ -35,7 +35,8 @@ class AttentionCosts:
         """Find the length from which on our operation takes no longer than stock.
 
         Fixed costs of a call and costs of each element of the past make up a time, so other layers come to the same
-        ratio at the same number of elements.
+        ratio at the same number of elements. No further than the longest length: until then tokens are dense, which
+        takes more memory, and was not timed.
 
         :param elements: Of a layer: heads of keys and values, times elements of a key.
         :return: Tokens; 0 where the shortest length pays; None where the longest does not.
@@ -48,7 +49,7 @@ class AttentionCosts:
             return 0
         part = (1 - ratios[below]) / (ratios[below + 1] - ratios[below])
         tokens = self.tokens[below] * (self.tokens[below + 1] / self.tokens[below]) ** part
-        return round(tokens * self.elements / elements)
+        return min(round(tokens * self.elements / elements), self.tokens[-1])
 
     def to_dict(self) -> dict[str, Any]:
         """:return: Plain data for JSON."""

@@ -64,8 +64,8 @@ class Plan:
     :param learning_rate: The highest.
     :param group_size: Columns that share an INT4 scale.
     :param half: Learn and score with products in bfloat16.
-    :param sparse_base: Folder of a sparse model, such as one that recovered, from which the sparse arms start. None:
-        they prune the base.
+    :param sparse_base: Folder of a sparse floating model, such as one that recovered, from which the sparse arms
+        start. None: they prune the base.
     """
 
     tasks: tuple[str, ...]
@@ -99,8 +99,9 @@ def run(plan: Plan, out: Path, *, train: bool = True) -> list[dict[str, Any]]:
         settings = Settings(steps=plan.steps, learning_rate=plan.learning_rate, seed=seed, half=plan.half)
         sizes = {key: getattr(plan, key) for key in ("training", "validation", "test", "windows")}
         if plan.sparse_base is not None and arm != "lora":
-            sizes["sparse_base"] = str(plan.sparse_base)
-        wanted = json.loads(json.dumps(asdict(settings) | sizes))  # as it comes back from a file
+            sizes["sparse_base"] = str(plan.sparse_base.resolve())
+        chosen = {key: value for key, value in asdict(settings).items() if key != "half" or value}
+        wanted = json.loads(json.dumps(chosen | sizes))  # as it comes back from a file
         which = {"task": name, "arm": arm, "form": form, "seed": seed}
         file = _file(which, out)
         record = json.loads(file.read_text()) if file.exists() else None

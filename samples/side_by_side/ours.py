@@ -218,5 +218,6 @@ def _pack(ir: Any, folder: Path) -> None:
 def base_name(base: Recipe) -> str:
     """:return: Name of a recipe with its arguments."""
     if isinstance(base, partial):
-        return f"{base.func.__name__} {base.keywords['ratio']:.0%}"
+        rest = "".join(f" {name} {value}" for name, value in base.keywords.items() if name != "ratio")
+        return f"{base.func.__name__} {base.keywords['ratio']:.0%}{rest}"
     return base.__name__

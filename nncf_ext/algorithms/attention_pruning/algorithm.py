@@ -10,14 +10,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 import nncf
 import torch
 from rich.table import Table as RichTable
 from torch import Tensor, nn
 
-from nncf_ext.algorithms.attention_pruning.rule import PAGE, Values, prune_tokens
+from nncf_ext.algorithms.attention_pruning.rule import MOST_PRUNED, PAGE, Values, check_rule, prune_tokens
 from nncf_ext.calibration.stream import evaluation, read_items
 from nncf_ext.exploration.additive import Table, best_additive
 from nncf_ext.exploration.space import Point, SearchSpace
@@ -27,7 +27,7 @@ from nncf_ext.showing import as_text
 logger = logging.getLogger("nncf_ext")
 
 _CORRECTIONS = 8  # choices that are measured
-_MOST = 0.9
+_HOPELESS = 1e6  # nats, of what is no number
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,13 @@ def find_attention_levels(
     :raises nncf.UnsupportedModelError: The model keeps something else than keys and values of all tokens.
     """
     levels = sorted(set(levels) | {0.0})
-    if not 0 <= levels[0] <= levels[-1] <= _MOST or not max_divergence > 0 or predicted < 2:
+    if not 0 <= levels[0] <= levels[-1] <= MOST_PRUNED or not max_divergence > 0 or predicted < 2:
         msg = (
-            f"Levels are fractions between 0 and {_MOST}, max_divergence is above 0, predicted a number of tokens from "
-            f"2; got {levels}, {max_divergence} and {predicted}."
+            f"Levels are fractions between 0 and {MOST_PRUNED}, max_divergence is above 0, predicted a number of "
+            f"tokens from 2; got {levels}, {max_divergence} and {predicted}."
         )
         raise nncf.ValidationError(msg)
-    if values not in get_args(Values):
-        raise nncf.ValidationError(f"values must be int8 or int4, got {values!r}.")
+    check_rule(levels[-1], values, sink, recent)
     with evaluation(model):
         readings = [_read(model, item, predicted, sink, recent) for item in read_items(dataset, subset_size)]
         head_dim, of_heads = readings[0].keys[0].shape[-1], [key.shape[1] for key in readings[0].keys]
@@ -113,7 +112,8 @@ def find_attention_levels(
             chosen = [by_size[point[name]] for name in names]
             pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
             each = [reading.divergence(model, pairs, values, sink, recent) for reading in readings]
-            return sum(each) / len(each)
+            mean = sum(each) / len(each)
+            return mean if math.isfinite(mean) else _HOPELESS
 
         full = space.maximal()
         unpruned = measure(full)
@@ -199,7 +199,8 @@ class _Reading:
 
         layers = zip(self.keys, self.values, levels, strict=True)
         found = _predict(model, self.following, [(pruned(k, of_k), pruned(v, of_v)) for k, v, (of_k, of_v) in layers])
-        return float((self.dense.exp() * (self.dense - found)).sum(-1).mean())
+        far = self.dense.exp() * (self.dense - found)
+        return float(torch.where(self.dense == -math.inf, 0.0, far).sum(-1).mean())
 
 
 def _predict(model: nn.Module, following: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -222,6 +223,7 @@ def _read(model: nn.Module, item: Any, predicted: int, sink: int, recent: int) -
             f"stay dense, {PAGE} that are pruned, {predicted} that are predicted; got {list(ids.shape)}."
         )
         raise nncf.ValidationError(msg)
+    ids = ids.to(next(model.parameters()).device)
     context = ids.shape[1] - predicted
     cache = DynamicCache(config=getattr(model, "config", None))
     model(input_ids=ids[:, :context], past_key_values=cache)

@@ -1,14 +1,34 @@
 """What is left of keys and values that were pruned and packed: the rule of ``SparseKVAttention``, in torch."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
+import nncf
 import torch
 from torch import Tensor
 
 Values = Literal["int8", "int4"]
 PAGE = 64  # tokens that are packed together
+MOST_PRUNED = 0.9
 _SMALLEST = 2.0**-120  # a token whose largest magnitude is below becomes zero
+
+
+def check_rule(level: float, values: str, sink: int, recent: int) -> None:
+    """
+    :param level: As for :func:`prune_tokens`, like the others.
+    :param values: How the rest is stored.
+    :param sink: First tokens that stay.
+    :param recent: Last tokens that stay.
+    :raises nncf.ValidationError: One of them is out of range.
+    """
+    if values not in get_args(Values):
+        raise nncf.ValidationError(f"values must be int8 or int4, got {values!r}.")
+    if not 0 <= level <= MOST_PRUNED or sink < 0 or recent < 0:
+        msg = (
+            f"A level is a fraction between 0 and {MOST_PRUNED}, sink and recent are numbers of tokens; got {level}, "
+            f"{sink} and {recent}."
+        )
+        raise nncf.ValidationError(msg)
 
 
 def packed_tokens(tokens: int, sink: int, recent: int) -> slice:
@@ -32,7 +52,9 @@ def prune_tokens(x: Tensor, level: float, *, values: Values = "int8", sink: int 
     :param sink: First tokens that stay as they are.
     :param recent: Last tokens that stay as they are; up to 63 more do.
     :return: What attention sees of them, in the type of ``x``; a token with what is not finite becomes NaN.
+    :raises nncf.ValidationError: A value is out of range.
     """
+    check_rule(level, values, sink, recent)
     packed = packed_tokens(x.shape[2], sink, recent)
     part = x[:, :, packed].float()
     magnitude = part.contiguous().view(torch.int32) >> 16 & 0x7FFF

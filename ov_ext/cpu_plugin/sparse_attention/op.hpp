@@ -14,10 +14,11 @@ namespace ov_ext::sparse_attention {
 // Attention over pruned keys and values that the operation keeps from call to call: see format.md.
 //   inputs: q, f32 [sequences, query heads, tokens, head_dim]; k, v, f32 [sequences, heads, tokens, head_dim], of new tokens, query heads a
 //   multiple of heads; beam_idx, i32 [sequences]; state, i32 [16]; alone, f32 like q: attention of the new tokens to each other, which is
-//   the result where there are no others, and not read otherwise; mask, optional: f32 (added to scores) or boolean [sequences or 1, 1, tokens or 1, all tokens].
+//   the result where there are no others, and not read otherwise; mask, optional: f32 (added to scores) or boolean
+//   [sequences or 1, 1, tokens or 1, all tokens].
 //   outputs: attention, f32 like q; the next state, i32 [16].
-//   attributes: k_level, v_level (fraction 0..0.9 that is pruned), values ("int8", "int4"), sink, recent, pack_from (tokens), scale, causal (without a
-//   mask: a token attends to those before it), heads, head_dim, source (how to restore the stock subgraph; the kernel ignores it).
+//   attributes: k_level, v_level (fraction 0..0.9 that is pruned), values ("int8", "int4"), sink, recent, pack_from (tokens), scale,
+//   causal (without a mask: a token attends to those before it), heads, head_dim, source (how to restore the stock subgraph; the kernel ignores it).
 class SparseKVAttention : public ov::op::Op {
   public:
     OPENVINO_OP("SparseKVAttention", "ov_ext");
