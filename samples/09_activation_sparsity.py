@@ -3,8 +3,8 @@
 Compares, on a language model and by the share of MLP weights that need not be read: CATS (one mask from the gate for up
 and down), NNCF's thresholds, SCAP (exact ones, for the inputs of each layer), and what this package adds to it. Prints
 the loss against the dense model, paired over held-out windows of two texts, with the share that was reached there, and
-the share within 1 % of the dense loss; draws it. On an encoder with GELU, such as MiniLM, it compares centres instead.
-What was measured is kept, so an interrupted run goes on.
+the share within 1 % of the dense loss; draws it. What was measured is kept, so an interrupted run goes on. On an encoder
+with GELU, such as MiniLM, it compares centres instead, in minutes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from evidence.show import plot, quiet, table
@@ -159,7 +159,7 @@ def _chosen(arm: list[str] | None, known: list[str], otherwise: list[str]) -> li
     return arm or otherwise
 
 
-def _refuse(text: str) -> None:
+def _refuse(text: str) -> NoReturn:
     typer.secho(f"Error: {text}", err=True, fg="red")
     raise typer.Exit(2)
 
