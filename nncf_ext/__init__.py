@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from nncf_ext.importance.metrics import Metric as Metric
     from nncf_ext.importance.metrics import PerplexityMetric as PerplexityMetric
     from nncf_ext.input_scopes import sparsify_activations as sparsify_activations
+    from nncf_ext.parameters import ActivationAllocation as ActivationAllocation
     from nncf_ext.parameters import ActivationCentering as ActivationCentering
     from nncf_ext.parameters import CompressMode as CompressMode
     from nncf_ext.parameters import ElasticMode as ElasticMode

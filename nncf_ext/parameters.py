@@ -180,6 +180,18 @@ class ActivationCentering(StrEnum):
     MODE = "mode"
 
 
+class ActivationAllocation(StrEnum):
+    """
+    Which layer replaces how many of its inputs (``AdvancedActivationSparsityParameters.allocation``).
+
+    :param UNIFORM: As many as its target says.
+    :param GREEDY: Layers of a block with the same target share it, by what the block's output bears.
+    """
+
+    UNIFORM = "uniform"
+    GREEDY = "greedy"
+
+
 class MergeMode(StrEnum):
     """
     What merging an adapter must not lose (:func:`nncf_ext.make_mergeable`, :func:`nncf_ext.merge`).

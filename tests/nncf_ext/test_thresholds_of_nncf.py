@@ -80,5 +80,5 @@ def test_the_average_by_hand(sequential):
 def test_what_nncf_has_not_is_refused(items, other):
     parameters = nncf_ext.AdvancedActivationSparsityParameters(moving_average=True, **other)
     scopes = {TargetScope(patterns=[".*down_proj"]): 0.5}
-    with pytest.raises(nncf.ParameterNotSupportedError, match="no centre and no norms"):
+    with pytest.raises(nncf.ParameterNotSupportedError, match="no centre, norms or allocation"):
         nncf_ext.sparsify_activations(llama(), nncf.Dataset(items), scopes, advanced_parameters=parameters)

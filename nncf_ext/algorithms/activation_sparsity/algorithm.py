@@ -11,7 +11,7 @@ Source: SCAP, arXiv 2412.07174.
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_ext.algorithms.activation_sparsity.allocation import allocated
 from nncf_ext.algorithms.activation_sparsity.moving_average import moving_averages
 from nncf_ext.algorithms.activation_sparsity.order_statistics import Reading, density_peak, quantiles
 from nncf_ext.algorithms.activation_sparsity.parameters import LARGEST, AdvancedActivationSparsityParameters
@@ -29,7 +30,7 @@ from nncf_ext.calibration.stream import CalibrationStream, Enough, Unit, evaluat
 from nncf_ext.files import digest
 from nncf_ext.journal import Journal, read_json
 from nncf_ext.method import Request
-from nncf_ext.parameters import ActivationCentering
+from nncf_ext.parameters import ActivationAllocation, ActivationCentering
 from nncf_ext.progress import Progress
 from nncf_ext.saving.thresholds import as_row, from_row
 from nncf_ext.structure.blocks import Survey, note_untouched
@@ -174,24 +175,39 @@ class ActivationSparsityMethod:
     def _calibrated(self, model: nn.Module, unit: Unit, wanted: Mapping[str, float]) -> dict[str, _Found]:
         results: dict[str, _Found] = {}
         groups, once = _groups(unit)
-        hooks = weight_hooks(model)
+        weights = _Weights(model, unit)
+
+        def found(group: Sequence[str], targets: Mapping[str, float]) -> dict[str, ActivationSparsity]:
+            return self._thresholds({name: _reading(unit, unit.layers[name], once) for name in group}, weights, targets)
+
+        if ActivationAllocation(self._parameters.allocation) is ActivationAllocation.GREEDY and unit.module is not None:
+            wanted = allocated(
+                *(unit, unit.module, groups, wanted, len(self._items)),
+                lambda group, fraction: found(group, dict.fromkeys(group, fraction)),
+            )
         for group in groups:
-            known: dict[tuple[float, bool], ActivationSparsity] = {}
-            for name in group:
-                layer = unit.layers[name]
-                read, weight = _reading(unit, layer, once), _weight(layer, hooks.get(f"{name}.weight"))
-                norms = _column_norms(weight) if self._parameters.weight_norms else None
-                key = wanted[name], norms is None
-                if norms is None and key in known:
-                    sparsity = known[key]
-                else:
-                    sparsity = self._sparsity(read, wanted[name], norms, self._averages.get(name))
-                    known[key] = sparsity
-                results[name] = _measured(name, weight, sparsity, read)
+            for name, each in found(group, wanted).items():
+                results[name] = _measured(name, weights(name), each, _reading(unit, unit.layers[name], once))
             if self._parameters.sequential:
                 for name in group:
                     set_activation_sparsity(unit.layers[name], results[name].sparsity)
         return results
+
+    def _thresholds(
+        self, reads: Mapping[str, Reading], weights: "_Weights", targets: Mapping[str, float]
+    ) -> dict[str, ActivationSparsity]:
+        """Of layers that read the same."""
+        found: dict[str, ActivationSparsity] = {}
+        known: dict[float, ActivationSparsity] = {}
+        for name, read in reads.items():
+            target = targets[name]
+            if self._parameters.weight_norms:
+                found[name] = self._sparsity(read, target, _column_norms(weights(name)), None)
+                continue
+            if target not in known:
+                known[target] = self._sparsity(read, target, None, self._averages.get(name))
+            found[name] = known[target]
+        return found
 
     def _sparsity(self, read: Reading, target: float, norms: Tensor | None, limit: float | None) -> ActivationSparsity:
         """What is found for a target, at a limit of the distance from the centre where it is known."""
@@ -319,12 +335,17 @@ def _acts_on_more_than_codes(model: nn.Module) -> bool:
     return any(id(hook) not in decoding for _, hook in get_hook_storage(model).named_hooks())
 
 
-def _weight(layer: nn.Linear, hook: nn.Module | None) -> Tensor:
-    """``[out_features, in_features]`` float32, as the forward sees it; see :func:`_decoded`."""
-    weight: Tensor = layer.weight
-    if hook is not None and not weight.is_floating_point():
-        weight = hook(weight)
-    return weight.detach().float()
+class _Weights:
+    """Weights of a unit's layers ``[out_features, in_features]`` float32, as the forward sees them."""
+
+    def __init__(self, model: nn.Module, unit: Unit) -> None:
+        self._hooks, self._unit = weight_hooks(model), unit
+
+    def __call__(self, name: str) -> Tensor:
+        weight: Tensor = self._unit.layers[name].weight
+        if not weight.is_floating_point():  # where blocks are not run by themselves; else see _decoded
+            weight = self._hooks[f"{name}.weight"](weight)
+        return weight.detach().float()
 
 
 def _column_norms(weight: Tensor) -> Tensor:
