@@ -3,8 +3,8 @@
 Compares, on a language model and by the share of MLP weights that need not be read: CATS (one mask from the gate for up
 and down), NNCF's thresholds, SCAP (exact ones, for the inputs of each layer), and what this package adds to it. Prints
 the loss against the dense model, paired over held-out windows of two texts, with the share that was reached there, and
-the share within 1 % of the dense loss; draws it. What was measured is kept, so an interrupted run goes on. On an encoder
-with GELU, such as MiniLM, it compares centres instead, in minutes.
+the share within 1 % of the dense loss; draws it. What was measured is kept, so an interrupted run goes on. On an
+encoder with GELU, such as MiniLM, it compares centres instead, in minutes.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class AdvancedActivationSparsityParameters:
     :param allocation: UNIFORM: the target of a layer is the fraction of its inputs to replace. GREEDY: layers of a
         block with the same target have it together, as the share of the bytes of their weights that a token need not
         read; what the block's output bears best is replaced. Where blocks cannot be run by themselves it is UNIFORM.
-        Calibration takes three to five times as long. Source: TEAL, https://arxiv.org/abs/2408.14690
+        Calibration takes two to four times as long. Source: TEAL, https://arxiv.org/abs/2408.14690
     """
 
     targets: Mapping[str, float] = field(default_factory=dict)
