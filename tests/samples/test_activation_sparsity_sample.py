@@ -65,5 +65,5 @@ def test_centres_are_compared_on_an_encoder(tmp_path: Path) -> None:
         [float(each) for each in re.findall(rf"│ {arm} +│ +(0\.\d+)[^│]*│ +(0\.\d+)[^│]*│", done.stdout)[0]]
         for arm in ("zero", r"mode \(SCAP\)")
     )
-    assert all(0 < b < a for a, b in zip(zero, mode, strict=True)), done.stdout
+    assert mode[0] <= zero[0] and 0 < mode[1] < zero[1], done.stdout  # at the first share both round to little
     assert (tmp_path / "centres.png").stat().st_size > 10_000
