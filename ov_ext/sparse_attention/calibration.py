@@ -16,13 +16,13 @@ from ov_ext.sparse_attention.costs import AttentionCosts
 from ov_ext.sparse_attention.passes import sparsify_attention
 from ov_ext.sparse_attention.policy import SparseAttentionPolicy
 from ov_ext.sparse_weights import store
+from ov_ext.sparse_weights.calibration import CERTAIN, median_ratio, rounded
 
 logger = logging.getLogger("ov_ext")
 
 TOKENS = (64, 256, 512, 2048)  # of the past; what longer ones gain is not asked
 HEAD_DIM = 128
 LONGEST = 9.0  # seconds
-CERTAIN = 0.05  # relative error of a median of ratios above which it is not believed
 _ROUNDS = (7, 500)  # fewest, most
 _CALLS = 4  # in a round, the first of which is not timed
 
@@ -62,7 +62,7 @@ def calibrate_attention(seconds: float = LONGEST, make: Callable[[bool], Timed] 
             "This machine is too busy to measure attention: times vary, by %.0f %% of their median", 100 * error
         )
         return None
-    stock, ours = (tuple(float(f"{1e6 * each[i]:.4g}") for each in measured) for i in (0, 1))
+    stock, ours = (rounded(1e6 * np.array([each[i] for each in measured])) for i in (0, 1))
     found = AttentionCosts(trials.HEADS * HEAD_DIM, TOKENS, stock, ours, round(error, 4))
     costs.keep(found)
     return found
@@ -82,9 +82,8 @@ def _medians(arms: list[Timed], count: int, deadline: float, lengths: int) -> tu
         times = {id(arm): float(np.median([arm.seconds() for _ in range(_CALLS)][1:])) for arm in turns}
         samples.append([times[id(arm)] for arm in arms])
         stock, ours = np.array(samples).T
-        low, ratio, high = np.percentile(ours / stock, [25, 50, 75])
-        # That of a median of normally distributed samples: 1.25 deviations, each 1 / 1.35 of the middle half.
-        error = min(1.0, 0.93 * float(high - low) / float(ratio) / len(samples) ** 0.5)
+        ratio, uncertain = median_ratio(ours, stock)
+        error = min(1.0, float(uncertain))
     base = float(np.median(stock))
     return base, base * float(ratio), error
 

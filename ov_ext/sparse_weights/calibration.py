@@ -186,22 +186,33 @@ def summary(seconds: dict[Arm, np.ndarray]) -> KindCosts | None:
     times, errors = {}, []
     for arm, each in seconds.items():
         if arm.form != "stock":
-            low, middle, high = np.percentile(each / base, [25, 50, 75], axis=0)
+            middle, error = median_ratio(each, base)
             times[arm] = 1e12 * medians.min(axis=0) * middle
-            # That of a median of normally distributed samples: 1.25 deviations, each 1 / 1.35 of the middle half.
-            errors.append(0.93 * (high - low) / middle / len(each) ** 0.5)
+            errors.append(error)
     sparse = np.array([times[arm] for arm in sorted(times, key=lambda arm: arm.zeros) if arm.form == "sparse"])
     sparse = np.minimum.accumulate(sparse, axis=0)  # more zeros are not slower, but for noise
     (dense,) = (times[arm] for arm in times if arm.form == "dense")
     return KindCosts(
         ROWS,
         tuple(sorted(arm.zeros for arm in times if arm.form == "sparse")),
-        _rounded(1e12 * medians.min(axis=0)),
-        _rounded(dense),
-        tuple(map(_rounded, sparse)),
+        rounded(1e12 * medians.min(axis=0)),
+        rounded(dense),
+        tuple(map(rounded, sparse)),
         min(1.0, round(float(np.mean(errors, axis=0).max()), 4)),
     )
 
 
-def _rounded(times: np.ndarray) -> tuple[float, ...]:
+def median_ratio(seconds: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param seconds: ``[rounds, ...]``.
+    :param base: The same of what they are compared with.
+    :return: The median over rounds of their ratio, and its relative error, ``[...]``.
+    """
+    low, middle, high = np.percentile(seconds / base, [25, 50, 75], axis=0)
+    # That of a median of normally distributed samples: 1.25 deviations, each 1 / 1.35 of the middle half.
+    return middle, 0.93 * (high - low) / middle / len(seconds) ** 0.5
+
+
+def rounded(times: np.ndarray) -> tuple[float, ...]:
+    """:return: Times with four digits, as they are kept."""
     return tuple(float(f"{each:.4g}") for each in times)

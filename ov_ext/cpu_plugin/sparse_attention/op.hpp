@@ -18,7 +18,8 @@ namespace ov_ext::sparse_attention {
 //   [sequences or 1, 1, tokens or 1, all tokens].
 //   outputs: attention, f32 like q; the next state, i32 [16].
 //   attributes: k_level, v_level (fraction 0..0.9 that is pruned), values ("int8", "int4"), sink, recent, pack_from (tokens), scale,
-//   causal (without a mask: a token attends to those before it), heads, head_dim, source (how to restore the stock subgraph; the kernel ignores it).
+//   causal (without a mask: a token attends to those before it), heads, head_dim, source (how to restore the stock subgraph; the
+//   kernel ignores it).
 class SparseKVAttention : public ov::op::Op {
   public:
     OPENVINO_OP("SparseKVAttention", "ov_ext");

@@ -108,13 +108,21 @@ BlobView in_company(BlobView w, bool all_dense) {
     w.dense = w.dense && all_dense;
     return w;
 }
+
+// Headers of blobs are read at every call, so a single one, which keeps to itself, is not read for this.
+bool are_all_dense(const std::vector<Blob>& blobs) {
+    return blobs.size() == 1 ||
+           std::all_of(blobs.begin(), blobs.end(), [](const Blob& each) { return each.data && parse(each.data, each.bytes).dense; });
+}
 }  // namespace
 
 // The blob of one weight, parsed and known to be valid. Its header is read at every call; the content of a Constant, which cannot change,
 // is checked once, and that of any other input always. A sparse Constant may have a dense copy, whose view this is then. Compensation that
 // the kernel of this operation needs and the blob lacks is kept with a Constant, and otherwise in `of_data`, which must live as long as the
 // view.
-BlobView SparseMatMul::weight(size_t i, const uint8_t* blob, size_t bytes, int64_t n, bool all_dense, Compensation& of_data) const {
+BlobView SparseMatMul::weight(size_t i, const Blob& from, int64_t n, bool all_dense, Compensation& of_data) const {
+    const uint8_t* blob = from.data;
+    const size_t bytes = from.bytes;
     BlobView w = parse(blob, bytes);
     const bool is_constant = ov::is_type<ov::op::v0::Constant>(get_input_node_ptr(i));
     const bool compensate = !w.compensation && reads_compensation(in_company(w, all_dense), m_activation_group);
@@ -156,18 +164,16 @@ bool SparseMatMul::has_evaluate() const {
     m_stream_threads.add_this();
     try {
         const auto n = widths();
-        const auto constant_of = [&](size_t i) { return ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i)); };
-        const auto data_of = [](const auto* constant) { return static_cast<const uint8_t*>(constant->get_data_ptr()); };
-        bool all_dense = true;
-        for (size_t i = 0; i < n.size(); i++) {
-            const auto* constant = constant_of(i);
-            all_dense = all_dense && constant && parse(data_of(constant), constant->get_byte_size()).dense;
-        }
+        std::vector<Blob> blobs(n.size());
+        for (size_t i = 0; i < n.size(); i++)
+            if (const auto* constant = ov::as_type<const ov::op::v0::Constant>(get_input_node_ptr(1 + i)))
+                blobs[i] = {static_cast<const uint8_t*>(constant->get_data_ptr()), constant->get_byte_size()};
+        const bool all_dense = are_all_dense(blobs);
         std::optional<BlobView> first;
         Compensation unused;  // constants keep theirs
         for (size_t i = 0; i < n.size(); i++)
-            if (const auto* constant = constant_of(i)) {
-                const auto w = weight(1 + i, data_of(constant), constant->get_byte_size(), n[i], all_dense, unused);
+            if (blobs[i].data) {
+                const auto w = weight(1 + i, blobs[i], n[i], all_dense, unused);
                 if (!first)
                     first = w;
                 require_same_activations(*first, w);
@@ -199,16 +205,16 @@ void SparseMatMul::multiply(ov::TensorVector& outputs, const ov::TensorVector& i
     // All blobs are proven before the first output gets its size: a call that refuses one allocates nothing.
     std::vector<Product> products;
     std::vector<Compensation> compensation(n.size());
-    const auto data_of = [](const ov::Tensor& blob) { return static_cast<const uint8_t*>(blob.data()); };
-    bool all_dense = true;
-    for (size_t i = 0; i < n.size(); i++) {
-        if (!inputs[1 + i].is_continuous())
-            throw std::invalid_argument("the blob must be contiguous");
-        all_dense = all_dense && parse(data_of(inputs[1 + i]), inputs[1 + i].get_byte_size()).dense;
-    }
+    std::vector<Blob> blobs;
     for (size_t i = 0; i < n.size(); i++) {
         const ov::Tensor& blob = inputs[1 + i];
-        products.push_back({weight(1 + i, data_of(blob), blob.get_byte_size(), n[i], all_dense, compensation[i]), nullptr});
+        if (!blob.is_continuous())
+            throw std::invalid_argument("the blob must be contiguous");
+        blobs.push_back({static_cast<const uint8_t*>(blob.data()), blob.get_byte_size()});
+    }
+    const bool all_dense = are_all_dense(blobs);
+    for (size_t i = 0; i < n.size(); i++) {
+        products.push_back({weight(1 + i, blobs[i], n[i], all_dense, compensation[i]), nullptr});
         require_same_activations(products[0].w, products[i].w);
     }
     for (size_t i = 0; i < n.size(); i++) {

@@ -13,6 +13,12 @@
 
 namespace ov_ext::sparse_matmul {
 
+// Where the blob of a weight lies; no data where it is no Constant.
+struct Blob {
+    const uint8_t* data;
+    size_t bytes;
+};
+
 // y_i[..., n_i] = x[..., k] · W_iᵀ + bias_i, for one weight or several that read the same x; each W_i and bias_i from an SPW1 blob.
 //   inputs: x, f32 or bf16, rank >= 1, dynamic shapes allowed; the blobs, u8[bytes], normally Constants.
 //   outputs, one for each blob: element type of x, shape of x with the last axis n_i. They follow from attributes and x's shape alone.
@@ -37,7 +43,7 @@ class SparseMatMul : public ov::op::Op {
   private:
     std::vector<int64_t> widths() const;  // n of each weight
     using Compensation = std::vector<int16_t>;
-    BlobView weight(size_t input, const uint8_t* blob, size_t bytes, int64_t n, bool all_dense, Compensation& of_data) const;
+    BlobView weight(size_t input, const Blob& from, int64_t n, bool all_dense, Compensation& of_data) const;
     void multiply(ov::TensorVector& outputs, const ov::TensorVector& inputs) const;
 
     int64_t m_n = 0, m_k = 0, m_activation_group = 128;
